@@ -1,0 +1,160 @@
+"""A flat stream of tokens cut into segments, and causal attention over it. No padding token exists anywhere.
+
+A prompt P with its responses C and R is stored once, as [P C R]. C sees P and itself, R sees P and itself:
+
+    tokens     P P P P  C C C  R R  | P P  C C C C  R R R | ...
+    positions  0 1 2 3  4 5 6  4 5  | 0 1  2 3 4 5  2 3 4 |
+
+For attention each response is one *run* of queries: [P C] with its own keys, and [R] with the keys of P in front.
+
+N tokens, S texts, H heads, G key/value heads, C head width, T runs in a tile, Q and L padded query and key lengths.
+"""
+
+import inspect
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:                                     # flash attention over segments: torch >= 2.10 with CUDA
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:                      # a build without it still has the other route
+    varlen_attn = None
+
+TILE_AREA = 1 << 22                      # largest padded score area (runs x queries x keys) of one tile
+TILE_WASTE = 1.3                         # padded / real score area that a tile may reach
+
+
+class Run(NamedTuple):
+    """Queries [start, end) of the stream, which see keys [prefix, prefix_end) and then themselves, causally."""
+    start: int
+    end: int
+    prefix: int
+    prefix_end: int
+
+    @property
+    def queries(self):
+        return self.end - self.start
+
+    @property
+    def keys(self):
+        return self.queries + self.prefix_end - self.prefix
+
+
+@dataclass(eq=False)
+class Stream:
+    """tokens (N,) int64, positions (N,) int64, last (S,) the index of each text's last token, and the attention runs."""
+    tokens: Tensor
+    positions: Tensor
+    last: Tensor
+    runs: list[Run]
+
+    def to(self, device) -> "Stream":
+        return Stream(self.tokens.to(device), self.positions.to(device), self.last.to(device), self.runs)
+
+    @cached_property
+    def varlen(self):
+        """Index of the keys (M,), or None if every run sees only itself, and the arguments that cut both sides."""
+        index = [i for r in self.runs for i in (*range(r.prefix, r.prefix_end), *range(r.start, r.end))]
+        cuts = [[0, *accumulate(getattr(r, side) for r in self.runs)] for side in ("queries", "keys")]
+        cu_q, cu_k = (torch.tensor(c, dtype=torch.int32, device=self.tokens.device) for c in cuts)
+        shared = len(index) != len(self.tokens)
+        index = torch.tensor(index, device=self.tokens.device) if shared else None
+        return index, cu_q, cu_k, max(r.queries for r in self.runs), max(r.keys for r in self.runs)
+
+    @cached_property
+    def tiles(self):
+        """Runs of similar length, padded together: query index (T, Q), its mask (T, Q), key index (T, L), scores' mask."""
+        return [self._tile(runs) for runs in _group(self.runs)]
+
+    def _tile(self, runs):
+        Q, L = max(r.queries for r in runs), max(r.keys for r in runs)
+        device, positions = self.tokens.device, self.positions
+        q = torch.tensor([[*range(r.start, r.end)] + [r.start] * (Q - r.queries) for r in runs], device=device)
+        k = torch.tensor([[*range(r.prefix, r.prefix_end), *range(r.start, r.end)] + [r.start] * (L - r.keys)
+                          for r in runs], device=device)
+        real_q = torch.arange(Q, device=device) < torch.tensor([[r.queries] for r in runs], device=device)
+        real_k = torch.arange(L, device=device) < torch.tensor([[r.keys] for r in runs], device=device)
+        visible = (positions[k][:, None, :] <= positions[q][:, :, None]) & real_k[:, None, :]     # (T, Q, L)
+        return q, real_q, k, visible[:, None]
+
+
+def pack(items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Stream:
+    """Lay out (prefix, continuations) items as one stream; each continuation is one text, read at its last token.
+
+    A pair is (P, [C, R]) and a lone text ([], [T]). Raises ValueError for an empty continuation.
+
+    >>> pack([([7, 8], [[1], [2, 3]])]).positions.tolist()
+    [0, 1, 2, 2, 3]
+    """
+    tokens, positions, last, runs = [], [], [], []
+    for prefix, continuations in items:
+        if not all(len(c) for c in continuations):
+            raise ValueError("every text needs at least one token of its own")
+        start, shared = len(tokens), len(prefix)
+        tokens.extend(prefix)
+        positions.extend(range(shared))
+        for continuation in continuations:
+            first = start if len(tokens) == start + shared else len(tokens)      # the first run carries the prefix along
+            tokens.extend(continuation)
+            positions.extend(range(shared, shared + len(continuation)))
+            last.append(len(tokens) - 1)
+            runs.append(Run(first, len(tokens), start, start if first == start else start + shared))
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.int64)           # noqa: E731
+    return Stream(as_tensor(tokens), as_tensor(positions), as_tensor(last), runs)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, stream: Stream) -> Tensor:
+    """Causal attention of every run over its keys: softmax(q k^T / sqrt(C)) v.
+
+    q: (N, H, C); k, v: (N, G, C), G dividing H. Returns (N, H, C). bf16 and fp16 on CUDA (sm80 or newer) take flash
+    attention over segments; everything else takes `scaled_dot_product_attention` over tiles of runs.
+    """
+    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) \
+            and torch.cuda.get_device_capability(q.device) >= (8, 0):
+        return _attend_varlen(q, k, v, stream)
+    return _attend_tiles(q, k, v, stream)
+
+
+def _attend_varlen(q, k, v, stream):
+    index, cu_q, cu_k, max_q, max_k = stream.varlen
+    if index is not None:
+        k, v = k.index_select(0, index), v.index_select(0, index)                # [P C], [P R], ...
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    # Bottom-right aligned: the last query of a run sees the last key. Spelled differently by torch 2.11 and 2.13.
+    spelled = inspect.signature(varlen_attn).parameters
+    causal = {"is_causal": True} if "is_causal" in spelled else {"window_size": (-1, 0)}
+    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, max_q, max_k, **causal)
+
+
+def _attend_tiles(q, k, v, stream):
+    out = []
+    for q_index, real, k_index, visible in stream.tiles:
+        T, Q = q_index.shape
+        gather = lambda x, index: x.index_select(0, index.flatten()).view(T, -1, *x.shape[1:]).transpose(1, 2)  # noqa: E731
+        tile = F.scaled_dot_product_attention(gather(q, q_index), gather(k, k_index), gather(v, k_index),
+                                              attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1])  # (T, H, Q, C)
+        out.append(tile.transpose(1, 2)[real])                                   # (real queries, H, C)
+    order = torch.cat([q_index[real] for q_index, real, _, _ in stream.tiles])
+    return torch.cat(out)[order.argsort()]
+
+
+def _group(runs):
+    """Greedy tiles of runs sorted by length, within TILE_WASTE and TILE_AREA."""
+    tiles, area = [], 0
+    for run in sorted(runs, key=lambda r: (r.queries, r.keys)):
+        tile = tiles[-1] + [run] if tiles else [run]
+        padded = len(tile) * max(r.queries for r in tile) * max(r.keys for r in tile)
+        area += run.queries * run.keys
+        if tiles and padded <= min(TILE_AREA, TILE_WASTE * area):
+            tiles[-1] = tile
+        else:
+            tiles.append([run])
+            area = run.queries * run.keys
+    return tiles

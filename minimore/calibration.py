@@ -1,0 +1,138 @@
+"""Calibration by hand: does a probability of .7 come true 70% of the time? numpy only.
+
+A reward model says sigmoid(margin) that the chosen response is preferred, margin = r_chosen - r_rejected. Two
+conventions, kept apart by name:
+
+- the paper's (`pair_*`, arXiv 2312.07401v5, section 2): every pair enters in both orders, (p, 1) and (1 - p, 0). The two are
+  mirror images, so M bins over [0, 1] hold what M / 2 bins over [.5, 1] hold for the predicted winner.
+- the general one (`expected_calibration_error`): any probabilities with their 0/1 outcomes, nothing folded or mirrored.
+
+N pairs or predictions, M bins. Probabilities are in [0, 1], margins and losses in nats.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Reliability(NamedTuple):
+    """The bins of a reliability diagram: count (M,), mean probability (M,), mean outcome (M,), edges (M + 1,).
+
+    Empty bins hold NaN means. For quantile bins the edges are the largest probability of each bin.
+    """
+    count: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    edges: np.ndarray
+
+
+def accuracy(margins) -> float:
+    """Share of pairs with a positive margin; a reward tie (margin exactly 0) counts one half.
+
+    >>> accuracy([1.0, -2.0, 0.0, 3.0])
+    0.625
+    """
+    m = _vector(margins, "margins")
+    return float(np.mean((m > 0) + 0.5 * (m == 0)))
+
+
+def probability(margins) -> np.ndarray:
+    """sigmoid(margin) without overflow: the model's probability that the chosen response is preferred. (N,) -> (N,)."""
+    m = np.asarray(margins, dtype=np.float64)
+    e = np.exp(-np.abs(m))
+    return np.where(m >= 0, 1 / (1 + e), e / (1 + e))
+
+
+def brier(margins) -> float:
+    """Brier score: mean (1 - p)^2, p the probability given to the chosen response; 0 is best, .25 knows nothing."""
+    return float(np.mean(probability(-_vector(margins, "margins")) ** 2))
+
+
+def negative_log_likelihood(margins) -> float:
+    """mean -log p of the chosen response, nats: Eq. 1 as a metric; log 2 = .693 knows nothing."""
+    return float(np.mean(np.logaddexp(0, -_vector(margins, "margins"))))
+
+
+def reliability(probabilities, outcomes, bins: int = 10, strategy: str = "uniform") -> Reliability:
+    """Sort predictions into bins and compare what was said with what came true.
+
+    probabilities: (N,) in [0, 1]; outcomes: (N,) of 0 and 1. `uniform`: M equal bins over [0, 1], right-closed, 0 in the
+    first, as in the paper. `quantile`: M bins of equal count, `array_split` of a stable sort. Raises ValueError for values
+    out of range, unequal lengths, or no prediction at all.
+    """
+    p, y = _vector(probabilities, "probabilities"), _vector(outcomes, "outcomes")
+    if p.shape != y.shape:
+        raise ValueError(f"probabilities and outcomes must have equal lengths, got {len(p)} and {len(y)}")
+    if p.min() < 0 or p.max() > 1:
+        raise ValueError(f"probabilities must lie in [0, 1], got {p.min()} to {p.max()}")
+    if not np.isin(y, (0, 1)).all():
+        raise ValueError("outcomes must be 0 or 1")
+    if not isinstance(bins, (int, np.integer)) or bins < 1:
+        raise ValueError(f"bins must be a whole number of at least 1, got {bins!r}")
+    if strategy == "uniform":
+        edges = np.linspace(0, 1, bins + 1)
+        index = np.searchsorted(edges[1:-1], p, side="left")         # ((m - 1) / M, m / M]
+    elif strategy == "quantile":
+        order = np.argsort(p, kind="stable")
+        index = np.empty(len(p), dtype=np.int64)
+        for m, members in enumerate(np.array_split(order, bins)):
+            index[members] = m
+        edges = np.concatenate([[p.min()], [p[index <= m].max() for m in range(bins)]])
+    else:
+        raise ValueError(f"strategy: {strategy!r} is not one of uniform, quantile")
+    count = np.bincount(index, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        confidence = np.bincount(index, weights=p, minlength=bins) / count
+        accuracy = np.bincount(index, weights=y, minlength=bins) / count
+    return Reliability(count, confidence, accuracy, edges)
+
+
+def expected_calibration_error(probabilities, outcomes, bins: int = 10, strategy: str = "uniform") -> float:
+    """ECE = sum_m |B_m| / N |acc(B_m) - conf(B_m)|.
+
+    Arguments as in `reliability`. Source: Naeini et al. 2015; Guo et al. 2017; section 2 of the paper.
+
+    >>> round(expected_calibration_error([.9, .9, .9, .9], [1, 1, 1, 0]), 10)
+    0.15
+    """
+    r = reliability(probabilities, outcomes, bins, strategy)
+    return float(np.sum(r.count * _gaps(r)) / r.count.sum())
+
+
+def pair_reliability(margins, bins: int = 10) -> Reliability:
+    """`reliability` of pairs in the paper's convention: both orders of every pair, so the diagram is symmetric."""
+    m = _vector(margins, "margins")
+    both = np.concatenate([probability(m), probability(-m)])
+    return reliability(both, np.repeat([1, 0], len(m)), bins)
+
+
+def pair_ece(margins, bins: int = 10) -> float:
+    """The paper's expected calibration error of a reward model, from its margins (chosen minus rejected).
+
+    margins: (N,). Mirrors every pair itself, so it cannot be fed one order only. Source: section 2; the authors' code.
+    """
+    r = pair_reliability(margins, bins)
+    return float(np.sum(r.count * _gaps(r)) / r.count.sum())
+
+
+def pair_ace(margins, bins: int = 10) -> float:
+    """Average calibration error: unweighted mean gap over non-empty equal-width bins (not the adaptive kind)."""
+    r = pair_reliability(margins, bins)
+    return float(_gaps(r)[r.count > 0].mean())
+
+
+def pair_mce(margins, bins: int = 10) -> float:
+    """Maximum calibration error: the largest gap over non-empty bins."""
+    return float(_gaps(pair_reliability(margins, bins)).max())
+
+
+def _gaps(r: Reliability) -> np.ndarray:
+    """|accuracy - confidence| per bin, 0 for an empty one."""
+    return np.nan_to_num(np.abs(r.accuracy - r.confidence))
+
+
+def _vector(values, name) -> np.ndarray:
+    v = np.asarray(values, dtype=np.float64)
+    if v.ndim != 1 or v.size == 0 or not np.isfinite(v).all():
+        raise ValueError(f"{name} must be a non-empty vector of finite numbers, got shape {v.shape}")
+    return v

@@ -1,0 +1,431 @@
+"""A Hugging Face checkpoint directory, in and out: config.json, weights, tokenizer.
+
+A family is an entry of FAMILIES: how its config.json maps to ModelConfig, and a table of names. The model is built on
+the meta device and filled tensor by tensor. Every key of the file is consumed, or known to be ignorable, or an error; every
+parameter is filled.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import safetensors
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as TokenizerFile
+from torch import Tensor, nn
+
+from .model import ModelConfig, Trunk
+from .options import InputError, write_json
+
+SHARD_BYTES = 5_000_000_000
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---- config.json -> ModelConfig --------------------------------------------------------------------------------------
+
+ACTIVATION_NAMES = {"gelu": "gelu", "silu": "silu", "swish": "silu", "relu": "relu", "gelu_new": "gelu_tanh",
+                    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+
+
+class Json:
+    """config.json with typed access: a wrong or missing value is one clear line."""
+
+    def __init__(self, values: dict, where: str):
+        self.values, self.where = values, where
+
+    def get(self, key, kind, default=None):
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
+            what = "is missing" if key not in self.values else f"is {json.dumps(value)[:80]}"
+            kinds = {int: "a positive whole number", float: "a positive number", bool: "true or false", str: "a string"}
+            raise InputError(f'{self.where}: "{key}" {what}; expected {kinds[kind]}')
+        return value
+
+    def activation(self, default):
+        name = self.get("hidden_act", str, default)
+        if name not in ACTIVATION_NAMES:
+            raise InputError(f'{self.where}: "hidden_act" is {name!r}; known: {", ".join(ACTIVATION_NAMES)}')
+        return ACTIVATION_NAMES[name]
+
+    def rope(self, head_width, base_key, share_key, share):
+        """Rotary fields; old spelling (top level, rope_scaling) and new (rope_parameters)."""
+        given = self.values.get("rope_scaling") or self.values.get("rope_parameters") or {}
+        if not isinstance(given, dict):
+            raise InputError(f'{self.where}: "rope_scaling" is not an object')
+        rope = Json(given, f"{self.where}: rope")
+        base = rope.get("rope_theta", float, self.get(base_key, float, self.get("rope_theta", float, 10000.0)))
+        share = rope.get("partial_rotary_factor", float, self.get(share_key, float, share))
+        kind = given.get("rope_type") or given.get("type") or "default"
+        fields = {"rotary_width": int(head_width * share), "rope_base": base}
+        if kind == "linear":
+            fields["rope_factor"] = rope.get("factor", float)
+        elif kind == "llama3":
+            fields["rope_llama3"] = (*(rope.get(k, float) for k in ("factor", "low_freq_factor", "high_freq_factor")),
+                                     rope.get("original_max_position_embeddings", int, self.get("max_position_embeddings", int, 2048)))
+        elif kind != "default":
+            raise InputError(f"{self.where}: rope scaling {kind!r} is not supported; known: default, linear, llama3 "
+                             "(scalings that depend on the text's length cannot share a prompt)")
+        rotary = fields["rotary_width"]          # an odd one rotates one dimension more, as transformers does
+        if not 0 < rotary + rotary % 2 <= head_width:
+            raise InputError(f"{self.where}: {rotary} rotary dimensions do not fit in heads of width {head_width}")
+        return fields
+
+    def sizes(self):
+        """What every family spells alike."""
+        width, heads = self.get("hidden_size", int), self.get("num_attention_heads", int)
+        kv_heads = self.get("num_key_value_heads", int, heads)
+        if (width % heads and "head_dim" not in self.values) or heads % kv_heads:
+            raise InputError(f"{self.where}: hidden_size {width}, num_attention_heads {heads} and num_key_value_heads {kv_heads} do not divide")
+        return dict(vocabulary=self.get("vocab_size", int), width=width, blocks=self.get("num_hidden_layers", int),
+                    heads=heads, kv_heads=kv_heads, head_width=self.get("head_dim", int, width // heads),
+                    mlp_width=self.get("intermediate_size", int), positions=self.get("max_position_embeddings", int, 2048))
+
+
+def gpt_neox_config(j: Json) -> ModelConfig:
+    sizes, bias = j.sizes(), j.get("attention_bias", bool, True)
+    return ModelConfig(**sizes, activation=j.activation("gelu"), gated=False, norm="layer",
+                       norm_eps=j.get("layer_norm_eps", float, 1e-5), qkv_bias=bias, attention_output_bias=bias,
+                       mlp_bias=True, parallel_residual=j.get("use_parallel_residual", bool, True),
+                       **j.rope(sizes["head_width"], "rotary_emb_base", "rotary_pct", 0.25))
+
+
+def llama_config(j: Json) -> ModelConfig:
+    sizes, bias = j.sizes(), j.get("attention_bias", bool, False)
+    return ModelConfig(**sizes, activation=j.activation("silu"), gated=True, norm="rms",
+                       norm_eps=j.get("rms_norm_eps", float, 1e-6), qkv_bias=bias, attention_output_bias=bias,
+                       mlp_bias=j.get("mlp_bias", bool, False), parallel_residual=False,
+                       **j.rope(sizes["head_width"], "rope_theta", "partial_rotary_factor", 1.0))
+
+
+# ---- families: their names -> ours. {} is the block number, * stands for weight and bias -------------------------------
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type. A tuple on the right is one fused tensor, its parts interleaved head by head."""
+    config: Callable[[Json], ModelConfig]
+    prefix: str                          # in front of every key of the trunk
+    reward_class: str                    # transformers' class for a trunk with a scalar head
+    names: dict[str, str | tuple[str, ...]]
+
+
+FAMILIES = {
+    "gpt_neox": Family(gpt_neox_config, "gpt_neox.", "GPTNeoXForSequenceClassification", {
+        "embed_in.weight": "embedding.weight",
+        "layers.{}.input_layernorm.*": "blocks.{}.attention_norm.*",
+        "layers.{}.attention.query_key_value.*": tuple(f"blocks.{{}}.attention.{part}.*" for part in ("query", "key", "value")),
+        "layers.{}.attention.dense.*": "blocks.{}.attention.output.*",
+        "layers.{}.post_attention_layernorm.*": "blocks.{}.mlp_norm.*",
+        "layers.{}.mlp.dense_h_to_4h.*": "blocks.{}.mlp.up.*",
+        "layers.{}.mlp.dense_4h_to_h.*": "blocks.{}.mlp.down.*",
+        "final_layer_norm.*": "final_norm.*",
+    }),
+    "llama": Family(llama_config, "model.", "LlamaForSequenceClassification", {
+        "embed_tokens.weight": "embedding.weight",
+        "layers.{}.input_layernorm.*": "blocks.{}.attention_norm.*",
+        "layers.{}.self_attn.q_proj.*": "blocks.{}.attention.query.*",
+        "layers.{}.self_attn.k_proj.*": "blocks.{}.attention.key.*",
+        "layers.{}.self_attn.v_proj.*": "blocks.{}.attention.value.*",
+        "layers.{}.self_attn.o_proj.*": "blocks.{}.attention.output.*",
+        "layers.{}.post_attention_layernorm.*": "blocks.{}.mlp_norm.*",
+        "layers.{}.mlp.gate_proj.*": "blocks.{}.mlp.gate.*",
+        "layers.{}.mlp.up_proj.*": "blocks.{}.mlp.up.*",
+        "layers.{}.mlp.down_proj.*": "blocks.{}.mlp.down.*",
+        "norm.*": "final_norm.*",
+    }),
+}
+
+# Keys that a checkpoint may hold and a reward model does not need: language-model heads and stored constants.
+IGNORED = re.compile(r"(lm_head|embed_out)\.weight|(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)")
+
+
+def name_table(family: Family, trunk: nn.Module) -> dict[str, tuple[str, ...]]:
+    """{their key without prefix: our parameter names} for exactly the parameters that this trunk has."""
+    ours, table = set(dict(trunk.named_parameters())), {}
+    for theirs, our in family.names.items():
+        parts = our if isinstance(our, tuple) else (our,)
+        for block in range(trunk.c.blocks) if "{}" in theirs else [0]:
+            for kind in ("weight", "bias") if "*" in theirs else [""]:
+                fill = lambda name: name.replace("{}", str(block)).replace("*", kind)       # noqa: E731
+                if ours.issuperset(map(fill, parts)):
+                    table[fill(theirs)] = tuple(map(fill, parts))
+    return table
+
+
+def split_heads(fused: Tensor, heads: int) -> list[Tensor]:
+    """(H x 3 x C, ...) -> three (H x C, ...): GPT-NeoX stores query, key and value of one head side by side."""
+    parts = fused.view(heads, 3, -1, *fused.shape[1:])
+    return [parts[:, i].reshape(-1, *fused.shape[1:]) for i in range(3)]
+
+
+def fuse_heads(parts: list[Tensor], heads: int) -> Tensor:
+    """The inverse of `split_heads`."""
+    stacked = torch.stack([p.reshape(heads, -1, *p.shape[1:]) for p in parts], 1)
+    return stacked.reshape(-1, *parts[0].shape[1:])
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------------
+
+class Checkpoint:
+    """An opened directory: `config`, `tokenizer`, and weights that are read when asked for. Nothing is executed."""
+
+    def __init__(self, model: str):
+        self.directory = _find(model)
+        self.json = read_json(self.directory / "config.json")
+        where = str(self.directory / "config.json")
+        if self.json.get("model_type") not in FAMILIES:
+            raise InputError(f'{where}: "model_type" is {json.dumps(self.json.get("model_type"))}; known: {", ".join(FAMILIES)}')
+        self.family = FAMILIES[self.json["model_type"]]
+        self.config = self.family.config(Json(self.json, where))
+        self.tokenizer = Tokenizer(self.directory / "tokenizer.json")
+        if self.tokenizer.size > self.config.vocabulary:
+            raise InputError(f"{self.directory}: the tokenizer has ids up to {self.tokenizer.size - 1} and the embedding "
+                             f"{self.config.vocabulary} rows; this tokenizer belongs to another model")
+        self.weights = Weights(self.directory)
+        self.prefix = self.family.prefix if any(k.startswith(self.family.prefix) for k in self.weights.files) else ""
+
+    @property
+    def has_head(self) -> bool:
+        return "score.weight" in self.weights.files
+
+    def load(self, dtype=torch.float32, device="cpu") -> tuple[Trunk, Tensor | None]:
+        """The filled trunk, and the reward head (D,) fp32 or None if the checkpoint has none."""
+        with torch.device("meta"):
+            trunk = Trunk(self.config)
+        table = {self.prefix + theirs: ours for theirs, ours in name_table(self.family, trunk).items()}
+        self._audit(table)
+        for theirs, ours in table.items():
+            empty = [trunk.get_parameter(name) for name in ours]
+            shape = (sum(p.shape[0] for p in empty), *empty[0].shape[1:])
+            tensor = self.weights.read(theirs, shape).to(dtype)
+            parts = [tensor] if len(ours) == 1 else split_heads(tensor, self.config.heads)
+            for name, part in zip(ours, parts):
+                owner, _, leaf = name.rpartition(".")
+                setattr(trunk.get_submodule(owner), leaf, nn.Parameter(part.to(device).contiguous()))
+        head = self.weights.read("score.weight", (1, self.config.width))[0].float().to(device) if self.has_head else None
+        return trunk, head
+
+    def _audit(self, table):
+        keys = set(self.weights.files)
+        missing = sorted(set(table) - keys)
+        extra = sorted(k for k in keys - set(table) - {"score.weight"} if not IGNORED.fullmatch(k))
+        for what, names in (("missing", missing), ("not part of this model", extra)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise InputError(f"{self.directory}: {', '.join(names[:3])}{more} {what}; config.json says "
+                                 f"{self.json['model_type']} with {self.config.blocks} blocks")
+
+
+class Weights:
+    """Named tensors in model.safetensors, or in the shards that model.safetensors.index.json lists. `files`: key -> path."""
+
+    def __init__(self, directory: Path):
+        single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+        if single.is_file():
+            self.files = {key: single for key in _keys(single)}
+        elif index.is_file():
+            self.files = self._indexed(directory, index)
+        else:
+            raise InputError(f"{directory}: no model.safetensors and no model.safetensors.index.json; expected weights in safetensors format")
+
+    def _indexed(self, directory, index):
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise InputError(f'{index}: "weight_map" is missing or empty; expected an object of tensor name to file name')
+        held = {}
+        for name in sorted(set(map(str, listed.values()))):
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise InputError(f"{index}: names the file {name!r}, which is outside {directory}; expected a plain file name")
+            if not (directory / name).is_file():
+                raise InputError(f"{index}: names the file {name!r}, which is missing from {directory}")
+            held.update({key: directory / name for key in _keys(directory / name)})
+        for key, name in listed.items():
+            if held.get(key) != directory / str(name):
+                raise InputError(f"{index}: says that {key!r} is in {name}, which does not hold it")
+        return held
+
+    def read(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor, checked: shape, floating type, finite values."""
+        path = self.files[key]
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                found = tuple(file.get_slice(key).get_shape())
+                if found != shape:
+                    raise InputError(f"{path}: {key!r} has shape {found}, but config.json asks for {shape}")
+                tensor = file.get_tensor(key)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise InputError(f"{path}: {key!r} cannot be read ({_line(error)}); fetch the file again") from None
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise InputError(f"{path}: {key!r} ({tensor.dtype}) is not a tensor of finite floating-point numbers")
+        return tensor
+
+
+class Tokenizer:
+    """tokenizer.json: text -> ids, with the leading special tokens (BOS) that the file itself adds, and nothing after."""
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; expected the checkpoint's tokenizer.json")
+        try:
+            self.file = TokenizerFile.from_str(path.read_text("utf-8"))
+            self.file.no_truncation()            # a file may carry both, left by whoever saved it
+            self.file.no_padding()
+            ids = self.file.encode("a", add_special_tokens=True)
+            self.size = 1 + max(self.file.get_vocab(with_added_tokens=True).values(), default=-1)
+        except Exception as error:               # the library raises plain Exception
+            raise InputError(f"{path}: not a usable tokenizer ({_line(error)})") from None
+        special = ids.special_tokens_mask
+        self.bos = ids.ids[:special.index(0) if 0 in special else 0]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, BOS in front if the tokenizer adds one, no EOS."""
+        return [self.bos + e.ids for e in self.file.encode_batch(texts, add_special_tokens=False)]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, or one clear line."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a Hugging Face checkpoint directory") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({_line(error)})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _find(model: str) -> Path:
+    """A directory as it is, or a hub name downloaded into the hub's cache (weights, config and tokenizer only)."""
+    if Path(model).is_dir():
+        return Path(model)
+    if Path(model).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise InputError(f"--model {model}: no such directory; expected a checkpoint directory or a hub name such as EleutherAI/pythia-1.4b")
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise InputError(f"--model {model}: no such directory, and the hub did not deliver it ({_line(error)})") from None
+
+
+def _keys(path: Path) -> list[str]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({_line(error)}); fetch it again") from None
+
+
+def _line(error) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(directory: Path, source: Checkpoint, trunk: Trunk, head: Tensor, dtype: str = "float32"):
+    """Write a reward model that transformers' AutoModelForSequenceClassification opens; config.json comes last.
+
+    directory must exist. Weights are stored as `dtype`, a key of STORAGE.
+    """
+    tensors = {"score.weight": head.detach()[None]}
+    for theirs, ours in name_table(source.family, trunk).items():
+        parts = [trunk.get_parameter(name).detach() for name in ours]
+        tensors[source.family.prefix + theirs] = parts[0] if len(parts) == 1 else fuse_heads(parts, source.config.heads)
+    write_weights(directory, {k: t.to(device="cpu", dtype=STORAGE[dtype]).contiguous() for k, t in tensors.items()})
+    for name in TOKENIZER_FILES:
+        if (source.directory / name).is_file() and source.directory != directory:
+            shutil.copyfile(source.directory / name, directory / name)
+    config = {k: v for k, v in source.json.items() if k not in ("auto_map", "num_labels", "label2id")}
+    config |= {"architectures": [source.family.reward_class], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
+               "pad_token_id": pad_id(source), "dtype": dtype, "torch_dtype": dtype}
+    write_json(directory / "config.json", config)
+
+
+def write_weights(directory: Path, tensors: dict[str, Tensor]):
+    """model.safetensors, or shards of at most 5 GB with an index; each written beside and renamed."""
+    shards, filled = [{}], 0
+    for key, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][key] = tensor
+        filled += tensor.nbytes
+    names = ["model.safetensors"] if len(shards) == 1 else \
+        [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards):
+        write_tensors(directory / name, shard)
+    if len(shards) > 1:
+        write_json(directory / "model.safetensors.index.json", {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]):
+    """One safetensors file, whole or not at all."""
+    beside = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, beside, metadata={"format": "pt"})
+        os.replace(beside, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"cannot write {path}: {_line(error)}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def pad_id(source: Checkpoint) -> int:
+    """An id that no text ends in: the tokenizer's own pad if it is not EOS, else the first unused embedding row, else unk.
+
+    transformers pools at the last token that is not this id, so a pad that is also EOS would move the reward.
+    """
+    path = source.directory / "tokenizer_config.json"
+    named = read_json(path) if path.is_file() else {}
+    token_id = lambda t: source.tokenizer.file.token_to_id(t.get("content", "") if isinstance(t, dict) else str(t))  # noqa: E731
+    eos = {token_id(named.get("eos_token"))} | set(_list(source.json.get("eos_token_id")))
+    padding = [t for t in source.tokenizer.file.get_added_tokens_decoder().values() if t.special and "pad" in t.content.lower()]
+    candidates = [source.json.get("pad_token_id"), token_id(named.get("pad_token")), *(token_id(t.content) for t in padding)]
+    candidates.append(source.tokenizer.size if source.tokenizer.size < source.config.vocabulary else None)
+    candidates += [token_id(named.get("unk_token")), token_id("<unk>")]
+    for candidate in candidates:
+        if type(candidate) is int and candidate not in eos and 0 <= candidate < source.config.vocabulary:
+            return candidate
+    raise InputError(f"{source.directory}: no id is left for padding: the tokenizer names no pad or unk token apart from "
+                     "EOS and every embedding row is used; add a pad token to tokenizer_config.json")
+
+
+def _list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def random_checkpoint(directory: Path, config: dict, tokenizer: Path, seed: int, std: float = 0.02):
+    """Write a causal-LM-shaped checkpoint with random weights: matrices normal(0, std), biases 0, norms 1.
+
+    config: the content of config.json, of a known model_type; tokenizer: a tokenizer.json to copy.
+    """
+    family = FAMILIES[config["model_type"]]
+    generator = torch.Generator().manual_seed(seed)
+    trunk = Trunk(family.config(Json(config, "config")))
+    directory.mkdir(parents=True)
+    with torch.no_grad():
+        for name, p in trunk.named_parameters():
+            if p.ndim == 2:
+                p.normal_(0, std, generator=generator)
+            else:
+                p.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+    tensors = {}
+    for theirs, ours in name_table(family, trunk).items():
+        parts = [trunk.get_parameter(n).detach() for n in ours]
+        tensors[family.prefix + theirs] = parts[0] if len(parts) == 1 else fuse_heads(parts, trunk.c.heads)
+    write_weights(directory, tensors)
+    shutil.copyfile(tokenizer, directory / "tokenizer.json")
+    write_json(directory / "config.json", config)

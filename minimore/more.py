@@ -1,0 +1,207 @@
+"""MORE, multi-objective reward learning: the paper in one file.
+
+"On Diversified Preferences of Large Language Model Alignment", arXiv 2312.07401v5. Every function is pure; the reward
+of a response is r = head . z, with z the last hidden state of its last token and head one bias-free linear layer.
+
+K sources, B pairs, D width.
+"""
+
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MOST_SOURCES = 12   # the exact solver tries all 2^K - 1 supports
+
+
+def pair_losses(margins: Tensor) -> Tensor:
+    """Bradley-Terry loss of each pair: -log sigmoid(r_chosen - r_rejected), the summand of Eq. 1.
+
+    margins: (B,) -> (B,), nats. Source: Bradley and Terry 1952; arXiv 2312.07401v5, Eq. 1.
+
+    >>> pair_losses(torch.tensor([0.0]))
+    tensor([0.6931])
+    """
+    return -F.logsigmoid(margins)
+
+
+def bradley_terry_losses(head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: Tensor,
+                         sources: int | None = None) -> Tensor:
+    """Mean Bradley-Terry loss of each source: L_k = -mean_{b in k} log sigmoid(head . (z_chosen - z_rejected)).
+
+    head: (D,); z_chosen, z_rejected: (B, D); source: (B,) integers in [0, K); sources: K, by default the largest + 1.
+    Returns (K,), nats; NaN for a source without a pair in the batch. Source: Eq. 1, once per source as in Eq. 7.
+    """
+    losses = pair_losses((z_chosen - z_rejected) @ head)                                  # Eq. 1
+    return torch.stack([losses[source == k].mean() for k in range(_count(source, sources))])
+
+
+def head_gradients(head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: Tensor,
+                   sources: int | None = None) -> Tensor:
+    """Gradient of each source's loss with respect to the head, in closed form; no backward pass.
+
+    g_k = -mean_{b in k} sigmoid(-margin_b) (z_chosen_b - z_rejected_b)
+
+    Shapes as in `bradley_terry_losses`. Returns (K, D), detached; a NaN row for a source without a pair.
+    Source: appendix B, theta_rm; equal to autograd on `bradley_terry_losses`.
+    """
+    difference = (z_chosen - z_rejected).detach()                                         # (B, D)
+    per_pair = -torch.sigmoid(-(difference @ head.detach()))[:, None] * difference        # (B, D)
+    return torch.stack([per_pair[source == k].mean(0) for k in range(_count(source, sources))])
+
+
+def min_norm_weights(gradients: Tensor) -> Tensor:
+    """Weights of the shortest vector in the convex hull of the gradients, exactly.
+
+    argmin_lambda ||sum_k lambda_k g_k||^2 with lambda_k >= 0, sum_k lambda_k = 1
+
+    gradients: (K, D), K <= 12. Returns (K,) float64. A zero row takes all the weight. Raises ValueError if a value is
+    not finite. Source: appendix B of the paper; Sener and Koltun 2018 (MGDA). The paper iterates (`frank_wolfe_weights`);
+    here every support is solved in closed form and the shortest candidate wins, so there is no tolerance to choose.
+
+    >>> min_norm_weights(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    tensor([0.2000, 0.8000], dtype=torch.float64)
+    """
+    G = _checked(gradients)
+    K = len(G)
+    if K > MOST_SOURCES:
+        raise ValueError(f"the exact solver takes at most {MOST_SOURCES} sources, got {K}; use another method")
+    norms = G.norm(dim=1)
+    if (norms == 0).any():
+        return (norms == 0).double() / (norms == 0).sum()
+    units = G / norms[:, None]
+    C, b = units @ units.T, norms.min() / norms                      # cosines, and scales in (0, 1]
+    # On a support S the minimiser solves (C_S + b_S b_S^T) x = b_S, lambda proportional to x b (identity off S).
+    S = torch.tensor(list(product([0.0, 1.0], repeat=K))[1:], dtype=G.dtype, device=G.device)          # (2^K - 1, K)
+    A = S[:, :, None] * (C + b[:, None] * b) * S[:, None, :] + torch.diag_embed(1 - S)
+    x, _ = torch.linalg.solve_ex(A, (S * b)[..., None])
+    candidates = (x[..., 0] * b * S).nan_to_num(0, 0, 0).clamp_min(0)
+    candidates = candidates / candidates.sum(1, keepdim=True)        # every candidate is feasible, or NaN if all clipped
+    lengths = (candidates @ G).norm(dim=1).nan_to_num(torch.inf)
+    return candidates[lengths.argmin()]
+
+
+def frank_wolfe_weights(gradients: Tensor, iterations: int = 1000, tolerance: float = 1e-5) -> Tensor:
+    """The same weights by Frank-Wolfe with exact line search, as the paper solves them; approximate.
+
+    gradients: (K, D). Starts at the gradient of least norm, stops when no weight moved by `tolerance`. Returns (K,)
+    float64. Source: arXiv 2312.07401v5, section 4; Jaggi 2013. Differs from the authors' code: no clamp of the step
+    to [.001, .999], and it starts at one gradient, not at the best pair.
+    """
+    G = _checked(gradients)
+    M = G @ G.T                                                      # all that the weights need
+    weights = F.one_hot(M.diagonal().argmin(), len(M)).to(M)
+    for _ in range(iterations):
+        towards = F.one_hot((M @ weights).argmin(), len(M)).to(M)    # the vertex that decreases fastest
+        d = towards - weights
+        curvature = d @ M @ d
+        if curvature <= 0:
+            break
+        step = (-(weights @ M @ d) / curvature).clamp(0, 1)          # exact line search
+        weights = weights + step * d
+        if (step * d).abs().sum() < tolerance:
+            break
+    return weights
+
+
+def normalize_gradients(gradients: Tensor, losses: Tensor, how: str) -> Tensor:
+    """Scale the head gradients before the solve.
+
+    `none`: g; `l2`: g / ||g||; `loss`: g / ((l + 1) / sum (l + 1)); `loss+`: g / (||g|| l)
+
+    gradients: (K, D), losses: (K,). Returns (K, D). Source: the authors' code; the paper's text does not normalise.
+    """
+    norms = gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny)
+    scale = {"none": lambda: torch.ones_like(losses), "l2": lambda: norms,
+             "loss": lambda: (losses + 1) / (losses + 1).sum(), "loss+": lambda: norms * losses}
+    if how not in scale:
+        raise ValueError(f"normalize: {how!r} is not one of {', '.join(scale)}")
+    return gradients / scale[how]()[:, None]
+
+
+def more_loss(head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: Tensor, sources: int | None = None,
+              normalize: str = "l2") -> tuple[Tensor, Tensor]:
+    """The MORE loss of one batch: L_MORE = sum_k lambda_k L_k, with lambda from `min_norm_weights`, detached.
+
+    Shapes as in `bradley_terry_losses`. Returns the loss () and the weights (K,). With one source it is plain
+    Bradley-Terry. Source: Eq. 7 and appendix B.
+    """
+    losses = bradley_terry_losses(head, z_chosen, z_rejected, source, sources)
+    gradients = head_gradients(head, z_chosen, z_rejected, source, sources)
+    weights = more_weights(losses, gradients, _pairs_per_source(source, len(losses)), {}, normalize=normalize)
+    return weighted_loss(weights, losses), weights
+
+
+def weighted_loss(weights: Tensor, losses: Tensor) -> Tensor:
+    """sum_k lambda_k L_k over the sources that have a weight; an absent source (NaN, weight 0) does not enter. Eq. 7."""
+    present = weights > 0
+    return weights[present] @ losses[present]                                             # Eq. 7
+
+
+# ---- weightings: (losses (K,), gradients (K, D), pairs (K,), state) -> weights (K,), on the simplex -----------------
+# A source with pairs == 0 gets weight 0. `state` is a dict of tensors that lives as long as the run and is saved with it.
+
+def uniform_weights(losses: Tensor, gradients: Tensor, pairs: Tensor, state: dict) -> Tensor:
+    """The same weight for every source in the batch."""
+    present = (pairs > 0).to(losses)
+    return present / present.sum()
+
+
+def proportional_weights(losses: Tensor, gradients: Tensor, pairs: Tensor, state: dict) -> Tensor:
+    """Each source's share of the batch: lambda_i = |D_i| / |D|, plain mixing, the paper's MultiTask (below Eq. 7)."""
+    return pairs.to(losses) / pairs.sum()
+
+
+def more_weights(losses: Tensor, gradients: Tensor, pairs: Tensor, state: dict, *, normalize: str = "l2",
+                 average: float = 1.0) -> Tensor:
+    """Min-norm weights of the (normalised, averaged) head gradients: the paper's lambda.
+
+    `average` is the weight alpha of the newest gradient in m <- (1 - alpha) m + alpha g; 1 keeps no memory. m starts at
+    a source's first gradient. Differs from the authors' code, where m starts at random. State: "average" (K, D), "seen" (K,).
+    """
+    present = pairs > 0
+    g = torch.where(present[:, None], gradients, 0).detach()
+    if average < 1:
+        seen = state.get("seen", torch.zeros_like(present))
+        old = torch.where(seen[:, None], state.get("average", g), g)
+        g = torch.where(present[:, None], (1 - average) * old + average * g, old)
+        state.update(average=g, seen=seen | present)
+    weights = torch.zeros_like(losses.detach())
+    solved = min_norm_weights(normalize_gradients(g[present], losses.detach()[present], normalize))
+    weights[present] = solved.to(weights)
+    return weights
+
+
+def group_dro_weights(losses: Tensor, gradients: Tensor, pairs: Tensor, state: dict, *, rate: float = 0.01) -> Tensor:
+    """Worst source first: q_k <- q_k exp(rate L_k), normalised. State: "q" (K,).
+
+    Source: Sagawa et al. 2020, arXiv 1911.08731, algorithm 1. An absent source keeps its q and gets no weight.
+    """
+    present = pairs > 0
+    q = state.get("q", torch.full_like(losses.detach(), 1 / len(losses)))
+    q = q * torch.where(present, rate * losses.detach(), 0).exp()
+    state["q"] = q = q / q.sum()
+    return torch.where(present, q, 0) / q[present].sum()
+
+
+WEIGHTINGS = {"more": more_weights, "uniform": uniform_weights, "proportional": proportional_weights,
+              "group_dro": group_dro_weights}
+
+
+def _count(source, sources):
+    return sources if sources is not None else int(source.max()) + 1
+
+
+def _pairs_per_source(source, sources):
+    return torch.bincount(source, minlength=sources)
+
+
+def _checked(gradients):
+    """Float64 copy, scaled so that squares neither overflow nor vanish."""
+    if gradients.ndim != 2 or len(gradients) == 0:
+        raise ValueError(f"gradients must have shape (K, D) with K >= 1, got {tuple(gradients.shape)}")
+    G = gradients.detach().double()
+    if not G.isfinite().all():
+        raise ValueError("gradients must be finite")
+    return G / G.abs().max().clamp_min(torch.finfo(G.dtype).tiny)

@@ -193,6 +193,9 @@ class Checkpoint:
         if self.tokenizer.size > self.config.vocabulary:
             raise InputError(f"{self.directory}: the tokenizer has ids up to {self.tokenizer.size - 1} and the embedding "
                              f"{self.config.vocabulary} rows; this tokenizer belongs to another model")
+        self.tokenizer_files = {name: (self.directory / name).read_bytes() for name in TOKENIZER_FILES
+                                if (self.directory / name).is_file()}
+        self.tokenizer_config = read_json(self.directory / "tokenizer_config.json") if "tokenizer_config.json" in self.tokenizer_files else {}
         self.weights = Weights(self.directory)
         self.prefix = self.family.prefix if any(k.startswith(self.family.prefix) for k in self.weights.files) else ""
 
@@ -343,9 +346,8 @@ def save_checkpoint(directory: Path, source: Checkpoint, trunk: Trunk, head: Ten
         parts = [trunk.get_parameter(name).detach() for name in ours]
         tensors[source.family.prefix + theirs] = parts[0] if len(parts) == 1 else fuse_heads(parts, source.config.heads)
     write_weights(directory, {k: t.to(device="cpu", dtype=STORAGE[dtype]).contiguous() for k, t in tensors.items()})
-    for name in TOKENIZER_FILES:
-        if (source.directory / name).is_file() and source.directory != directory:
-            shutil.copyfile(source.directory / name, directory / name)
+    for name, content in source.tokenizer_files.items():
+        (directory / name).write_bytes(content)
     config = {k: v for k, v in source.json.items() if k not in ("auto_map", "num_labels", "label2id")}
     config |= {"architectures": [source.family.reward_class], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
                "pad_token_id": pad_id(source), "dtype": dtype, "torch_dtype": dtype}
@@ -388,8 +390,7 @@ def pad_id(source: Checkpoint) -> int:
 
     transformers pools at the last token that is not this id, so a pad that is also EOS would move the reward.
     """
-    path = source.directory / "tokenizer_config.json"
-    named = read_json(path) if path.is_file() else {}
+    named = source.tokenizer_config
     token_id = lambda t: source.tokenizer.file.token_to_id(t.get("content", "") if isinstance(t, dict) else str(t))  # noqa: E731
     eos = {token_id(named.get("eos_token"))} | set(_list(source.json.get("eos_token_id")))
     padding = [t for t in source.tokenizer.file.get_added_tokens_decoder().values() if t.special and "pad" in t.content.lower()]

@@ -1,0 +1,7 @@
+"""`python -m minimore` is `minimore`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,275 @@
+"""Preference pairs: JSON lines -> checked texts -> token pairs -> one packed batch. Sampling orders, too.
+
+A line is one of
+
+    {"prompt": ..., "chosen": ..., "rejected": ...}
+    {"chosen": ..., "rejected": ...}                whole dialogues; the prompt is their common beginning (Anthropic HH)
+    {"text": [...], "score": [...]}                 k responses with scores: every ordered pair of unequal scores
+
+Other keys are tolerated. Nothing is skipped silently: see `Source.line`.
+"""
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import zlib
+from dataclasses import dataclass, field
+from typing import Iterator, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attention import Stream, pack
+from .checkpoint import Tokenizer
+from .options import InputError
+
+ASSISTANT = ("\n\nAssistant:", "## Assistant:")      # what ends the prompt of a dialogue that is given whole
+CHUNK = 512                                          # pairs tokenised at a time
+
+
+class Pair(NamedTuple):
+    """One preference as texts; the model reads prompt + response, joined with nothing between."""
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+class TokenPair(NamedTuple):
+    """One preference as token ids (int32), each side at most max_length long; the first `shared` ids are the same."""
+    chosen: np.ndarray
+    rejected: np.ndarray
+    shared: int
+    longer: int                                      # characters of the chosen response minus the rejected one's
+    line: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed: the shared prefix counts once."""
+        return len(self.chosen) + len(self.rejected) - self.shared
+
+
+@dataclass
+class Source:
+    """One preference dataset, tokenised, with a count of everything that was not used as it came."""
+    name: str
+    pairs: list[TokenPair] = field(default_factory=list)
+    label_ties: int = 0                              # annotators scored both alike: no preference to learn
+    identical: int = 0                               # the model would see the same tokens on both sides
+    truncated: int = 0                               # at least one side was cut on the left
+    dropped: int = 0                                 # nothing to read: no token at all
+    blank: int = 0                                   # a response without a visible character; kept
+
+    def line(self) -> str:
+        """One line for the log; pairs are those in use, after ties, identical and dropped ones."""
+        mean = sum(p.tokens for p in self.pairs) / len(self.pairs)
+        return (f"{self.name}: {len(self.pairs)} pairs, {self.label_ties} label ties, {self.identical} identical, "
+                f"{self.truncated} truncated, {self.blank} blank, {self.dropped} dropped, {mean:.0f} mean tokens")
+
+    def digest(self) -> str:
+        """sha256 over the token pairs, in order: the same digest, the same training data."""
+        h = hashlib.sha256()
+        for p in self.pairs:
+            h.update(np.array([len(p.chosen), len(p.rejected)]).tobytes() + p.chosen.tobytes() + p.rejected.tobytes())
+        return h.hexdigest()
+
+
+@dataclass(eq=False)
+class PairBatch:
+    """B pairs as one stream, chosen and rejected text in turn; source: (B,) int64, the source of each pair."""
+    stream: Stream
+    source: Tensor
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+def read_records(path: str) -> Iterator[tuple[int, dict]]:
+    """(line number, object) for each line of a JSON lines file, plain or .gz; blank lines are passed over.
+
+    Raises InputError, naming file and line, for anything that is not UTF-8 JSON objects.
+    """
+    line = 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for line, raw in enumerate(file, 1):
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+                if text.strip():
+                    yield line, _object(text, f"{path}:{line}")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{line}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def _object(text, where):
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error}); expected one object a line") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def text_of(record: dict, key: str, where: str) -> str:
+    """record[key] as a string that can be encoded, or an InputError that shows the keys found."""
+    if key not in record:
+        raise InputError(f'{where}: "{key}" is missing; found keys: {", ".join(map(str, record)) or "none"}')
+    return _text(record[key], f'{where}: "{key}"')
+
+
+def _text(value, where):
+    if not isinstance(value, str):
+        raise InputError(f"{where} is {json.dumps(value)[:60]}; expected a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{where} holds half of a surrogate pair; expected valid Unicode") from None
+    return value
+
+
+def record_pairs(record: dict, where: str) -> tuple[list[Pair], int]:
+    """The pairs of one line and the number of its label ties."""
+    if "text" in record and "chosen" not in record:
+        return _scored_pairs(record, where)
+    chosen, rejected = text_of(record, "chosen", where), text_of(record, "rejected", where)
+    if "prompt" in record:
+        return [Pair(text_of(record, "prompt", where), chosen, rejected)], 0
+    cut = prompt_end([chosen, rejected])
+    return [Pair(chosen[:cut], chosen[cut:], rejected[cut:])], 0
+
+
+def _scored_pairs(record, where):
+    texts, scores = record["text"], record.get("score")
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise InputError(f'{where}: "text" is {json.dumps(texts)[:60]}; expected a list of two or more strings')
+    texts = [_text(t, f'{where}: "text"[{i}]') for i, t in enumerate(texts)]
+    if not isinstance(scores, list) or len(scores) != len(texts) or \
+            not all(type(s) in (int, float) and math.isfinite(s) for s in scores):
+        found = "is missing" if "score" not in record else f"is {json.dumps(scores)[:60]}"
+        raise InputError(f'{where}: "score" {found}; expected a list of {len(texts)} numbers, one a text')
+    cut = prompt_end(texts)
+    k = range(len(texts))
+    pairs = [Pair(texts[0][:cut], texts[i][cut:], texts[j][cut:]) for i in k for j in k if scores[i] > scores[j]]
+    return pairs, sum(scores[i] == scores[j] for i in k for j in k if i < j)
+
+
+def prompt_end(texts: Sequence[str]) -> int:
+    """Where the shared prompt of whole dialogues ends: after the last assistant mark inside their common beginning.
+
+    Without such a mark the whole texts are responses. (Sharing of tokens is found later, from the tokens.)
+
+    >>> prompt_end(["\\n\\nHuman: hi\\n\\nAssistant: yes", "\\n\\nHuman: hi\\n\\nAssistant: yo"])
+    23
+    """
+    common = os.path.commonprefix(list(texts))
+    return max((common.rfind(mark) + len(mark) for mark in ASSISTANT if mark in common), default=0)
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+def load_source(name: str, path: str, tokenizer: Tokenizer, max_length: int) -> Source:
+    """Read, check and tokenise a file of pairs. Raises InputError if no usable pair is left."""
+    source, waiting, records = Source(name), [], 0
+    for line, record in read_records(path):
+        records += 1
+        pairs, ties = record_pairs(record, f"{path}:{line}")
+        source.label_ties += ties
+        waiting += [(line, pair) for pair in pairs]
+        if len(waiting) >= CHUNK:
+            _tokenise(source, waiting, tokenizer, max_length)
+            waiting = []
+    _tokenise(source, waiting, tokenizer, max_length)
+    if not source.pairs:
+        why = "is empty" if not records else (f"has no usable pair: of {records} lines, {source.label_ties} label ties, "
+                                              f"{source.identical} identical and {source.dropped} dropped pairs")
+        raise InputError(f"{path}: {why}; source {name!r} needs at least one pair")
+    return source
+
+
+def _tokenise(source, waiting, tokenizer, max_length):
+    texts = [p.prompt + response for _, p in waiting for response in (p.chosen, p.rejected)]
+    ids, cut = encode(texts, tokenizer, max_length)
+    for i, (line, pair) in enumerate(waiting):
+        chosen, rejected = ids[2 * i], ids[2 * i + 1]
+        if not len(chosen) or not len(rejected):
+            source.dropped += 1
+        elif np.array_equal(chosen, rejected):
+            source.identical += 1
+        else:
+            source.truncated += cut[2 * i] or cut[2 * i + 1]
+            source.blank += not (pair.chosen.strip() and pair.rejected.strip())
+            source.pairs.append(TokenPair(chosen, rejected, shared_length(chosen, rejected),
+                                          len(pair.chosen) - len(pair.rejected), line))
+
+
+def encode(texts: list[str], tokenizer: Tokenizer, max_length: int) -> tuple[list[np.ndarray], list[bool]]:
+    """Ids of each text, cut on the left to max_length tokens, BOS kept; and which texts were cut.
+
+    Differs from the authors' code, whose left truncation drops the BOS.
+    """
+    bos = len(tokenizer.bos)
+    if max_length <= bos:
+        raise InputError(f"--max-length {max_length}: expected more than the {bos} tokens that begin every text")
+    encoded = tokenizer.encode(texts)
+    ids = [np.array(t if len(t) <= max_length else t[:bos] + t[bos - max_length:], dtype=np.int32) for t in encoded]
+    return ids, [len(t) > max_length for t in encoded]
+
+
+def shared_length(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the longest common prefix of two id lists that leaves each at least one token of its own."""
+    most = min(len(a), len(b)) - 1
+    different = np.flatnonzero(a[:most] != b[:most])
+    return int(different[0]) if len(different) else most
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+def pack_pairs(pairs: Sequence[TokenPair], source: Sequence[int] | None = None, share: bool = True) -> PairBatch:
+    """Lay out pairs as one stream, the prompt stored once (`share=False`: twice, for comparison)."""
+    items = []
+    for p in pairs:
+        c, r, n = p.chosen.tolist(), p.rejected.tolist(), p.shared
+        items += [(c[:n], [c[n:], r[n:]])] if share else [([], [c]), ([], [r])]
+    return PairBatch(pack(items), torch.tensor(source if source is not None else [0] * len(pairs)))
+
+
+def split_by_tokens(tokens: Sequence[int], budget: int, unit: int = 1) -> list[range]:
+    """Cut a sequence of items into consecutive ranges of at most `budget` tokens, never inside a unit of items.
+
+    A unit larger than the budget makes a range of its own.
+    """
+    ranges, start, filled = [], 0, 0
+    for first in range(0, len(tokens), unit):
+        size = sum(tokens[first:first + unit])
+        if filled and filled + size > budget:
+            ranges.append(range(start, first))
+            start, filled = first, 0
+        filled += size
+    return ranges + [range(start, len(tokens))]
+
+
+def epoch_steps(sizes: Sequence[int], sampling: str, per_source: int | None, batch_size: int, seed: int,
+                epoch: int) -> list[np.ndarray]:
+    """The pairs of every optimizer step of one epoch: a list of (B, 2) arrays of (source, index in the source).
+
+    `equal`: per_source pairs of every source (by default all pooled pairs / K; a smaller source is repeated, a larger one
+    sampled), B / K of each source in every step, one of each in turn. `proportional`: a random mix of everything, each
+    source resampled first if per_source is given. A pure function of its arguments, so a resumed run continues in place.
+    """
+    K = len(sizes)
+    each = [per_source or max(1, sum(sizes) // K)] * K if sampling == "equal" or per_source else list(sizes)
+    orders = []
+    for k, (size, count) in enumerate(zip(sizes, each)):
+        random = np.random.default_rng([seed, epoch, k])
+        rounds = [random.permutation(size) for _ in range(-(-count // size))]
+        orders.append(np.stack([np.full(count, k), np.concatenate(rounds)[:count]], 1))              # (count, 2)
+    if sampling == "equal":
+        pool = np.stack(orders, 1).reshape(-1, 2)                                                    # one of each in turn
+    else:
+        pool = np.concatenate(orders)[np.random.default_rng([seed, epoch, K]).permutation(sum(each))]
+    return [pool[start:start + batch_size] for start in range(0, len(pool), batch_size)]

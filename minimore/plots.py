@@ -1,0 +1,64 @@
+"""Figures, if matplotlib is installed (the extra `plots`): reliability, margins, weights over time."""
+
+from pathlib import Path
+
+import numpy as np
+
+from .calibration import pair_reliability
+from .options import InputError
+
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")   # Okabe and Ito
+LINES = ("-", "--", "-.", ":")           # so that a grey print still tells sources apart
+
+
+def available() -> bool:
+    try:
+        import matplotlib                # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _figure(columns, rows=1):
+    if not available():
+        raise InputError("figures need matplotlib: pip install 'minimore[plots]'")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(3.2 * columns, 3.0 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_margins(margins: dict[str, np.ndarray], directory: Path) -> Path:
+    """Per source: reliability diagram (top, the paper's both-orders bins) and histogram of margins (bottom)."""
+    figure = _figure(len(margins), 2)
+    axes = figure.subplots(2, len(margins), squeeze=False)
+    for k, (name, m) in enumerate(margins.items()):
+        r, top, bottom = pair_reliability(m), axes[0, k], axes[1, k]
+        filled = r.count > 0
+        top.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        top.plot(r.confidence[filled], r.accuracy[filled], "o-", color=PALETTE[k % len(PALETTE)], markersize=4)
+        top.set(title=name, xlabel="predicted probability", ylabel="share that came true", xlim=(0, 1), ylim=(0, 1))
+        bottom.hist(m, bins=40, color=PALETTE[k % len(PALETTE)])
+        bottom.axvline(0, color="black", linewidth=0.8)
+        bottom.set(xlabel="margin (chosen minus rejected)", ylabel="pairs")
+    return _save(figure, directory / "margins.png")
+
+
+def draw_weights(weights: dict[str, list[float]], directory: Path) -> Path:
+    """The weight of every source over the steps of a run."""
+    figure = _figure(2)
+    axis = figure.subplots()
+    for k, (name, values) in enumerate(weights.items()):
+        axis.plot(np.arange(1, len(values) + 1), values, LINES[k % len(LINES)], color=PALETTE[k % len(PALETTE)],
+                  label=name, linewidth=1.2)
+    axis.axhline(1 / len(weights), color="grey", linewidth=0.8)
+    axis.set(xlabel="step", ylabel="weight (lambda)", ylim=(0, None))
+    axis.legend(fontsize="small", ncols=2)
+    return _save(figure, directory / "weights.png")
+
+
+def _save(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path

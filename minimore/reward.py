@@ -1,0 +1,190 @@
+"""The reward model: trunk + one bias-free linear head in fp32, read at the last content token. And `score`.
+
+S texts, B pairs, D width.
+"""
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Stream, pack
+from .calibration import probability
+from .checkpoint import Checkpoint, read_json
+from .model import Trunk
+from .options import InputError, option, refuse_existing
+from .pairs import PairBatch, TokenPair, encode, pack_pairs, record_pairs, read_records, shared_length, split_by_tokens, text_of
+
+DEFAULT_MAX_LENGTH = 512                 # the paper's
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What every command that opens a model takes."""
+    model: str = option(help="checkpoint directory or hub name: a causal LM (fresh head) or a saved reward model")
+    seed: int = option(0, help="seeds a fresh head and the order of the data")
+    device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute; auto takes a GPU if there is one")
+    compute_dtype: str = option("auto", choices=("auto", "float32", "bfloat16"),
+                                help="type of activations and matrix products; auto is bfloat16 on CUDA, float32 elsewhere")
+    micro_tokens: int = option(8192, help="unique tokens computed at a time; bounds memory, changes no result beyond rounding")
+
+
+class RewardModel(nn.Module):
+    """trunk: (tokens) -> z (S, D); head: (D,) fp32, reward = z . head. No EOS is appended, no token is padding."""
+
+    def __init__(self, trunk: Trunk, head: Tensor):
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Parameter(head)
+
+    def features(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Last hidden states of the chosen and the rejected texts: two (B, D), fp32."""
+        z = self.trunk(batch.stream.to(self.head.device))
+        return z[0::2], z[1::2]
+
+    def rewards(self, stream: Stream) -> Tensor:
+        """Reward of each text: (S,) fp32."""
+        return self.trunk(stream.to(self.head.device)) @ self.head
+
+
+def fresh_head(width: int, seed: int) -> Tensor:
+    """An untrained head (D,): normal(0, 1 / sqrt(D + 1)), from its own seeded generator."""
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width + 1)
+
+
+def open_reward_model(options: ModelOptions) -> tuple[RewardModel, Checkpoint]:
+    """Open a checkpoint as a reward model on the device asked for; a checkpoint without a head gets a fresh one."""
+    if options.micro_tokens < 1:
+        raise InputError(f"--micro-tokens {options.micro_tokens}: expected at least 1")
+    device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
+    if not 0 <= options.seed < 2 ** 63:
+        raise InputError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
+    checkpoint = Checkpoint(options.model)
+    trunk, head = checkpoint.load(device=device)
+    if head is None:
+        head = fresh_head(checkpoint.config.width, options.seed).to(device)
+    kind = options.compute_dtype if options.compute_dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+    trunk.compute_dtype = getattr(torch, kind)
+    return RewardModel(trunk, head), checkpoint
+
+
+def max_length_of(model_directory: Path, asked: int | None) -> int:
+    """--max-length if given, else what the run was trained with, else 512."""
+    if asked is not None and asked < 1:
+        raise InputError(f"--max-length {asked}: expected at least 1")
+    path = model_directory / "options.json"
+    stored = read_json(path).get("max_length") if asked is None and path.is_file() else None
+    return asked or (stored if type(stored) is int and stored > 0 else DEFAULT_MAX_LENGTH)
+
+
+@torch.no_grad()
+def pair_rewards(model: RewardModel, pairs: Sequence[TokenPair], micro_tokens: int = 8192, share: bool = True) -> Tensor:
+    """Rewards of both sides of every pair: (B, 2) fp32 on the CPU, chosen first."""
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i].tokens)             # similar lengths waste least
+    out = torch.empty(len(pairs), 2)
+    for part in split_by_tokens([pairs[i].tokens for i in order], micro_tokens):
+        chosen, rejected = model.features(pack_pairs([pairs[order[i]] for i in part], share=share))
+        out[[order[i] for i in part]] = torch.stack([chosen @ model.head, rejected @ model.head], 1).cpu()
+    return _finite(out)
+
+
+@torch.no_grad()
+def text_rewards(model: RewardModel, texts: Sequence[Sequence[int]], micro_tokens: int = 8192) -> Tensor:
+    """Rewards of whole texts given as token ids: (S,) fp32 on the CPU."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    out = torch.empty(len(texts))
+    for part in split_by_tokens([len(texts[i]) for i in order], micro_tokens):
+        out[[order[i] for i in part]] = model.rewards(pack([([], [list(texts[order[i]])]) for i in part])).cpu()
+    return _finite(out)
+
+
+def _finite(rewards: Tensor) -> Tensor:
+    if not rewards.isfinite().all():
+        raise FloatingPointError("a reward is not finite: the model's numbers overflowed; check how it was trained")
+    return rewards
+
+
+# ---- the verb --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(ModelOptions):
+    input: str = option(help="JSON lines (.gz too) of pairs, or of prompt and response")
+    output: str = option(help="JSON lines file to write; must not exist")
+    max_length: int | None = option(None, help="tokens a text, cut on the left (default: the run's own, else 512)")
+
+
+def score(options: ScoreOptions):
+    """Add rewards to every line of a file, streaming, in input order.
+
+    A pair gets chosen_reward, rejected_reward and probability = sigmoid(difference); a prompt with a response gets reward.
+    """
+    refuse_existing(options.output)
+    for _ in read_records(options.input):        # a wrong path is said before the model is opened
+        break
+    model, checkpoint = open_reward_model(options)
+    if not checkpoint.has_head:
+        print(f"{options.model}: no score.weight, so the rewards are those of an untrained head", file=sys.stderr)
+    limit = max_length_of(checkpoint.directory, options.max_length)
+    beside, counts = options.output + ".partial", {"lines": 0, "truncated": 0, "blank": 0}
+    Path(options.output).absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(beside, "w", encoding="utf-8") as out:
+            records = read_records(options.input)
+            while chunk := list(islice(records, 256)):
+                for record in _scored(model, checkpoint, chunk, options, limit, counts):
+                    out.write(_json_line(record) + "\n")
+            if not counts["lines"]:
+                raise InputError(f"{options.input}: is empty; expected at least one line")
+        os.replace(beside, options.output)
+    finally:
+        Path(beside).unlink(missing_ok=True)
+    print(f"{options.output}: {counts['lines']} lines scored, {counts['truncated']} truncated to {limit} tokens, {counts['blank']} with a blank response")
+
+
+def _json_line(record):
+    text = json.dumps(record, ensure_ascii=False)
+    return text if text.encode("utf-8", "replace").decode() == text else json.dumps(record)      # half a surrogate pair
+
+
+def _scored(model, checkpoint, chunk, options, limit, counts):
+    """The records of one chunk with their rewards."""
+    responses = []                               # per record: prompt and its one or two responses
+    for line, record in chunk:
+        where = f"{options.input}:{line}"
+        if "response" in record and "chosen" not in record:
+            responses.append((text_of(record, "prompt", where), [text_of(record, "response", where)]))
+        elif "chosen" in record or "rejected" in record:
+            pair = record_pairs(record, where)[0][0]
+            responses.append((pair.prompt, [pair.chosen, pair.rejected]))
+        else:
+            raise InputError(f'{where}: expected "chosen" and "rejected", or "prompt" and "response"; '
+                             f'found keys: {", ".join(map(str, record)) or "none"}')
+    ids, cut = encode([prompt + r for prompt, rs in responses for r in rs], checkpoint.tokenizer, limit)
+    items, start = [], 0
+    for (line, _), (_, rs) in zip(chunk, responses):
+        mine, was_cut, start = ids[start:start + len(rs)], cut[start:start + len(rs)], start + len(rs)
+        if not all(map(len, mine)):
+            raise InputError(f"{options.input}:{line}: prompt and response are empty and the tokenizer adds no BOS: nothing to score")
+        counts["lines"] += 1
+        counts["truncated"] += any(was_cut)
+        counts["blank"] += not all(r.strip() for r in rs)
+        items.append(mine)
+    pairs = [TokenPair(*m, shared_length(*m), 0, 0) for m in items if len(m) == 2]
+    of_pairs = iter(pair_rewards(model, pairs, options.micro_tokens).tolist() if pairs else [])
+    texts = [m[0].tolist() for m in items if len(m) == 1]
+    of_texts = iter(text_rewards(model, texts, options.micro_tokens).tolist() if texts else [])
+    for (_, record), mine in zip(chunk, items):
+        if len(mine) == 2:
+            chosen, rejected = next(of_pairs)
+            yield record | {"chosen_reward": chosen, "rejected_reward": rejected, "probability": float(probability(chosen - rejected))}
+        else:
+            yield record | {"reward": next(of_texts)}

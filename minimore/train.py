@@ -1,0 +1,384 @@
+"""Training: the loop, its step, and everything that makes a run safe to kill. The plain engine: autograd on one device.
+
+K sources, B pairs in a step, D width.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable, Sequence
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .checkpoint import STORAGE, Checkpoint, read_json, save_checkpoint, write_tensors
+from .evaluate import evaluate_sources, table
+from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients, weighted_loss
+from .options import InputError, option, parse_sources, write_json
+from .pairs import PairBatch, Source, epoch_steps, load_source, pack_pairs, split_by_tokens
+from .reward import ModelOptions, RewardModel, open_reward_model
+
+MAY_CHANGE = ("resume", "output", "log_steps")       # options that a resumed run may give differently
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(ModelOptions):
+    """The defaults are the paper's."""
+    source: tuple[str, ...] = option((), repeat=True, help="NAME=TRAIN.jsonl[,TEST.jsonl]; once per source")
+    output: str = option(help="run directory to make; must not exist, except with --resume")
+    resume: bool = option(False, help="continue the run in --output: the same command again, plus this")
+    method: str = option("more", choices=tuple(WEIGHTINGS), help="how the sources' losses are weighted; proportional is the "
+                         "share of each source in the batch, so uniform under equal sampling")
+    normalize: str = option("l2", choices=("none", "l2", "loss", "loss+"), help="more: scaling of the head gradients before the solve")
+    gradient_average: float = option(1.0, help="more: weight of the newest head gradient in its running average; 1 keeps no average")
+    lambda_scope: str = option("step", choices=("step", "group"), help="solve the weights over the whole step (the paper; with several "
+                               "micro-batches one more forward), or per group of one pair a source (the authors' code)")
+    sampling: str = option("equal", choices=("equal", "proportional"), help="equal shares of every source in every step, or a random mix of everything")
+    pairs_per_source: int | None = option(None, help="resample every source to this many pairs an epoch (default under equal sampling: all pairs / sources)")
+    max_length: int = option(512, help="tokens a text, cut on the left")
+    epochs: int = option(1, help="passes over the sampled pairs")
+    batch_size: int | None = option(None, help="pairs a step; a multiple of the sources under equal sampling (default: 16 x sources)")
+    learning_rate: float = option(1e-6, help="peak learning rate")
+    warmup: float = option(0.0, help="share of the steps in which the learning rate rises linearly from 0")
+    schedule: str = option("linear", choices=("linear", "cosine", "constant"), help="learning rate after warmup")
+    weight_decay: float = option(0.0, help="AdamW's decoupled weight decay")
+    recompute: str = option("none", choices=("none", "full"), help="full drops every block's activations and recomputes them in backward")
+    save_steps: int = option(500, help="steps between checkpoints")
+    eval_steps: int | None = option(None, help="steps between evaluations on the TEST files (default: only at the end)")
+    log_steps: int = option(1, help="steps between printed lines; metrics.jsonl has every step")
+    save_dtype: str = option("float32", choices=tuple(STORAGE), help="type in which the finished model is stored")
+
+
+# ---- one step --------------------------------------------------------------------------------------------------------
+
+def step(model: RewardModel, batches: Sequence[PairBatch], sources: int, weigh: Callable, group: int | None = None,
+         share: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add the gradient of share x the weighted loss of these pairs to the parameters; weights over all of them at once.
+
+    batches: consecutive micro-batches. Several of them cost one more forward: a first pass without a graph gives every
+    pair's hidden state, the loss is differentiated down to these, and a second pass carries that on, batch by batch.
+    group: solve per so many consecutive pairs instead, and average. Returns z_chosen, z_rejected (B, D); share x weights (K,) and loss ().
+    """
+    several = len(batches) > 1
+    with torch.set_grad_enabled(not several):
+        features = [model.features(batch) for batch in batches]
+    z_chosen, z_rejected = (torch.cat(side) for side in zip(*features))                       # (B, D) fp32 each
+    if several:
+        z_chosen.requires_grad_(), z_rejected.requires_grad_()
+    source = torch.cat([batch.source for batch in batches]).to(z_chosen.device)               # (B,)
+
+    loss, mean_weights = 0.0, 0.0
+    size = group or len(source)
+    for zc, zr, s in zip(z_chosen.split(size), z_rejected.split(size), source.split(size)):   # once, without groups
+        losses = bradley_terry_losses(model.head, zc, zr, s, sources)                         # (K,)   Eq. 1
+        gradients = head_gradients(model.head, zc, zr, s, sources)                            # (K, D) closed form
+        require_finite(losses, s)
+        weights = weigh(losses, gradients, torch.bincount(s, minlength=sources))              # (K,) on the simplex
+        loss = loss + weighted_loss(weights, losses) * (len(s) / len(source))                 # ()     Eq. 7
+        mean_weights = mean_weights + weights * (len(s) / len(source))
+    (loss * share).backward()
+    if several:
+        grads = zip(z_chosen.grad.split([len(b.source) for b in batches]), z_rejected.grad.split([len(b.source) for b in batches]))
+        for batch, (grad_chosen, grad_rejected) in zip(batches, grads):
+            torch.autograd.backward(model.features(batch), (grad_chosen, grad_rejected))
+    return z_chosen.detach(), z_rejected.detach(), mean_weights.detach() * share, loss.detach() * share
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss of source number `source` is not a number or infinite."""
+
+    def __init__(self, source: int):
+        self.source = source
+
+
+def require_finite(losses: Tensor, source: Tensor):
+    for k in source.unique().tolist():
+        if not math.isfinite(losses[k].item()):
+            raise NonFiniteLoss(k)
+
+
+def optimizer_step(model, pairs, source, options, weigh, sources):
+    """Micro-batch one optimizer step and run it; how finely it may be cut depends on what the weights must see."""
+    tokens = [p.tokens for p in pairs]
+    balanced = options.sampling == "equal"
+    if options.lambda_scope == "group" or (options.method == "uniform" and balanced):
+        unit, alone = sources, True              # a group of one pair a source, or any number of them, stands alone
+    else:
+        unit, alone = 1, options.method == "proportional"
+    parts = split_by_tokens(tokens, options.micro_tokens, unit)
+    batches = [pack_pairs(pairs[p.start:p.stop], source[p.start:p.stop]) for p in parts]
+    group = sources if options.lambda_scope == "group" else None
+    if alone:
+        done = [step(model, [b], sources, weigh, group, len(b.source) / len(pairs)) for b in batches]
+    else:
+        done = [step(model, batches, sources, weigh)]
+    z_chosen, z_rejected, weights, loss = zip(*done)
+    return torch.cat(z_chosen), torch.cat(z_rejected), sum(weights), sum(loss)
+
+
+def learning_rate_at(step: int, steps: int, options: TrainOptions) -> float:
+    """Learning rate of step 0, 1, ..., steps - 1: linear warmup, then the schedule, which would reach 0 at `steps`."""
+    warm = math.ceil(options.warmup * steps)
+    if step < warm:
+        return options.learning_rate * (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    falling = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
+    return options.learning_rate * falling[options.schedule]
+
+
+@torch.no_grad()
+def step_metrics(head, z_chosen, z_rejected, source, weights, loss, names) -> dict:
+    """What metrics.jsonl says of one step: per source loss, accuracy, weight; cosines of the head gradients."""
+    K, margins = len(names), (z_chosen - z_rejected) @ head
+    losses = bradley_terry_losses(head, z_chosen, z_rejected, source, K)
+    gradients = head_gradients(head, z_chosen, z_rejected, source, K)
+    units = gradients / gradients.norm(dim=1, keepdim=True)
+    cosines, right = (units @ units.T).tolist(), (margins > 0).double() + 0.5 * (margins == 0)
+    number = lambda x: float(x) if math.isfinite(x) else None                    # a source without a pair: null   # noqa: E731
+    return {
+        "loss": float(loss),
+        "sources": {name: {"pairs": int((source == k).sum()), "loss": number(losses[k]),
+                           "accuracy": number(right[source == k].mean()), "weight": float(weights[k]),
+                           "gradient_norm": number(gradients[k].norm())} for k, name in enumerate(names)},
+        "cosines": {f"{names[i]}/{names[j]}": number(cosines[i][j]) for i in range(K) for j in range(i + 1, K)},
+    }
+
+
+def progress_line(record: dict, steps: int, seconds_left: float) -> str:
+    cells = [f"{name} {r['loss']:.3f} w{r['weight']:.2f}" if r["loss"] is not None else f"{name} -"
+             for name, r in record["sources"].items()]
+    hours, rest = divmod(int(seconds_left), 3600)
+    return f"step {record['step']}/{steps}  loss {record['loss']:.4f}  {'  '.join(cells)}  {hours}:{rest // 60:02d}:{rest % 60:02d} left"
+
+
+# ---- the run directory -----------------------------------------------------------------------------------------------
+
+def save_state(run: Path, source: Checkpoint, model: RewardModel, optimizer, memory: dict, step: int, digests: dict):
+    """Write checkpoint-STEP (made beside, renamed when whole), then remove the older ones."""
+    final = run / f"checkpoint-{step}"
+    beside = run / f"checkpoint-{step}.partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    save_checkpoint(beside, source, model.trunk, model.head)
+    tensors = {f"weighting.{k}": v.contiguous() for k, v in memory.items()} | {"random": torch.get_rng_state()}
+    for name, p in model.named_parameters():
+        for kind in ("exp_avg", "exp_avg_sq"):
+            if kind in optimizer.state[p]:
+                tensors[f"{kind}.{name}"] = optimizer.state[p][kind]
+    write_tensors(beside / "state.safetensors", tensors)
+    write_json(beside / "state.json", {"step": step, "threads": torch.get_num_threads(), "data": digests})
+    os.replace(beside, final)
+    for old in checkpoints(run):
+        if old != final:
+            shutil.rmtree(old)
+
+
+def load_state(directory: Path, model: RewardModel, optimizer, memory: dict, digests: dict) -> int:
+    """Put the optimizer, the weighting's memory and the random state back; returns the step."""
+    state = read_json(directory / "state.json")
+    for name, digest in digests.items():
+        if state.get("data", {}).get(name) != digest:
+            raise InputError(f"{directory}: source {name!r} has other pairs than when this run began; restore the file or start a new run")
+    if state["threads"] != torch.get_num_threads():
+        print(f"this run used {state['threads']} threads, now {torch.get_num_threads()}: it will continue, but not bit for bit", flush=True)
+    try:
+        tensors = load_file(directory / "state.safetensors", device=str(model.head.device))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{directory}/state.safetensors: cannot be read ({error})") from None
+    for name, p in model.named_parameters():
+        optimizer.state[p] = {"step": torch.tensor(float(state["step"]), device=p.device)} | \
+            {kind: tensors[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
+    memory.update({k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("weighting.")})
+    torch.set_rng_state(tensors["random"].cpu())
+    return state["step"]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def open_run(options: TrainOptions) -> Path | None:
+    """The directory of a new or continued run; None if it is finished already."""
+    run, wanted = Path(options.output), json.loads(json.dumps(asdict(options)))
+    stored = run / "options.json"
+    if os.path.lexists(run) and not options.resume:
+        raise InputError(f"--output {run}: exists already; choose another name, or continue it with --resume")
+    if run.exists() and not stored.is_file() and (not run.is_dir() or any(run.iterdir())):
+        raise InputError(f"--output {run}: not a run directory (it has no options.json); choose another name")
+    if stored.is_file():
+        given = read_json(stored)
+        for key in wanted.keys() | given.keys():
+            if key not in MAY_CHANGE and wanted.get(key) != given.get(key):
+                raise InputError(f"--resume: {key} is {wanted.get(key)!r} but the run in {run} has {given.get(key)!r}; "
+                                 "give the same command again, or start a new run")
+    if (run / "config.json").is_file():
+        print(f"{run}: finished already")
+        return None
+    return run
+
+
+def start_run(run: Path, options: TrainOptions):
+    """Make the directory with options.json and environment.json."""
+    run.mkdir(parents=True, exist_ok=True)
+    for partial_save in run.glob("checkpoint-*.partial"):
+        shutil.rmtree(partial_save)
+    write_json(run / "options.json", {k: v for k, v in asdict(options).items() if k != "resume"})
+    write_json(run / "environment.json", {
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "machine": platform.machine(), "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None})
+
+
+def cut_metrics(path: Path, step: int):
+    """Drop the lines of steps after the checkpoint: they will be run again."""
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text("".join(whole), "utf-8")
+    os.replace(beside, path)
+
+
+@contextmanager
+def stop_requests():
+    """Ctrl-C and SIGTERM set a flag that the loop reads after each step; a second Ctrl-C interrupts at once."""
+    received = []
+
+    def handler(number, frame):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+def check_options(options: TrainOptions, K: int) -> int:
+    """Refuse what cannot be run; returns the batch size."""
+    batch = 16 * K if options.batch_size is None else options.batch_size
+    refuse = [
+        (batch < 1, f"--batch-size {batch}: expected at least 1"),
+        (options.sampling == "equal" and batch % K, f"--batch-size {batch}: under equal sampling a step holds the same number of pairs of each "
+         f"of the {K} sources; expected a multiple of {K}"),
+        (options.lambda_scope == "group" and options.sampling != "equal", "--lambda-scope group needs --sampling equal: a group is one pair of every source"),
+        (options.method == "more" and K > MOST_SOURCES, f"--method more: {K} sources, but the exact solver takes at most {MOST_SOURCES}; merge some"),
+        (not 0 < options.gradient_average <= 1, f"--gradient-average {options.gradient_average}: expected more than 0, at most 1"),
+        (not 0 <= options.warmup <= 1, f"--warmup {options.warmup}: expected a share of the steps, from 0 to 1"),
+        (options.learning_rate <= 0, f"--learning-rate {options.learning_rate}: expected more than 0"),
+        (options.weight_decay < 0, f"--weight-decay {options.weight_decay}: expected 0 or more"),
+    ]
+    for name in ("max_length", "epochs", "save_steps", "log_steps", "eval_steps", "pairs_per_source"):
+        value = getattr(options, name)
+        refuse.append((value is not None and value < 1, f"--{name.replace('_', '-')} {value}: expected at least 1"))
+    for wrong, message in refuse:
+        if wrong:
+            raise InputError(message)
+    return batch
+
+
+def load_sources(options, tokenizer) -> tuple[list[Source], list[Source]]:
+    """Training sources and the test sources that were given; every one is described on a line."""
+    train_sources, test_sources = [], []
+    for name, (train_path, test_path) in parse_sources(options.source).items():
+        train_sources.append(load_source(name, train_path, tokenizer, options.max_length))
+        print(train_sources[-1].line(), flush=True)
+        if test_path:
+            test_sources.append(load_source(name, test_path, tokenizer, options.max_length))
+            print(f"  test {test_sources[-1].line()}", flush=True)
+    if options.eval_steps and not test_sources:
+        raise InputError("--eval-steps: no source has a TEST file; expected NAME=TRAIN.jsonl,TEST.jsonl")
+    return train_sources, test_sources
+
+
+def train(options: TrainOptions) -> int:
+    """Train a reward model; returns the exit code (0 finished, 128 + signal when asked to stop)."""
+    names = list(parse_sources(options.source))
+    K, batch_size, run = len(names), check_options(options, len(names)), open_run(options)
+    if run is None:
+        return 0
+    last = checkpoints(run)[-1:]
+    opened = asdict(options) | ({"model": str(last[0])} if last else {})
+    model, checkpoint = open_reward_model(ModelOptions(**{k: opened[k] for k in ModelOptions.__dataclass_fields__}))
+    model.trunk.recompute = options.recompute == "full"
+    sources, tests = load_sources(options, checkpoint.tokenizer)
+    if K == 1 and options.method == "more":
+        print("one source: its weight is always 1, so MORE is plain Bradley-Terry here")
+    digests = {s.name: s.digest() for s in sources}
+    start_run(run, options)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=options.weight_decay, fused=True)
+    memory: dict[str, Tensor] = {}                   # the weighting's own state
+    how = {"normalize": options.normalize, "average": options.gradient_average} if options.method == "more" else {}
+    weigh = partial(WEIGHTINGS[options.method], state=memory, **how)
+    done = load_state(last[0], model, optimizer, memory, digests) if last else 0
+    cut_metrics(run / "metrics.jsonl", done)
+
+    epochs = [epoch_steps([len(s.pairs) for s in sources], options.sampling, options.pairs_per_source, batch_size,
+                          options.seed, e) for e in range(options.epochs)]
+    plan = [pairs for epoch in epochs for pairs in epoch]
+    began, first, steps = time.monotonic(), done, len(plan)
+    print(f"{steps} steps of {batch_size} pairs, {options.method}, {sum(p.numel() for p in model.parameters()):,} parameters on {model.head.device}"
+          + (f", continuing after step {done}" if done else ""), flush=True)
+    with stop_requests() as stop, open(run / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+        for done in range(done + 1, steps + 1):
+            chosen = plan[done - 1]
+            pairs = [sources[k].pairs[i] for k, i in chosen]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(done - 1, steps, options)
+            try:
+                z_chosen, z_rejected, weights, loss = optimizer_step(model, pairs, chosen[:, 0].tolist(), options, weigh, K)
+            except NonFiniteLoss as error:
+                kept = checkpoints(run)
+                raise FloatingPointError(f"step {done}: the loss of source {names[error.source]!r} is not finite; "
+                                         f"{kept[-1] if kept else 'no checkpoint'} is kept; try a smaller --learning-rate") from None
+            record = {"step": done, "learning_rate": optimizer.param_groups[0]["lr"],
+                      "tokens": sum(p.tokens for p in pairs)}
+            record |= step_metrics(model.head, z_chosen, z_rejected, torch.tensor(chosen[:, 0], device=z_chosen.device), weights, loss, names)
+            optimizer.step()
+            optimizer.zero_grad()
+            if options.eval_steps and done % options.eval_steps == 0:
+                record["evaluation"] = evaluate_sources(model, tests, options.micro_tokens)[0]
+            record["seconds"] = round(time.monotonic() - began, 3)
+            metrics.write(json.dumps(record, allow_nan=False) + "\n")
+            metrics.flush()
+            if done % options.log_steps == 0 or done == steps:
+                print(progress_line(record, steps, (time.monotonic() - began) / (done - first) * (steps - done)), flush=True)
+            if done < steps and (done % options.save_steps == 0 or stop):
+                save_state(run, checkpoint, model, optimizer, memory, done, digests)
+            if stop and done < steps:
+                print(f"stopped after step {done} of {steps}, saved; the same command with --resume continues")
+                return 128 + stop[0]
+        finish(run, options, checkpoint, model, tests)
+    return 0
+
+
+def finish(run: Path, options: TrainOptions, checkpoint: Checkpoint, model: RewardModel, tests: list[Source]):
+    """Evaluate, write the finished model (config.json last: its presence means finished), remove the checkpoints."""
+    if tests:
+        report, _ = evaluate_sources(model, tests, options.micro_tokens)
+        print(table(report))
+        write_json(run / "evaluation.json", report)
+    save_checkpoint(run, checkpoint, model.trunk, model.head, options.save_dtype)
+    for old in checkpoints(run):
+        shutil.rmtree(old)
+    print(f"finished: {run}")

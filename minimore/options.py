@@ -55,7 +55,7 @@ def add_options(parser, options_class):
         if not required and field.default not in (None, ()):
             text += f" (default: {field.default})"
         parser.add_argument(name, type=_parser_type(kind) if kind in (int, float) else kind, required=required,
-                            default=None if required else field.default, choices=field.metadata["choices"],
+                            default=None if required else [] if field.metadata["repeat"] else field.default, choices=field.metadata["choices"],
                             action="append" if field.metadata["repeat"] else "store", help=text,
                             metavar=None if field.metadata["choices"] else kind.__name__.upper())
 

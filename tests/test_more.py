@@ -1,0 +1,187 @@
+"""The paper's mathematics against exact statements, autograd and slow loops."""
+
+import itertools
+
+import pytest
+import torch
+
+from minimore import more
+from minimore.more import (WEIGHTINGS, bradley_terry_losses, frank_wolfe_weights, group_dro_weights, head_gradients,
+                           min_norm_weights, more_loss, more_weights, normalize_gradients, pair_losses,
+                           proportional_weights, uniform_weights, weighted_loss)
+
+
+def batch(B=12, K=3, D=5, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    z_chosen, z_rejected = (torch.randn(B, D, generator=g, dtype=dtype) for _ in range(2))
+    return torch.randn(D, generator=g, dtype=dtype), z_chosen, z_rejected, torch.arange(B) % K
+
+
+def optimality_gap(gradients):
+    """How far below ||sum lambda g||^2 any other point of the hull could be, over the largest squared norm."""
+    G = gradients.double() / gradients.abs().max().double()
+    weights = min_norm_weights(gradients)
+    assert weights.dtype == torch.float64 and weights.min() >= 0 and abs(weights.sum() - 1) < 1e-12
+    M = G @ G.T
+    return ((weights @ M @ weights - (M @ weights).min()) / M.diagonal().max()).item()
+
+
+def test_losses_are_means_per_source_of_the_logistic_loss():
+    head, zc, zr, source = batch()
+    for k, loss in enumerate(bradley_terry_losses(head, zc, zr, source)):
+        margins = [(zc[b] @ head - zr[b] @ head).item() for b in range(len(source)) if source[b] == k]
+        slow = sum(torch.log1p(torch.exp(torch.tensor(-m, dtype=torch.float64))).item() for m in margins) / len(margins)
+        assert abs(loss.item() - slow) < 1e-12
+
+
+def test_losses_do_not_overflow():
+    assert pair_losses(torch.tensor([-1e4, 1e4])).tolist() == [1e4, 0.0]
+
+
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_head_gradients_equal_autograd(K):
+    head, zc, zr, source = batch(K=K)
+    head.requires_grad_()
+    losses = bradley_terry_losses(head, zc, zr, source)
+    autograd = torch.stack([torch.autograd.grad(loss, head, retain_graph=True)[0] for loss in losses])
+    assert torch.allclose(head_gradients(head, zc, zr, source), autograd, rtol=0, atol=1e-14)
+
+
+def test_a_source_without_a_pair_is_nan_and_stays_out_of_the_solve():
+    head, zc, zr, source = batch(K=2)
+    losses, gradients = bradley_terry_losses(head, zc, zr, source, 3), head_gradients(head, zc, zr, source, 3)
+    assert losses.isnan().tolist() == [False, False, True] and gradients[2].isnan().all()
+    for name, weigh in WEIGHTINGS.items():
+        weights = weigh(losses, gradients, torch.bincount(source, minlength=3), {})
+        assert weights[2] == 0 and weights[:2].sum() == pytest.approx(1), name
+        assert weighted_loss(weights, losses).isfinite()
+    head.requires_grad_()
+    loss, weights = more_loss(head, zc, zr, source, 3)
+    loss.backward()
+    two = more_loss(head, zc, zr, source, 2)
+    assert head.grad.isfinite().all() and torch.equal(weights[:2], two[1]) and loss.item() == two[0].item()
+
+
+def zoo():
+    """Hard gradient matrices: K = 1..8, scales from 1e-6 to 1e6, duplicate, opposite, nearly parallel and low-rank rows."""
+    g = torch.Generator().manual_seed(1)
+    for K, D in itertools.product(range(1, 9), (1, 2, 3, 7, 64)):
+        G = torch.randn(K, D, generator=g, dtype=torch.float64)
+        yield "plain", G
+        yield "scaled", G * 10 ** (12 * torch.rand(K, 1, generator=g, dtype=torch.float64) - 6)
+        yield "near parallel", G[:1] + 1e-7 * G
+        yield "near parallel in fp32", (G[:1] + 1e-7 * G).float()
+        yield "duplicate", torch.cat([G, G])[:8]
+        yield "opposite", torch.cat([G, -G])[:8]
+        yield "opposite, other length", torch.cat([G, -1e-5 * G])[:8]
+        yield "huge", G * 1e150
+        yield "tiny", G * 1e-150
+
+
+@pytest.mark.parametrize("name", ["plain", "scaled", "near parallel", "near parallel in fp32", "duplicate", "opposite",
+                                  "opposite, other length", "huge", "tiny"])
+def test_min_norm_weights_are_optimal(name):
+    assert max(optimality_gap(G) for kind, G in zoo() if kind == name) < 1e-9
+
+
+def test_two_sources_have_the_closed_form():
+    g = torch.Generator().manual_seed(2)
+    for _ in range(200):
+        g1, g2 = torch.randn(2, 3, generator=g, dtype=torch.float64)
+        first = (((g2 - g1) @ g2) / ((g1 - g2) @ (g1 - g2))).clamp(0, 1)
+        assert torch.allclose(min_norm_weights(torch.stack([g1, g2])), torch.stack([first, 1 - first]), rtol=0, atol=1e-10)
+
+
+def test_special_rows():
+    one = torch.tensor([[3.0, 4.0]])
+    assert min_norm_weights(one).tolist() == [1.0]
+    assert min_norm_weights(torch.zeros(3, 2)).tolist() == pytest.approx([1 / 3] * 3)
+    assert min_norm_weights(torch.tensor([[1.0, 0], [0, 0], [0, 1]])).tolist() == [0, 1, 0]
+    for bad in (torch.tensor([[1.0, float("nan")]]), torch.tensor([[float("inf"), 1.0]]), torch.ones(3), torch.ones(0, 2), torch.eye(13)):
+        with pytest.raises(ValueError):
+            min_norm_weights(bad)
+
+
+def test_frank_wolfe_approaches_the_exact_solution_from_above():
+    for kind, G in zoo():
+        if kind == "plain":
+            exact = (min_norm_weights(G) @ G).square().sum()
+            iterated = (frank_wolfe_weights(G, iterations=1000, tolerance=1e-9) @ G).square().sum()
+            assert exact - 1e-12 <= iterated <= exact + 1e-3 * G.square().sum(1).max()
+            assert frank_wolfe_weights(G).sum() == pytest.approx(1)
+
+
+def test_small_gradients_capture_the_weight_unless_normalised():
+    G = torch.diag(torch.tensor([1, .5, .3, .1, .02], dtype=torch.float64))
+    assert min_norm_weights(G).tolist() == pytest.approx([.0004, .0015, .0042, .0376, .9403], abs=.02)
+    assert min_norm_weights(normalize_gradients(G, torch.ones(5, dtype=torch.float64), "l2")).tolist() == pytest.approx([.2] * 5)
+
+
+@pytest.mark.parametrize("how, expected", [("none", [3.0, 4.0]), ("l2", [.6, .8]), ("loss", [3 / (3 / 8), 4 / (3 / 8)]),
+                                           ("loss+", [3 / 10, 4 / 10])])
+def test_normalisations_are_the_authors_formulas(how, expected):
+    G, losses = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([2.0, 4.0])
+    assert normalize_gradients(G, losses, how)[0].tolist() == pytest.approx(expected)
+    with pytest.raises(ValueError):
+        normalize_gradients(G, losses, "l1")
+
+
+def test_more_loss_with_one_source_is_bradley_terry():
+    head, zc, zr, _ = batch()
+    loss, weights = more_loss(head, zc, zr, torch.zeros(12, dtype=torch.int64))
+    assert weights.tolist() == [1.0] and loss.item() == pytest.approx(pair_losses((zc - zr) @ head).mean().item(), abs=1e-14)
+
+
+def test_the_gradient_of_more_is_the_shortest_vector():
+    head, zc, zr, source = batch(B=30, K=3)
+    head.requires_grad_()
+    loss, weights = more_loss(head, zc, zr, source, normalize="none")
+    loss.backward()
+    gradients = head_gradients(head, zc, zr, source)
+    assert torch.allclose(head.grad, weights @ gradients, rtol=0, atol=1e-14)
+    assert (gradients @ head.grad).min() >= head.grad.square().sum() - 1e-12      # going down it goes down for everyone
+    assert not weights.requires_grad
+
+
+def test_proportional_weights_are_the_plain_mean_over_pairs():
+    head, zc, zr, _ = batch()
+    source = torch.tensor([0] * 7 + [1] * 4 + [2])
+    losses = bradley_terry_losses(head, zc, zr, source)
+    weights = proportional_weights(losses, None, torch.bincount(source), {})
+    assert weighted_loss(weights, losses).item() == pytest.approx(pair_losses((zc - zr) @ head).mean().item())
+    assert uniform_weights(losses, None, torch.bincount(source), {}).tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_gradient_average_starts_at_the_first_gradient_and_skips_absent_sources():
+    losses, pairs = torch.ones(2), torch.tensor([1, 1])
+    first, second = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[0, 1.0], [0, 2]])
+    state = {}
+    more_weights(losses, first, pairs, state, average=.25)
+    assert torch.equal(state["average"], first)
+    nan = second.clone()
+    nan[1] = torch.nan
+    more_weights(losses, nan, torch.tensor([1, 0]), state, average=.25)
+    assert torch.equal(state["average"], torch.tensor([[.75, .25], [0, 1]]))
+    fresh = {}
+    weights = more_weights(losses, nan, torch.tensor([1, 0]), fresh, average=.25)
+    assert weights.tolist() == [1, 0] and fresh["seen"].tolist() == [True, False]
+    more_weights(losses, second, pairs, fresh, average=.25)
+    assert torch.equal(fresh["average"][1], second[1])                            # its first gradient, not an average with zero
+    untouched = {}
+    more_weights(losses, first, pairs, untouched)
+    assert untouched == {}
+
+
+def test_group_dro_multiplies_and_remembers():
+    losses, pairs, state = torch.tensor([1.0, 0.0]), torch.tensor([1, 1]), {}
+    for n in (1, 2):
+        weights = group_dro_weights(losses, None, pairs, state, rate=.5)
+        e = torch.tensor(.5 * n).exp()
+        assert weights.tolist() == pytest.approx([(e / (e + 1)).item(), (1 / (e + 1)).item()])
+    before = state["q"].clone()
+    assert group_dro_weights(torch.tensor([1.0, float("nan")]), None, torch.tensor([3, 0]), state, rate=0.0).tolist() == [1, 0]
+    assert torch.allclose(state["q"], before)
+
+
+def test_every_weighting_is_named():
+    assert list(WEIGHTINGS) == ["more", "uniform", "proportional", "group_dro"] and more.MOST_SOURCES == 12

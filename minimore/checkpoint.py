@@ -216,9 +216,9 @@ class Checkpoint:
             parts = [tensor] if len(ours) == 1 else split_heads(tensor, self.config.heads)
             for name, part in zip(ours, parts):
                 owner, _, leaf = name.rpartition(".")
-                setattr(trunk.get_submodule(owner), leaf, nn.Parameter(part.to(device).contiguous()))
-        head = self.weights.read("score.weight", (1, self.config.width))[0].float().to(device) if self.has_head else None
-        return trunk, head
+                setattr(trunk.get_submodule(owner), leaf, nn.Parameter(_own(part.to(device))))
+        head = self.weights.read("score.weight", (1, self.config.width))[0] if self.has_head else None
+        return trunk, None if head is None else _own(head.float().to(device))
 
     def _audit(self, table):
         keys = set(self.weights.files)
@@ -297,6 +297,11 @@ class Tokenizer:
         return [self.bos + e.ids for e in self.file.encode_batch(texts, add_special_tokens=False)]
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """A copy in memory that torch allocated: a matrix product's last bits depend on the alignment of its operands."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file, or one clear line."""
     try:
@@ -339,13 +344,18 @@ def _line(error) -> str:
 def save_checkpoint(directory: Path, source: Checkpoint, trunk: Trunk, head: Tensor, dtype: str = "float32"):
     """Write a reward model that transformers' AutoModelForSequenceClassification opens; config.json comes last.
 
-    directory must exist. Weights are stored as `dtype`, a key of STORAGE.
+    directory must exist. Weights are stored as `dtype`, a key of STORAGE. Raises FloatingPointError, and writes nothing, if
+    a number is not finite.
     """
     tensors = {"score.weight": head.detach()[None]}
     for theirs, ours in name_table(source.family, trunk).items():
         parts = [trunk.get_parameter(name).detach() for name in ours]
         tensors[source.family.prefix + theirs] = parts[0] if len(parts) == 1 else fuse_heads(parts, source.config.heads)
-    write_weights(directory, {k: t.to(device="cpu", dtype=STORAGE[dtype]).contiguous() for k, t in tensors.items()})
+    tensors = {k: t.to(device="cpu", dtype=STORAGE[dtype]).contiguous() for k, t in tensors.items()}
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{key} is not finite in {dtype}: the model was not written to {directory}")
+    write_weights(directory, tensors)
     for name, content in source.tokenizer_files.items():
         (directory / name).write_bytes(content)
     config = {k: v for k, v in source.json.items() if k not in ("auto_map", "num_labels", "label2id")}

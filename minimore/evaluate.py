@@ -8,9 +8,10 @@ from typing import Sequence
 import numpy as np
 
 from . import calibration, plots
+from .checkpoint import Checkpoint
 from .options import InputError, option, parse_sources, refuse_existing, write_json
 from .pairs import Source, load_source
-from .reward import ModelOptions, RewardModel, max_length_of, open_reward_model, pair_rewards
+from .reward import ModelOptions, RewardModel, load_reward_model, max_length_of, pair_rewards
 
 RATES = ("accuracy", "ece", "ace", "mce", "brier", "nll", "mean_margin", "length_accuracy", "random_accuracy")
 
@@ -72,13 +73,14 @@ def evaluate(options: EvaluateOptions):
     refuse_existing(options.figures, "--figures")
     if options.figures and not plots.available():
         raise InputError("--figures needs matplotlib: pip install 'minimore[plots]'")
-    model, checkpoint = open_reward_model(options)
+    checkpoint = Checkpoint(options.model)
     if not checkpoint.has_head:
         print(f"{options.model}: no score.weight, so this is an untrained head (the paper's Raw)", file=sys.stderr)
     limit = max_length_of(checkpoint.directory, options.max_length)
     sources = [load_source(name, path, checkpoint.tokenizer, limit) for name, path in paths.items()]
     for source in sources:
         print(source.line(), flush=True)
+    model = load_reward_model(checkpoint, options)
     report, margins = evaluate_sources(model, sources, options.micro_tokens)
     print(table(report))
     if options.json:

@@ -60,7 +60,13 @@ def fresh_head(width: int, seed: int) -> Tensor:
 
 
 def open_reward_model(options: ModelOptions) -> tuple[RewardModel, Checkpoint]:
-    """Open a checkpoint as a reward model on the device asked for; a checkpoint without a head gets a fresh one."""
+    """Open options.model as a reward model; a checkpoint without a head gets a fresh, seeded one."""
+    checkpoint = Checkpoint(options.model)
+    return load_reward_model(checkpoint, options), checkpoint
+
+
+def load_reward_model(checkpoint: Checkpoint, options: ModelOptions) -> RewardModel:
+    """The weights of an opened checkpoint, on the device and in the compute type asked for."""
     if options.micro_tokens < 1:
         raise InputError(f"--micro-tokens {options.micro_tokens}: expected at least 1")
     device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,13 +74,12 @@ def open_reward_model(options: ModelOptions) -> tuple[RewardModel, Checkpoint]:
         raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
     if not 0 <= options.seed < 2 ** 63:
         raise InputError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
-    checkpoint = Checkpoint(options.model)
     trunk, head = checkpoint.load(device=device)
     if head is None:
         head = fresh_head(checkpoint.config.width, options.seed).to(device)
     kind = options.compute_dtype if options.compute_dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
     trunk.compute_dtype = getattr(torch, kind)
-    return RewardModel(trunk, head), checkpoint
+    return RewardModel(trunk, head)
 
 
 def max_length_of(model_directory: Path, asked: int | None) -> int:

@@ -27,7 +27,7 @@ from .evaluate import evaluate_sources, table
 from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients, weighted_loss
 from .options import InputError, option, parse_sources, write_json
 from .pairs import PairBatch, Source, epoch_steps, load_source, pack_pairs, split_by_tokens
-from .reward import ModelOptions, RewardModel, open_reward_model
+from .reward import ModelOptions, RewardModel, load_reward_model
 
 MAY_CHANGE = ("resume", "output", "log_steps")       # options that a resumed run may give differently
 
@@ -198,8 +198,8 @@ def load_state(directory: Path, model: RewardModel, optimizer, memory: dict, dig
         raise InputError(f"{directory}/state.safetensors: cannot be read ({error})") from None
     for name, p in model.named_parameters():
         optimizer.state[p] = {"step": torch.tensor(float(state["step"]), device=p.device)} | \
-            {kind: tensors[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
-    memory.update({k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("weighting.")})
+            {kind: tensors[f"{kind}.{name}"].clone() for kind in ("exp_avg", "exp_avg_sq")}
+    memory.update({k.partition(".")[2]: v.clone() for k, v in tensors.items() if k.startswith("weighting.")})
     torch.set_rng_state(tensors["random"].cpu())
     return state["step"]
 
@@ -316,10 +316,10 @@ def train(options: TrainOptions) -> int:
     if run is None:
         return 0
     last = checkpoints(run)[-1:]
-    opened = asdict(options) | ({"model": str(last[0])} if last else {})
-    model, checkpoint = open_reward_model(ModelOptions(**{k: opened[k] for k in ModelOptions.__dataclass_fields__}))
-    model.trunk.recompute = options.recompute == "full"
+    checkpoint = Checkpoint(str(last[0]) if last else options.model)
     sources, tests = load_sources(options, checkpoint.tokenizer)
+    model = load_reward_model(checkpoint, options)
+    model.trunk.recompute = options.recompute == "full"
     if K == 1 and options.method == "more":
         print("one source: its weight is always 1, so MORE is plain Bradley-Terry here")
     digests = {s.name: s.digest() for s in sources}

@@ -1,0 +1,266 @@
+"""One step against its definition; a run killed anywhere ends as if it had not been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import minimore.train as training
+from minimore.more import WEIGHTINGS, more_loss, pair_losses
+from minimore.options import InputError
+from minimore.pairs import load_source, pack_pairs
+from minimore.reward import ModelOptions, open_reward_model
+from minimore.train import TrainOptions, learning_rate_at, optimizer_step, train
+from minimore.world import World
+
+K = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("world")
+    paths = World(annotators=("ana", "ben", "cleo"), train_pairs=(30, 24, 12), test_pairs=20).write(directory)
+    return directory, paths
+
+
+def options(world, output, **changes):
+    directory, paths = world
+    return TrainOptions(**{"model": str(directory / "model"), "output": str(output), "learning_rate": 1e-3, "batch_size": 6,
+                           "source": tuple(f"{n}={a},{b}" for n, (a, b) in paths.items()), "log_steps": 100} | changes)
+
+
+@pytest.fixture
+def float64(world):
+    """The untrained model in float64, and 12 pairs, the sources in turn."""
+    directory, paths = world
+    model, checkpoint = open_reward_model(ModelOptions(model=str(directory / "model")))
+    model.double().trunk.compute_dtype = torch.float64
+    sources = [load_source(n, str(a), checkpoint.tokenizer, 64) for n, (a, _) in paths.items()]
+    return model, [s.pairs[i] for i in range(4) for s in sources], [0, 1, 2] * 4
+
+
+def gradients_of(model):
+    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("sampling, source", [("equal", [0, 1, 2] * 4), ("proportional", [0, 0, 1, 0, 2, 1, 0, 0, 0, 1, 1, 0])])
+@pytest.mark.parametrize("scope", ["step", "group"])
+@pytest.mark.parametrize("method", list(WEIGHTINGS))
+def test_micro_batches_equal_one_batch(world, float64, method, scope, sampling, source):
+    if scope == "group" and sampling != "equal":
+        pytest.skip("a group needs equal sampling: refused by check_options")
+    model, pairs, _ = float64
+    results = []
+    for micro_tokens in (10 ** 9, 150, 1):
+        given = options(world, "x", method=method, lambda_scope=scope, sampling=sampling, micro_tokens=micro_tokens)
+        state = {}
+        z_chosen, _, weights, loss = optimizer_step(model, pairs, source, given, partial(WEIGHTINGS[method], state=state), K)
+        results.append((gradients_of(model), weights, loss, z_chosen))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_step_scope_is_the_more_loss(world, float64):
+    model, pairs, source = float64
+    *_, weights, loss = optimizer_step(model, pairs, source, options(world, "x", micro_tokens=100), partial(WEIGHTINGS["more"], state={}), K)
+    ours = gradients_of(model)
+    expected, expected_weights = more_loss(model.head, *model.features(pack_pairs(pairs)), torch.tensor(source))
+    expected.backward()
+    assert torch.allclose(ours, gradients_of(model), rtol=0, atol=1e-13)
+    assert torch.allclose(weights, expected_weights) and loss.item() == pytest.approx(expected.item())
+
+
+def test_group_scope_is_the_mean_of_more_losses_of_groups(world, float64):
+    model, pairs, source = float64
+    *_, weights, loss = optimizer_step(model, pairs, source, options(world, "x", lambda_scope="group", micro_tokens=100),
+                                       partial(WEIGHTINGS["more"], state={}), K)
+    ours = gradients_of(model)
+    groups = [more_loss(model.head, *model.features(pack_pairs(pairs[i:i + K])), torch.arange(K)) for i in range(0, 12, K)]
+    sum(g[0] / 4 for g in groups).backward()
+    assert torch.allclose(ours, gradients_of(model), rtol=0, atol=1e-13)
+    assert torch.allclose(weights, sum(g[1] / 4 for g in groups))
+
+
+def test_uniform_with_equal_shares_is_the_mean_over_pairs(world, float64):
+    model, pairs, source = float64
+    optimizer_step(model, pairs, source, options(world, "x", method="uniform"), partial(WEIGHTINGS["uniform"], state={}), K)
+    ours = gradients_of(model)
+    z_chosen, z_rejected = model.features(pack_pairs(pairs))
+    pair_losses((z_chosen - z_rejected) @ model.head).mean().backward()
+    assert torch.allclose(ours, gradients_of(model), rtol=0, atol=1e-13)
+
+
+def test_recomputation_changes_nothing(world, float64):
+    model, pairs, source = float64
+    results = []
+    for model.trunk.recompute in (False, True):
+        optimizer_step(model, pairs, source, options(world, "x"), partial(WEIGHTINGS["more"], state={}), K)
+        results.append(gradients_of(model))
+    assert torch.equal(*results)
+
+
+def test_learning_rate():
+    given = TrainOptions(model="", output="", learning_rate=1.0, warmup=0.2)
+    assert [learning_rate_at(s, 10, given) for s in range(4)] == pytest.approx([.5, 1, 1, 7 / 8])
+    assert learning_rate_at(9, 10, given) == pytest.approx(1 / 8)
+    flat = TrainOptions(model="", output="", learning_rate=1.0, schedule="constant")
+    assert learning_rate_at(7, 10, flat) == 1
+    cosine = TrainOptions(model="", output="", learning_rate=1.0, schedule="cosine")
+    assert [learning_rate_at(s, 2, cosine) for s in range(2)] == pytest.approx([1, .5])
+
+
+def content(run):
+    """Everything that must be equal to the bit; wall time is left out."""
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return ((run / "model.safetensors").read_bytes(), json.loads((run / "evaluation.json").read_text()),
+            [{k: v for k, v in s.items() if k != "seconds"} for s in steps])
+
+
+VARIANTS = {
+    "more": {}, "average": {"gradient_average": 0.3, "lambda_scope": "group", "epochs": 2, "weight_decay": 0.1},
+    "dro": {"method": "group_dro", "sampling": "proportional", "schedule": "cosine", "warmup": 0.1, "micro_tokens": 100},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_crashed_run_resumes_bitwise(world, tmp_path, name, monkeypatch):
+    changes = VARIANTS[name] | {"save_steps": 3}
+    assert train(options(world, tmp_path / "whole", **changes)) == 0
+    real, calls = training.optimizer_step, []
+
+    def crash(*arguments):
+        calls.append(1)
+        if len(calls) in (2, 9):                     # before any checkpoint, and between two
+            raise RuntimeError("crash")
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "optimizer_step", crash)
+    for attempt in range(2):
+        with pytest.raises(RuntimeError):
+            train(options(world, tmp_path / "cut", resume=attempt > 0, **changes))
+    monkeypatch.setattr(training, "optimizer_step", real)
+    assert [p.name for p in training.checkpoints(tmp_path / "cut")] == ["checkpoint-6"]
+    assert train(options(world, tmp_path / "cut", resume=True, **changes)) == 0
+    assert content(tmp_path / "whole") == content(tmp_path / "cut")
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
+        "config.json", "environment.json", "evaluation.json", "metrics.jsonl", "model.safetensors", "options.json", "tokenizer.json"]
+    assert train(options(world, tmp_path / "cut", resume=True, **changes)) == 0              # finished: nothing to do
+
+
+def command(given):
+    words = [sys.executable, "-m", "minimore", "train"]
+    for key, value in vars(given).items():
+        for v in value if isinstance(value, tuple) else [value]:
+            words += [] if v in (None, False) else ["--" + key.replace("_", "-"), *([] if v is True else [str(v)])]
+    return words
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_process_resumes_bitwise(world, tmp_path, number):
+    changes = {"save_steps": 2, "epochs": 6, "micro_tokens": 200}
+    assert subprocess.run(command(options(world, tmp_path / "whole", **changes)), capture_output=True).returncode == 0
+    log = tmp_path / "cut" / "metrics.jsonl"
+    process = subprocess.Popen(command(options(world, tmp_path / "cut", **changes)), stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 5):
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    if number != signal.SIGKILL:
+        assert "saved; the same command with --resume continues" in output
+    assert not (tmp_path / "cut" / "config.json").exists()
+    assert subprocess.run(command(options(world, tmp_path / "cut", resume=True, **changes)), capture_output=True).returncode == 0
+    assert content(tmp_path / "whole") == content(tmp_path / "cut")
+
+
+def test_one_seed_one_result(world, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(options(world, tmp_path / name, seed=seed))
+    assert content(tmp_path / "a") == content(tmp_path / "b") != content(tmp_path / "c")
+
+
+def test_changed_options_and_changed_data_are_refused(world, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(training, "finish", lambda *a: None)
+    train(options(world, run, save_steps=2))
+    with pytest.raises(InputError, match=r"learning_rate is 0\.002 but the run in .* has 0\.001"):
+        train(options(world, run, save_steps=2, resume=True, learning_rate=0.002))
+    moved = tmp_path / "other.jsonl"
+    name, (train_path, test_path) = next(iter(world[1].items()))
+    original = Path(train_path).read_text()
+    moved.write_text(original)
+    try:
+        Path(train_path).write_text("\n".join(original.splitlines()[::-1]) + "\n")
+        with pytest.raises(InputError, match="source 'ana' has other pairs"):
+            train(options(world, run, save_steps=2, resume=True))
+    finally:
+        Path(train_path).write_text(original)
+
+
+def test_an_existing_output_is_refused_and_left_alone(world, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    for resume in (False, True):
+        with pytest.raises(InputError):
+            train(options(world, tmp_path / "mine", resume=resume))
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(world, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step \d+: the loss of source '\w+' is not finite; .*checkpoint-\d+ is kept"):
+        train(options(world, tmp_path / "run", learning_rate=1e18, save_steps=1))
+    assert len(training.checkpoints(tmp_path / "run")) == 1 and not (tmp_path / "run" / "config.json").exists()
+
+
+def test_one_source_alone_is_bradley_terry(world, tmp_path, capsys):
+    only = options(world, "x").source[:1]
+    train(options(world, tmp_path / "more", source=only, batch_size=4))
+    assert "MORE is plain Bradley-Terry" in capsys.readouterr().out
+    train(options(world, tmp_path / "uniform", source=only, batch_size=4, method="uniform"))
+    assert content(tmp_path / "more")[0] == content(tmp_path / "uniform")[0]
+
+
+def test_metrics_say_what_happened(world, tmp_path):
+    train(options(world, tmp_path / "run", sampling="proportional", batch_size=4, epochs=2, eval_steps=5))
+    steps = content(tmp_path / "run")[2]
+    assert [s["step"] for s in steps] == list(range(1, len(steps) + 1))
+    absent = 0
+    for s in steps:
+        assert sum(r["weight"] for r in s["sources"].values()) == pytest.approx(1)
+        assert sum(r["pairs"] for r in s["sources"].values()) <= 4
+        assert s["loss"] == pytest.approx(sum(r["weight"] * (r["loss"] or 0) for r in s["sources"].values()), rel=1e-5)
+        assert set(s["cosines"]) == {"ana/ben", "ana/cleo", "ben/cleo"}
+        assert ("evaluation" in s) == (s["step"] % 5 == 0)
+        for r in s["sources"].values():
+            absent += r["pairs"] == 0
+            assert (r["loss"] is None) == (r["pairs"] == 0) and (r["pairs"] > 0 or r["weight"] == 0)
+    assert absent > 0
+
+
+def test_loss_falls_on_the_training_pairs(world, tmp_path):
+    train(options(world, tmp_path / "run", epochs=20, learning_rate=3e-3, schedule="constant"))
+    losses = [s["loss"] for s in content(tmp_path / "run")[2]]
+    assert np.mean(losses[-10:]) < 0.3 < 0.6 < np.mean(losses[:3])
+
+
+@pytest.mark.skipif(not os.environ.get("CUDA_VISIBLE_DEVICES", "0") or not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_step_agrees_with_cpu(world):
+    directory, paths = world
+    results = []
+    for device in ("cpu", "cuda"):
+        model, checkpoint = open_reward_model(ModelOptions(model=str(directory / "model"), device=device, compute_dtype="float32"))
+        source = load_source("ana", str(paths["ana"][0]), checkpoint.tokenizer, 64)
+        optimizer_step(model, source.pairs[:6], [0] * 6, options(world, "x"), partial(WEIGHTINGS["more"], state={}), 1)
+        results.append(gradients_of(model).cpu())
+    assert (results[0] - results[1]).norm() < 1e-4 * results[0].norm()

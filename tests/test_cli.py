@@ -1,0 +1,267 @@
+"""The verbs end to end, and what they say to bad input: one line, exit code 2, nothing half-written."""
+
+import gzip
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minimore import calibration
+from minimore.cli import main
+from minimore.world import World
+
+GOOD = {"prompt": "amber", "chosen": " basil", "rejected": " cedar"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("world")
+    return directory, World(annotators=("ana", "ben"), train_pairs=(24,), test_pairs=30, ties=0.1).write(directory)
+
+
+@pytest.fixture(scope="module")
+def run(world):
+    directory, paths = world
+    sources = [a for n, (train, _) in paths.items() for a in ("--source", f"{n}={train}")]
+    assert main(["train", "--model", str(directory / "model"), *sources, "--method", "more", "--output", str(directory / "run"),
+                 "--learning-rate", "1e-3", "--batch-size", "8", "--max-length", "64", "--log-steps", "10"]) == 0
+    return directory / "run"
+
+
+def lines(path, *records):
+    path.write_bytes(b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in records))
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def refused(capsys, *arguments):
+    """Run a verb that must be refused; returns the one line it says."""
+    capsys.readouterr()
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1 and said.startswith(("minimore:", f"minimore {arguments[0]}:")), said
+    return said
+
+
+BAD_PAIRS = {
+    "empty file": ([], "is empty"),
+    "not JSON": ([GOOD, b"{nope\n"], ":2: not JSON"),
+    "truncated JSON": ([b'{"prompt": "a", "cho'], ":1: not JSON"),
+    "not an object": ([GOOD, b"[1, 2]\n"], ":2: a JSON list; expected an object"),
+    "a missing key": ([GOOD, {"prompt": "a", "chosen": "b"}], ':2: "rejected" is missing; found keys: prompt, chosen'),
+    "no known key": ([{"question": "a"}], ':1: "chosen" is missing; found keys: question'),
+    "an empty object": ([{}], "found keys: none"),
+    "a number": ([GOOD | {"chosen": 3}], '"chosen" is 3; expected a string'),
+    "null": ([GOOD | {"prompt": None}], '"prompt" is null; expected a string'),
+    "messages": ([GOOD | {"chosen": [{"role": "user", "content": "x"}]}], "expected a string"),
+    "not UTF-8": ([GOOD, b'{"prompt": "\xff"}\n'], ":2: not UTF-8"),
+    "half a surrogate pair": ([b'{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}\n'], "surrogate"),
+    "deep nesting": ([b"[" * 100000 + b"\n"], ":1: not JSON"),
+    "a huge number": ([b'{"a": ' + b"9" * 5000 + b"}\n"], ":1: not JSON"),
+    "only label ties": ([{"text": ["a", "b"], "score": [1, 1]}], "no usable pair: of 1 lines, 1 label ties"),
+    "only identical": ([GOOD | {"chosen": "x", "rejected": "x"}], "no usable pair"),
+    "text without score": ([{"text": ["a", "b"]}], '"score" is missing; expected a list of 2 numbers'),
+    "scores of another length": ([{"text": ["a", "b"], "score": [1]}], '"score" is [1]'),
+    "a score that is a string": ([{"text": ["a", "b"], "score": [1, "2"]}], '"score" is [1, "2"]'),
+    "a score that is true": ([{"text": ["a", "b"], "score": [1, True]}], '"score"'),
+    "a score that is NaN": ([b'{"text": ["a", "b"], "score": [1, NaN]}\n'], '"score"'),
+    "one text": ([{"text": ["a"], "score": [1]}], '"text" is ["a"]; expected a list of two or more'),
+    "a text that is a number": ([{"text": ["a", 2], "score": [1, 2]}], '"text"[1] is 2'),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_bad_pairs_are_refused(name, world, run, tmp_path, capsys):
+    content, expected = BAD_PAIRS[name]
+    path = lines(tmp_path / "bad.jsonl", *content)
+    assert expected in refused(capsys, "train", "--model", run, "--source", f"a={path}", "--output", tmp_path / "out")
+    assert expected in refused(capsys, "evaluate", "--model", run, "--source", f"a={path}", "--json", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["empty file", "not JSON", "not an object", "a missing key", "no known key", "a number", "not UTF-8"])
+def test_score_refuses_bad_lines_and_leaves_no_output(name, run, tmp_path, capsys):
+    path = lines(tmp_path / "bad.jsonl", *BAD_PAIRS[name][0])
+    refused(capsys, "score", "--model", run, "--input", path, "--output", tmp_path / "out.jsonl")
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_files_that_cannot_be_read(world, run, tmp_path, capsys):
+    good = lines(tmp_path / "good.jsonl", GOOD)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() + b"\n")[:-20])
+    (tmp_path / "plain.jsonl.gz").write_bytes(b'{"a": 1}\n')
+    for path, expected in (("absent.jsonl", "no such file"), ("cut.jsonl.gz", "cannot be read"), ("plain.jsonl.gz", "cannot be read"),
+                           (".", "cannot be read")):
+        said = refused(capsys, "train", "--model", run, "--source", f"a={good}", "--source", f"b={tmp_path / path}", "--output", tmp_path / "out")
+        assert expected in said and str(tmp_path) in said
+        refused(capsys, "score", "--model", run, "--input", tmp_path / path, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_options_are_refused(world, run, tmp_path, capsys):
+    directory, paths = world
+    good, out = lines(tmp_path / "good.jsonl", GOOD), tmp_path / "out"
+
+    def bad(*more, sources=(f"a={good}",)):
+        named = [w for s in sources for w in ("--source", s)]
+        return refused(capsys, "train", "--model", run, *named, "--output", out, *more)
+
+    assert "'a' is named twice" in bad(sources=(f"a={good}", f"a={good}"))
+    assert "--source is missing" in bad(sources=())
+    for wrong in ("a", f"={good}", "a=", f"a={good},", f"a={good},b,c"):
+        assert "expected NAME=TRAIN.jsonl[,TEST.jsonl]" in bad(sources=(wrong,))
+    two = (f"a={good}", f"b={good}")
+    assert "expected a multiple of 2" in bad("--batch-size", 3, sources=two)
+    assert "needs --sampling equal" in bad("--lambda-scope", "group", "--sampling", "proportional", sources=two)
+    assert "at most 12" in bad(sources=tuple(f"s{i}={good}" for i in range(13)))
+    for flag, value in (("--batch-size", 0), ("--batch-size", "many"), ("--epochs", 0), ("--max-length", 0), ("--save-steps", -1),
+                        ("--learning-rate", 0), ("--learning-rate", "nan"), ("--learning-rate", "inf"), ("--warmup", 1.5),
+                        ("--gradient-average", 0), ("--method", "mgda"), ("--seed", -1), ("--pairs-per-source", 0),
+                        ("--micro-tokens", 0), ("--eval-steps", 5), ("--weight-decay", -1), ("--learning-rat", 1)):
+        bad(flag, value)
+    if not torch.cuda.is_available():
+        assert "--device cuda" in bad("--device", "cuda")
+    assert not out.exists()
+    refused(capsys, "train", "--model", run, "--source", f"a={good}")                        # no --output
+    refused(capsys, "evaluate", "--model", run, "--source", f"a={good},{good}")
+
+
+def test_existing_outputs_are_refused_and_kept(run, tmp_path, capsys):
+    good = lines(tmp_path / "good.jsonl", GOOD)
+    before = (tmp_path / "good.jsonl").read_bytes()
+    for arguments in (("train", "--model", run, "--source", f"a={good}", "--output", good),
+                      ("evaluate", "--model", run, "--source", f"a={good}", "--json", good),
+                      ("score", "--model", run, "--input", good, "--output", good), ("demo", "--output", good)):
+        assert "exists already" in refused(capsys, *arguments)
+    assert (tmp_path / "good.jsonl").read_bytes() == before
+    assert "not a directory" in refused(capsys, "score", "--model", run, "--input", good, "--output", good + "/x")
+
+
+def test_bad_models_are_refused_by_every_verb(run, tmp_path, capsys):
+    """The whole table is in test_checkpoint.py; this is the way out to the user."""
+    good = lines(tmp_path / "good.jsonl", GOOD)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (broken / name).write_bytes((run / name).read_bytes())
+    (broken / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:5000])
+    for model in (broken, tmp_path / "absent", tmp_path):
+        for arguments in (("train", "--source", f"a={good}", "--output", tmp_path / "out"), ("evaluate", "--source", f"a={good}"),
+                          ("score", "--input", good, "--output", tmp_path / "out")):
+            refused(capsys, arguments[0], "--model", model, *arguments[1:])
+    assert not (tmp_path / "out").exists()
+
+
+def test_handled_and_counted_never_refused(run, tmp_path, capsys):
+    odd = lines(tmp_path / "odd.jsonl", GOOD, GOOD | {"prompt": "amber " * 3000}, GOOD | {"chosen": "x", "rejected": "x"},
+                {"text": ["a", "b", "c"], "score": [1, 1, 0]}, GOOD | {"rejected": ""}, GOOD | {"chosen": " ", "margin": 3},
+                {"prompt": "", "chosen": "", "rejected": "a"})
+    assert main(["evaluate", "--model", str(run), "--source", f"odd={odd}", "--json", str(tmp_path / "r.json")]) == 0
+    r = json.loads((tmp_path / "r.json").read_text())["sources"]["odd"]
+    assert {k: r[k] for k in ("pairs", "label_ties", "identical", "truncated", "blank", "dropped")} == \
+        {"pairs": 6, "label_ties": 1, "identical": 1, "truncated": 1, "blank": 2, "dropped": 1}
+    assert main(["train", "--model", str(run), "--source", f"odd={odd}", "--output", str(tmp_path / "out")]) == 0
+
+
+def test_evaluate_writes_the_report(world, run, tmp_path, capsys):
+    sources = [a for n, (_, test) in world[1].items() for a in ("--source", f"{n}={test}")]
+    assert main(["evaluate", "--model", str(run), *sources, "--json", str(tmp_path / "r.json"), "--figures", str(tmp_path / "figures")]) == 0
+    report, said = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
+    rates = ["accuracy", "ece", "ace", "mce", "brier", "nll", "mean_margin", "length_accuracy", "random_accuracy"]
+    assert list(report["mean"]) == rates and list(report["sources"]) == ["ana", "ben"]
+    for rate in rates:
+        assert report["mean"][rate] == pytest.approx(np.mean([r[rate] for r in report["sources"].values()]))
+    for r in report["sources"].values():
+        assert r["pairs"] + r["label_ties"] == 30 and f"{r['accuracy']:.4f}" in said
+    assert (tmp_path / "figures" / "margins.png").stat().st_size > 5000
+
+
+def test_score_agrees_with_evaluate_and_streams_in_order(world, run, tmp_path):
+    path = world[1]["ana"][1]
+    records = read(path)
+    extra = [{"prompt": "amber", "response": " basil", "id": 7, "note": "\ud800"}, {"prompt": "amber", "response": ""}]
+    mixed = lines(tmp_path / "in.jsonl", *[r for r in records if "chosen" in r], *extra)
+    assert main(["score", "--model", str(run), "--input", mixed, "--output", str(tmp_path / "out.jsonl")]) == 0
+    scored = read(tmp_path / "out.jsonl")
+    assert [{k: v for k, v in s.items() if "reward" not in k and k != "probability" or k == "probability" and "chosen" not in s}
+            for s in scored[-2:]] == extra
+    assert [s["prompt"] for s in scored[:-2]] == [r["prompt"] for r in records if "chosen" in r]
+    margins = [s["chosen_reward"] - s["rejected_reward"] for s in scored[:-2]]
+    assert [s["probability"] for s in scored[:-2]] == pytest.approx([1 / (1 + math.exp(-m)) for m in margins])
+    assert main(["evaluate", "--model", str(run), "--source", f"ana={path}", "--json", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())["sources"]["ana"]
+    assert report["accuracy"] == calibration.accuracy(margins) and report["ece"] == pytest.approx(calibration.pair_ece(margins), abs=1e-6)
+
+
+def test_scores_do_not_depend_on_company(world, run, tmp_path):
+    records = read(world[1]["ana"][1])[:12]
+    records = [{"prompt": r["prompt"], "response": r["chosen"]} for r in records if "chosen" in r]
+    together = lines(tmp_path / "in.jsonl", *records)
+    reversed_ = lines(tmp_path / "reversed.jsonl", *records[::-1])
+    for name, path, micro in (("a", together, 8192), ("b", together, 1), ("c", reversed_, 100)):
+        assert main(["score", "--model", str(run), "--input", path, "--output", str(tmp_path / name), "--micro-tokens", str(micro)]) == 0
+    a, b, c = ([r["reward"] for r in read(tmp_path / n)] for n in "abc")
+    assert a == pytest.approx(b, abs=1e-5) and a == pytest.approx(c[::-1], abs=1e-5)
+
+
+def test_max_length_is_the_runs_own_unless_asked(world, run, tmp_path, capsys):
+    path = lines(tmp_path / "in.jsonl", {"prompt": "amber " * 100, "response": " basil"})
+    assert main(["score", "--model", str(run), "--input", path, "--output", str(tmp_path / "a")]) == 0
+    assert "1 truncated to 64 tokens" in capsys.readouterr().out
+    assert main(["score", "--model", str(run), "--input", path, "--output", str(tmp_path / "b"), "--max-length", "500"]) == 0
+    assert "0 truncated to 500 tokens" in capsys.readouterr().out
+
+
+def test_an_untrained_head_is_said_to_be_one(world, tmp_path, capsys):
+    path = lines(tmp_path / "in.jsonl", GOOD)
+    assert main(["evaluate", "--model", str(world[0] / "model"), "--source", f"a={path}"]) == 0
+    assert "untrained head" in capsys.readouterr().err
+
+
+def test_a_reward_model_goes_on_with_its_head(run, tmp_path):
+    good = lines(tmp_path / "good.jsonl", GOOD)
+    assert main(["train", "--model", str(run), "--source", f"a={good}", "--output", str(tmp_path / "out"), "--learning-rate", "1e-30"]) == 0
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["score.weight"], load_file(run / "model.safetensors")["score.weight"])
+
+
+def test_weights_that_overflow_end_in_one_line_and_exit_code_1(run, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (broken / name).write_bytes((run / name).read_bytes())
+    tensors = load_file(run / "model.safetensors")
+    save_file({k: t * 1e38 if k == "score.weight" else t for k, t in tensors.items()}, broken / "model.safetensors", {"format": "pt"})
+    good = lines(tmp_path / "good.jsonl", GOOD)
+    capsys.readouterr()
+    assert main(["score", "--model", str(broken), "--input", good, "--output", str(tmp_path / "out")]) in (0, 1)
+    tensors["gpt_neox.final_layer_norm.weight"] *= 1e38
+    save_file({k: t * 1e38 if k == "score.weight" else t for k, t in tensors.items()}, broken / "model.safetensors", {"format": "pt"})
+    assert main(["score", "--model", str(broken), "--input", good, "--output", str(tmp_path / "out2")]) == 1
+    assert "not finite" in capsys.readouterr().err and not (tmp_path / "out2").exists()
+
+
+def test_importing_needs_neither_transformers_nor_matplotlib():
+    script = ("import sys\nfor m in ('transformers', 'matplotlib'): sys.modules[m] = None\n"
+              "import minimore, minimore.cli, minimore.plots\nassert not minimore.plots.available()")
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
+
+
+def test_module_and_command_are_one(capsys):
+    out = subprocess.run([sys.executable, "-m", "minimore", "--version"], capture_output=True, text=True, check=True).stdout
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert out == capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0 and "--lambda-scope" in capsys.readouterr().out

@@ -20,14 +20,19 @@ VERBS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
+def build_parser() -> Parser:
+    """One sub-command per verb, its options generated from its dataclass."""
     parser = Parser(prog="minimore", description="Reward models from several sources of human preference (arXiv 2312.07401).")
     parser.add_argument("--version", action="version", version=f"minimore {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (options_class, _, help) in VERBS.items():
         add_options(verbs.add_parser(name, help=help, description=help), options_class)
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    given = build_parser().parse_args(arguments)
     options_class, run, _ = VERBS[given.verb]
     prefix = f"minimore {given.verb}:"
     try:

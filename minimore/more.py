@@ -136,7 +136,7 @@ def more_loss(head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: Tensor
 def weighted_loss(weights: Tensor, losses: Tensor) -> Tensor:
     """sum_k lambda_k L_k over the sources that have a weight; an absent source (NaN, weight 0) does not enter. Eq. 7."""
     present = weights > 0
-    return weights[present] @ losses[present]                                             # Eq. 7
+    return weights[present].to(losses) @ losses[present]                                           # Eq. 7
 
 
 # ---- weightings: (losses (K,), gradients (K, D), pairs (K,), state) -> weights (K,), on the simplex -----------------

@@ -143,6 +143,13 @@ def test_the_gradient_of_more_is_the_shortest_vector():
     assert not weights.requires_grad
 
 
+def test_the_readers_five_lines_run_in_fp32():
+    head, zc, zr, source = batch(dtype=torch.float32)
+    losses, gradients = bradley_terry_losses(head, zc, zr, source), head_gradients(head, zc, zr, source)
+    loss = weighted_loss(min_norm_weights(gradients), losses)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(more_loss(head, zc, zr, source, normalize="none")[0].item())
+
+
 def test_proportional_weights_are_the_plain_mean_over_pairs():
     head, zc, zr, _ = batch()
     source = torch.tensor([0] * 7 + [1] * 4 + [2])

@@ -104,7 +104,7 @@ def pack(items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Stre
             positions.extend(range(shared, shared + len(continuation)))
             last.append(len(tokens) - 1)
             runs.append(Run(first, len(tokens), start, start if first == start else start + shared))
-    as_tensor = lambda values: torch.tensor(values, dtype=torch.int64)           # noqa: E731
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.int64)
     return Stream(as_tensor(tokens), as_tensor(positions), as_tensor(last), runs)
 
 
@@ -137,7 +137,7 @@ def _attend_tiles(q, k, v, stream):
     out = []
     for q_index, real, k_index, visible in stream.tiles:
         T, Q = q_index.shape
-        gather = lambda x, index: x.index_select(0, index.flatten()).view(T, -1, *x.shape[1:]).transpose(1, 2)  # noqa: E731
+        gather = lambda x, index: x.index_select(0, index.flatten()).view(T, -1, *x.shape[1:]).transpose(1, 2)
         tile = F.scaled_dot_product_attention(gather(q, q_index), gather(k, k_index), gather(v, k_index),
                                               attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1])  # (T, H, Q, C)
         out.append(tile.transpose(1, 2)[real])                                   # (real queries, H, C)

@@ -91,7 +91,7 @@ class Json:
             raise InputError(f"{self.where}: hidden_size {width}, num_attention_heads {heads} and num_key_value_heads {kv_heads} do not divide")
         return dict(vocabulary=self.get("vocab_size", int), width=width, blocks=self.get("num_hidden_layers", int),
                     heads=heads, kv_heads=kv_heads, head_width=self.get("head_dim", int, width // heads),
-                    mlp_width=self.get("intermediate_size", int), positions=self.get("max_position_embeddings", int, 2048))
+                    mlp_width=self.get("intermediate_size", int))
 
 
 def gpt_neox_config(j: Json) -> ModelConfig:
@@ -158,7 +158,7 @@ def name_table(family: Family, trunk: nn.Module) -> dict[str, tuple[str, ...]]:
         parts = our if isinstance(our, tuple) else (our,)
         for block in range(trunk.c.blocks) if "{}" in theirs else [0]:
             for kind in ("weight", "bias") if "*" in theirs else [""]:
-                fill = lambda name: name.replace("{}", str(block)).replace("*", kind)       # noqa: E731
+                fill = lambda name: name.replace("{}", str(block)).replace("*", kind)
                 if ours.issuperset(map(fill, parts)):
                     table[fill(theirs)] = tuple(map(fill, parts))
     return table
@@ -401,7 +401,7 @@ def pad_id(source: Checkpoint) -> int:
     transformers pools at the last token that is not this id, so a pad that is also EOS would move the reward.
     """
     named = source.tokenizer_config
-    token_id = lambda t: source.tokenizer.file.token_to_id(t.get("content", "") if isinstance(t, dict) else str(t))  # noqa: E731
+    token_id = lambda t: source.tokenizer.file.token_to_id(t.get("content", "") if isinstance(t, dict) else str(t))
     eos = {token_id(named.get("eos_token"))} | set(_list(source.json.get("eos_token_id")))
     padding = [t for t in source.tokenizer.file.get_added_tokens_decoder().values() if t.special and "pad" in t.content.lower()]
     candidates = [source.json.get("pad_token_id"), token_id(named.get("pad_token")), *(token_id(t.content) for t in padding)]

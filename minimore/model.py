@@ -42,7 +42,6 @@ class ModelConfig:
     rope_base: float
     rope_factor: float = 1.0             # all frequencies divided by this
     rope_llama3: tuple[float, float, float, int] | None = None     # factor, low, high, original length
-    positions: int = 2048                # longest text seen in pretraining
 
 
 class Linear(nn.Module):

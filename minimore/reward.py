@@ -86,7 +86,8 @@ def max_length_of(model_directory: Path, asked: int | None) -> int:
     """--max-length if given, else what the run was trained with, else 512."""
     if asked is not None and asked < 1:
         raise InputError(f"--max-length {asked}: expected at least 1")
-    path = model_directory / "options.json"
+    run = model_directory.parent if model_directory.name.startswith("checkpoint-") else model_directory
+    path = run / "options.json"
     stored = read_json(path).get("max_length") if asked is None and path.is_file() else None
     return asked or (stored if type(stored) is int and stored > 0 else DEFAULT_MAX_LENGTH)
 

@@ -1,4 +1,4 @@
-"""Training: the loop, its step, and everything that makes a run safe to kill. The plain engine: autograd on one device.
+"""Training: the loop, what it logs, and everything that makes a run safe to kill.
 
 K sources, B pairs in a step, D width.
 """
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,10 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .checkpoint import STORAGE, Checkpoint, read_json, save_checkpoint, write_tensors
+from .engine import NonFiniteLoss, optimizer_step
 from .evaluate import evaluate_sources, table
 from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients, weighted_loss
 from .options import InputError, option, parse_sources, write_json
-from .pairs import PairBatch, Source, epoch_steps, load_source, pack_pairs, split_by_tokens
+from .pairs import Source, epoch_steps, load_source
 from .reward import ModelOptions, RewardModel, load_reward_model
 
 MAY_CHANGE = ("resume", "output", "log_steps")       # options that a resumed run may give differently
@@ -60,72 +60,7 @@ class TrainOptions(ModelOptions):
     save_dtype: str = option("float32", choices=tuple(STORAGE), help="type in which the finished model is stored")
 
 
-# ---- one step --------------------------------------------------------------------------------------------------------
-
-def step(model: RewardModel, batches: Sequence[PairBatch], sources: int, weigh: Callable, group: int | None = None,
-         share: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Add the gradient of share x the weighted loss of these pairs to the parameters; weights over all of them at once.
-
-    batches: consecutive micro-batches. Several of them cost one more forward: a first pass without a graph gives every
-    pair's hidden state, the loss is differentiated down to these, and a second pass carries that on, batch by batch.
-    group: solve per so many consecutive pairs instead, and average. Returns z_chosen, z_rejected (B, D); share x weights (K,) and loss ().
-    """
-    several = len(batches) > 1
-    with torch.set_grad_enabled(not several):
-        features = [model.features(batch) for batch in batches]
-    z_chosen, z_rejected = (torch.cat(side) for side in zip(*features))                       # (B, D) fp32 each
-    if several:
-        z_chosen.requires_grad_(), z_rejected.requires_grad_()
-    source = torch.cat([batch.source for batch in batches]).to(z_chosen.device)               # (B,)
-
-    loss, mean_weights = 0.0, 0.0
-    size = group or len(source)
-    for zc, zr, s in zip(z_chosen.split(size), z_rejected.split(size), source.split(size)):   # once, without groups
-        losses = bradley_terry_losses(model.head, zc, zr, s, sources)                         # (K,)   Eq. 1
-        gradients = head_gradients(model.head, zc, zr, s, sources)                            # (K, D) closed form
-        require_finite(losses, s)
-        weights = weigh(losses, gradients, torch.bincount(s, minlength=sources))              # (K,) on the simplex
-        loss = loss + weighted_loss(weights, losses) * (len(s) / len(source))                 # ()     Eq. 7
-        mean_weights = mean_weights + weights * (len(s) / len(source))
-    (loss * share).backward()
-    if several:
-        grads = zip(z_chosen.grad.split([len(b.source) for b in batches]), z_rejected.grad.split([len(b.source) for b in batches]))
-        for batch, (grad_chosen, grad_rejected) in zip(batches, grads):
-            torch.autograd.backward(model.features(batch), (grad_chosen, grad_rejected))
-    return z_chosen.detach(), z_rejected.detach(), mean_weights.detach() * share, loss.detach() * share
-
-
-class NonFiniteLoss(FloatingPointError):
-    """The loss of source number `source` is not a number or infinite."""
-
-    def __init__(self, source: int):
-        self.source = source
-
-
-def require_finite(losses: Tensor, source: Tensor):
-    for k in source.unique().tolist():
-        if not math.isfinite(losses[k].item()):
-            raise NonFiniteLoss(k)
-
-
-def optimizer_step(model, pairs, source, options, weigh, sources):
-    """Micro-batch one optimizer step and run it; how finely it may be cut depends on what the weights must see."""
-    tokens = [p.tokens for p in pairs]
-    balanced = options.sampling == "equal"
-    if options.lambda_scope == "group" or (options.method == "uniform" and balanced):
-        unit, alone = sources, True              # a group of one pair a source, or any number of them, stands alone
-    else:
-        unit, alone = 1, options.method == "proportional"
-    parts = split_by_tokens(tokens, options.micro_tokens, unit)
-    batches = [pack_pairs(pairs[p.start:p.stop], source[p.start:p.stop]) for p in parts]
-    group = sources if options.lambda_scope == "group" else None
-    if alone:
-        done = [step(model, [b], sources, weigh, group, len(b.source) / len(pairs)) for b in batches]
-    else:
-        done = [step(model, batches, sources, weigh)]
-    z_chosen, z_rejected, weights, loss = zip(*done)
-    return torch.cat(z_chosen), torch.cat(z_rejected), sum(weights), sum(loss)
-
+# ---- what a step is told and what it tells --------------------------------------------------------------------------
 
 def learning_rate_at(step: int, steps: int, options: TrainOptions) -> float:
     """Learning rate of step 0, 1, ..., steps - 1: linear warmup, then the schedule, which would reach 0 at `steps`."""
@@ -145,7 +80,7 @@ def step_metrics(head, z_chosen, z_rejected, source, weights, loss, names) -> di
     gradients = head_gradients(head, z_chosen, z_rejected, source, K)
     units = gradients / gradients.norm(dim=1, keepdim=True)
     cosines, right = (units @ units.T).tolist(), (margins > 0).double() + 0.5 * (margins == 0)
-    number = lambda x: float(x) if math.isfinite(x) else None                    # a source without a pair: null   # noqa: E731
+    number = lambda x: float(x) if math.isfinite(x) else None                    # a source without a pair: null
     return {
         "loss": float(loss),
         "sources": {name: {"pairs": int((source == k).sum()), "loss": number(losses[k]),
@@ -179,9 +114,7 @@ def save_state(run: Path, source: Checkpoint, model: RewardModel, optimizer, mem
     write_tensors(beside / "state.safetensors", tensors)
     write_json(beside / "state.json", {"step": step, "threads": torch.get_num_threads(), "data": digests})
     os.replace(beside, final)
-    for old in checkpoints(run):
-        if old != final:
-            shutil.rmtree(old)
+    remove_checkpoints(run, keep=final)
 
 
 def load_state(directory: Path, model: RewardModel, optimizer, memory: dict, digests: dict) -> int:
@@ -210,6 +143,12 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
+def remove_checkpoints(run: Path, keep: Path | None = None):
+    for old in checkpoints(run):
+        if old != keep:
+            shutil.rmtree(old)
+
+
 def open_run(options: TrainOptions) -> Path | None:
     """The directory of a new or continued run; None if it is finished already."""
     run, wanted = Path(options.output), json.loads(json.dumps(asdict(options)))
@@ -225,6 +164,7 @@ def open_run(options: TrainOptions) -> Path | None:
                 raise InputError(f"--resume: {key} is {wanted.get(key)!r} but the run in {run} has {given.get(key)!r}; "
                                  "give the same command again, or start a new run")
     if (run / "config.json").is_file():
+        remove_checkpoints(run)                      # a kill may have come between the finished model and this
         print(f"{run}: finished already")
         return None
     return run
@@ -346,7 +286,9 @@ def train(options: TrainOptions) -> int:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(done - 1, steps, options)
             try:
-                z_chosen, z_rejected, weights, loss = optimizer_step(model, pairs, chosen[:, 0].tolist(), options, weigh, K)
+                z_chosen, z_rejected, weights, loss = optimizer_step(
+                    model, pairs, chosen[:, 0].tolist(), K, weigh, method=options.method, scope=options.lambda_scope,
+                    sampling=options.sampling, micro_tokens=options.micro_tokens)
             except NonFiniteLoss as error:
                 kept = checkpoints(run)
                 raise FloatingPointError(f"step {done}: the loss of source {names[error.source]!r} is not finite; "
@@ -379,6 +321,5 @@ def finish(run: Path, options: TrainOptions, checkpoint: Checkpoint, model: Rewa
         print(table(report))
         write_json(run / "evaluation.json", report)
     save_checkpoint(run, checkpoint, model.trunk, model.head, options.save_dtype)
-    for old in checkpoints(run):
-        shutil.rmtree(old)
+    remove_checkpoints(run)
     print(f"finished: {run}")

@@ -107,7 +107,7 @@ class World:
 
     def _line(self, k, random, seen):
         """One labelled pair of annotator k, on a prompt that no other pair has."""
-        words = lambda n: " ".join(WORDS[i] for i in random.integers(len(WORDS), size=n))        # noqa: E731
+        words = lambda n: " ".join(WORDS[i] for i in random.integers(len(WORDS), size=n))
         while (asked := words(self.prompt_words)) in seen:
             pass
         seen.add(asked)

@@ -123,7 +123,7 @@ print(f"the third has less: MORE keeps {more[0]:.2f} shared and {more[1:].norm()
       f"uniform {uniform[0]:.2f} shared and {uniform[1:].norm():.2f} drift")
 
 # %% What was claimed
-close = lambda a, *b, atol=1e-9: torch.allclose(a, torch.tensor(b, dtype=a.dtype), atol=atol)                # noqa: E731
+close = lambda a, *b, atol=1e-9: torch.allclose(a, torch.tensor(b, dtype=a.dtype), atol=atol)
 assert from_pairs.tolist() == [[-1, 0], [0.5, -1]] and from_pairs[0] @ from_pairs[1] == -0.5
 assert loud.mean(0).tolist() == [1, 0.5] and loud[1] @ loud.mean(0) == -0.5
 for G, expected in zip(cases.values(), [(0.2, 0.8), (0, 1), (5 / 17, 12 / 17), (3 / 4, 1 / 4)]):

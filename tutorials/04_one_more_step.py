@@ -15,8 +15,8 @@ import torch
 
 from minimore import (ModelOptions, bradley_terry_losses, head_gradients, load_source, min_norm_weights, open_reward_model,
                       pack_pairs, weighted_loss)
+from minimore.engine import step
 from minimore.more import more_weights, normalize_gradients
-from minimore.train import step
 from minimore.world import World
 
 torch.set_printoptions(precision=4, sci_mode=False, linewidth=120)
@@ -82,7 +82,7 @@ print(f"loss {loss:.4f}; {len(by_hand)} tensors of parameters have a gradient")
 print("head, by backward:        ", by_hand["head"][:5], "\nhead, weights @ gradients:", known[:5])
 
 # %% The library's step, and micro-batches
-# `minimore.train.step` does what you have just seen. If 12 pairs are too many for the memory it takes them in parts, but the
+# `minimore.engine.step` does what you have just seen. If 12 pairs are too many for the memory it takes them in parts, but the
 # weights must see all 12 at once: a first pass collects every z, the weights are solved, a second pass carries the gradient down.
 # Up to rounding this is the same gradient. Solving the weights in each half, and averaging, gives another one.
 

@@ -19,7 +19,7 @@ from minimore.model import ModelConfig, Trunk
 from minimore.more import more_weights
 from minimore.pairs import TokenPair, pack_pairs, split_by_tokens
 from minimore.reward import RewardModel, fresh_head
-from minimore.train import step
+from minimore.engine import step
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -81,7 +81,7 @@ def training_step(micro_tokens):
         pairs.append(TokenPair(np.concatenate([prompt, a]), np.concatenate([prompt, b]), len(prompt), 0, i))
     tokens = [p.tokens for p in pairs]
     batches = [pack_pairs([pairs[i] for i in part], [i % 5 for i in part]) for part in split_by_tokens(tokens, micro_tokens)]
-    weigh = lambda losses, gradients, count: more_weights(losses, gradients, count, {})      # noqa: E731
+    weigh = lambda losses, gradients, count: more_weights(losses, gradients, count, {})
     seconds = []
     for _ in range(4 if CUDA else 2):
         if CUDA:

@@ -1,0 +1,85 @@
+"""README is true: its commands parse, its tree is the tree, its tables name things that exist. Doctests run, too."""
+
+import doctest
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from minimore.cli import VERBS, build_parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+MODULES = sorted(p.stem for p in (ROOT / "minimore").glob("*.py") if not p.stem.startswith("__"))
+
+
+def commands():
+    """Every line of the shell blocks, backslash continuations joined."""
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
+        yield from (c for c in block.replace("\\\n", " ").splitlines() if c.strip() and not c.startswith("#"))
+
+
+def test_commands_parse():
+    verbs = set()
+    for command in commands():
+        for part in command.split("&&"):
+            words = shlex.split(part, comments=True)
+            if words[0] == "minimore":
+                build_parser().parse_args(words[1:])
+                verbs.add(words[1])
+            elif words[0] == "python" and words[1].endswith(".py"):
+                assert (ROOT / words[1]).is_file(), command
+            else:
+                assert words[0] == "pip" or words[:3] == ["python", "-m", "pytest"], command
+    assert verbs == set(VERBS)
+
+
+def test_the_two_set_up_commands_are_marked():
+    for name in ("demo", "test"):
+        block = re.search(rf"<!-- command: {name} -->\n```bash\n(.*?)```", README, re.S).group(1)
+        assert block.count("\n") == 1 and block.startswith("pip install ")
+    assert "command: test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_tree_is_the_tree():
+    tree = re.search(r"<!-- tree -->\n```\n(.*?)```", README, re.S).group(1)
+    named = re.findall(r"^\s*(\S+\.py)", tree, re.M)
+    there = [p.name for folder in ("minimore", "tutorials") for p in (ROOT / folder).glob("*.py") if p.stem != "__main__"]
+    assert sorted(named) == sorted(there)
+
+
+def test_equation_table_names_exist():
+    rows = [line for line in README.splitlines() if line.startswith("|") and "test_" in line]
+    assert len(rows) >= 8
+    for row in rows:
+        for module, name in re.findall(r"`([a-z_]+)\.([a-z_]+)`", row):
+            assert hasattr(importlib.import_module(f"minimore.{module}"), name), row
+        for test in re.findall(r"`(test_\w+\.py::test_\w+)`", row):
+            file, name = test.split("::")
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text("utf-8"), row
+
+
+def test_options_named_in_the_text_exist():
+    helps = {flag for parser in build_parser()._subparsers._group_actions[0].choices.values() for flag in parser._option_string_actions}
+    bench = "".join(p.read_text("utf-8") for p in (ROOT / "tests" / "bench").glob("*.py"))
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
+        assert flag in helps or f'"{flag}"' in bench or flag == "--version", flag
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name):
+    assert doctest.testmod(importlib.import_module(f"minimore.{name}")).failed == 0
+
+
+def test_layers_only_point_down():
+    """A file imports only files above it in the order of design: the order of the README tree."""
+    order = re.findall(r"^  (\w+)\.py", re.search(r"<!-- tree -->\n```\n(.*?)tutorials/", README, re.S).group(1), re.M)
+    for place, name in enumerate(order):
+        source = (ROOT / "minimore" / f"{name}.py").read_text("utf-8")
+        imported = re.findall(r"^from \.(\w+) import", source, re.M) + \
+            [n.strip() for names in re.findall(r"^from \. import (.+)", source, re.M) for n in names.split(",")]
+        if name != "__init__":
+            assert set(imported) - {"__version__"} <= set(order[:place]), name
+    assert not re.search(r"^[ \t]+(from|import) +(\.|minimore)", "".join(p.read_text("utf-8") for p in (ROOT / "minimore").glob("*.py")), re.M)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from . import plots
+from .calibration import pair_ece
 from .evaluate import evaluate_sources
 from .options import option, refuse_existing, write_json
 from .pairs import Pair, load_source, read_records, record_pairs
@@ -49,7 +50,7 @@ def demo(options: DemoOptions) -> int:
         print(f"\nFigures: {plots.draw_weights(weights['more'], out / 'figures')} and {out}/figures/METHOD/margins.png")
     else:
         print("\nFigures: none, matplotlib is not installed (pip install 'minimore[plots]')")
-    print(f"Figures of every pair and step: {out}/report.json, {out}/more/metrics.jsonl")
+    print(f"All numbers: {out}/report.json and {out}/METHOD/metrics.jsonl")
     return 0
 
 
@@ -70,14 +71,24 @@ def true_pairs(path: Path) -> list[Pair]:
 
 
 def _print(world, paths, reports, weights):
-    print("\nHeld-out prompts. best: that annotator's own rule; single: the best rule shared by all; both are expected accuracies.")
-    print(f"{'annotator':10} best   single | uniform: accuracy    ECE | more: accuracy    ECE")
+    print("""
+Held-out prompts. best: that annotator's own rule, with the ECE that its exact probabilities show on so few pairs;
+single: the best rule shared by all. Both accuracies are expected ones.""")
+    print("annotator    best    ECE  single | uniform: accuracy    ECE | more: accuracy    ECE")
+    rows = []
     for k, (name, (_, test)) in enumerate(paths.items()):
-        best, single = (ceiling[k] for ceiling in world.ceilings(true_pairs(test)))
-        u, m = (reports[method]["sources"][name] for method in METHODS)
-        print(f"{name:10} {best:.3f}  {single:.3f}  |          {u['accuracy']:.3f}  {u['ece']:.4f} |       {m['accuracy']:.3f}  {m['ece']:.4f}")
-    u, m = (reports[method]["mean"] for method in METHODS)
-    print(f"{'mean':25} |          {u['accuracy']:.3f}  {u['ece']:.4f} |       {m['accuracy']:.3f}  {m['ece']:.4f}")
+        pairs = true_pairs(test)
+        best, single = (ceiling[k] for ceiling in world.ceilings(pairs))
+        floor = pair_ece(world.decisiveness[k % len(world.decisiveness)] * world.true_margins(pairs)[:, k])
+        found = [reports[method]["sources"][name][rate] for method in METHODS for rate in ("accuracy", "ece")]
+        rows.append([best, floor, single, *found])
+        _row(name, rows[-1])
+    _row("mean", np.mean(rows, 0))
     print("\nMORE's weights, mean over each fifth of the run:")
     for name, values in weights.items():
         print(f"{name:10} " + "  ".join(f"{part.mean():.3f}" for part in np.array_split(values, 5)))
+
+
+def _row(name, values):
+    best, floor, single, *found = values
+    print(f"{name:10}  {best:.3f}  {floor:.3f}   {single:.3f} |          {found[0]:.3f}   {found[1]:.3f} |       {found[2]:.3f}   {found[3]:.3f}")

@@ -46,15 +46,17 @@ def draw_margins(margins: dict[str, np.ndarray], directory: Path) -> Path:
 
 
 def draw_weights(weights: dict[str, list[float]], directory: Path) -> Path:
-    """The weight of every source over the steps of a run."""
+    """The weight of every source over the steps of a run: dots, and their moving average over a tenth of the run."""
     figure = _figure(2)
     axis = figure.subplots()
     for k, (name, values) in enumerate(weights.items()):
-        axis.plot(np.arange(1, len(values) + 1), values, LINES[k % len(LINES)], color=PALETTE[k % len(PALETTE)],
-                  label=name, linewidth=1.2)
+        colour, window = PALETTE[k % len(PALETTE)], max(1, len(values) // 10)
+        average = np.convolve(values, np.ones(window) / window, "valid")
+        axis.plot(np.arange(1, len(values) + 1), values, ".", color=colour, alpha=0.25, markersize=2)
+        axis.plot(np.arange(len(average)) + (window + 1) / 2, average, LINES[k % len(LINES)], color=colour, label=name)
     axis.axhline(1 / len(weights), color="grey", linewidth=0.8)
     axis.set(xlabel="step", ylabel="weight (lambda)", ylim=(0, None))
-    axis.legend(fontsize="small", ncols=2)
+    axis.legend(fontsize="small", ncols=len(weights), loc="upper center")
     return _save(figure, directory / "weights.png")
 
 

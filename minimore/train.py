@@ -91,8 +91,11 @@ def step_metrics(head, z_chosen, z_rejected, source, weights, loss, names) -> di
 
 
 def progress_line(record: dict, steps: int, seconds_left: float) -> str:
-    cells = [f"{name} {r['loss']:.3f} w{r['weight']:.2f}" if r["loss"] is not None else f"{name} -"
+    """One readable line: per source loss, accuracy and weight; the range of the cosines; time left."""
+    cells = [f"{name} {r['loss']:.3f} {r['accuracy']:4.0%} w{r['weight']:.2f}" if r["pairs"] else f"{name} none"
              for name, r in record["sources"].items()]
+    cosines = [c for c in record["cosines"].values() if c is not None]
+    cells += [f"cosines {min(cosines):.2f} to {max(cosines):.2f}"] if cosines else []
     hours, rest = divmod(int(seconds_left), 3600)
     return f"step {record['step']}/{steps}  loss {record['loss']:.4f}  {'  '.join(cells)}  {hours}:{rest // 60:02d}:{rest % 60:02d} left"
 

@@ -96,7 +96,7 @@ def test_demo_reaches_what_one_shared_reward_can_reach(tmp_path, capsys):
     for k, name in enumerate(ANNOTATORS):
         path = next((tmp_path / "demo" / "world" / "data").glob(f"{name}.test.*"))
         best, single = (c[k] for c in world.ceilings(true_pairs(path)))
-        assert f"{best:.3f}  {single:.3f}" in said
+        assert f"{name:10}  {best:.3f}" in said and f"{single:.3f} |" in said
         for method in ("uniform", "more"):
             accuracy = report[method]["sources"][name]["accuracy"]
             assert (accuracy - .5) / (single - .5) > .7 and f"{accuracy:.3f}" in said

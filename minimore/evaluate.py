@@ -60,10 +60,10 @@ def table(report: dict) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ModelOptions):
-    source: tuple[str, ...] = option((), repeat=True, help="NAME=TEST.jsonl; once per source")
+    source: tuple[str, ...] = option((), repeat=True, value="NAME=TEST.jsonl", help="once per source")
     max_length: int | None = option(None, help="tokens a text, cut on the left (default: the run's own, else 512)")
-    json: str | None = option(None, help="write the report here; must not exist")
-    figures: str | None = option(None, help="draw reliability diagrams and margin histograms into this directory (needs the extra plots)")
+    json: str | None = option(None, value="OUT.json", help="write the report here; must not exist")
+    figures: str | None = option(None, value="DIR", help="draw reliability diagrams and margin histograms into this directory (needs the extra plots)")
 
 
 def evaluate(options: EvaluateOptions):

@@ -16,9 +16,9 @@ class InputError(ValueError):
     """Something the user gave cannot be used: one line saying what, where, expected, what next. Exit code 2."""
 
 
-def option(default=dataclasses.MISSING, help="", choices=None, repeat=False):
-    """A dataclass field that is also a command-line option; without a default it is required."""
-    metadata = {"help": help, "choices": choices, "repeat": repeat}
+def option(default=dataclasses.MISSING, help="", choices=None, repeat=False, value="VALUE"):
+    """A dataclass field that is also a command-line option; without a default it is required. value: its name in the help."""
+    metadata = {"help": help, "choices": choices, "repeat": repeat, "value": value}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -57,7 +57,7 @@ def add_options(parser, options_class):
         parser.add_argument(name, type=_parser_type(kind) if kind in (int, float) else kind, required=required,
                             default=None if required else [] if field.metadata["repeat"] else field.default, choices=field.metadata["choices"],
                             action="append" if field.metadata["repeat"] else "store", help=text,
-                            metavar=None if field.metadata["choices"] else kind.__name__.upper())
+                            metavar=None if field.metadata["choices"] else {int: "N", float: "X"}.get(kind, field.metadata["value"]))
 
 
 def from_arguments(options_class, arguments):

@@ -28,7 +28,7 @@ DEFAULT_MAX_LENGTH = 512                 # the paper's
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """What every command that opens a model takes."""
-    model: str = option(help="checkpoint directory or hub name: a causal LM (fresh head) or a saved reward model")
+    model: str = option(value="DIR|HUB", help="checkpoint directory or hub name: a causal LM (fresh head) or a saved reward model")
     seed: int = option(0, help="seeds a fresh head and the order of the data")
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute; auto takes a GPU if there is one")
     compute_dtype: str = option("auto", choices=("auto", "float32", "bfloat16"),
@@ -123,8 +123,8 @@ def _finite(rewards: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(ModelOptions):
-    input: str = option(help="JSON lines (.gz too) of pairs, or of prompt and response")
-    output: str = option(help="JSON lines file to write; must not exist")
+    input: str = option(value="IN.jsonl", help="JSON lines (.gz too) of pairs, or of prompt and response")
+    output: str = option(value="OUT.jsonl", help="JSON lines file to write; must not exist")
     max_length: int | None = option(None, help="tokens a text, cut on the left (default: the run's own, else 512)")
 
 

@@ -35,8 +35,8 @@ MAY_CHANGE = ("resume", "output", "log_steps")       # options that a resumed ru
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(ModelOptions):
     """The defaults are the paper's."""
-    source: tuple[str, ...] = option((), repeat=True, help="NAME=TRAIN.jsonl[,TEST.jsonl]; once per source")
-    output: str = option(help="run directory to make; must not exist, except with --resume")
+    source: tuple[str, ...] = option((), repeat=True, value="NAME=TRAIN.jsonl[,TEST.jsonl]", help="once per source")
+    output: str = option(value="RUN", help="run directory to make; must not exist, except with --resume")
     resume: bool = option(False, help="continue the run in --output: the same command again, plus this")
     method: str = option("more", choices=tuple(WEIGHTINGS), help="how the sources' losses are weighted; proportional is the "
                          "share of each source in the batch, so uniform under equal sampling")

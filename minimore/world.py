@@ -49,6 +49,8 @@ class World:
         K = len(self.annotators)
         if not 0 <= self.conflict <= 1 or not 0 <= self.ties < 1 or K < 1 or K + 2 > len(WORDS):
             raise InputError(f"world: conflict {self.conflict}, ties {self.ties}, {K} annotators: expected shares and at most {len(WORDS) - 2} annotators")
+        if self.seed < 0 or min(self.train_pairs, default=0) < 1 or self.test_pairs < 0:
+            raise InputError(f"world: seed {self.seed}, {self.train_pairs} training and {self.test_pairs} test pairs: expected a seed from 0, and at least 1 training pair each")
         for name in ("decisiveness", "train_pairs"):
             if len(getattr(self, name)) not in (1, K):
                 raise InputError(f"world: {name} has {len(getattr(self, name))} values; expected 1 or {K}")

@@ -132,6 +132,8 @@ def test_bad_options_are_refused(world, run, tmp_path, capsys):
         bad(flag, value)
     if not torch.cuda.is_available():
         assert "--device cuda" in bad("--device", "cuda")
+    for flag, value in (("--seed", -1), ("--pairs", 0), ("--pairs", "many")):
+        refused(capsys, "demo", "--output", out, flag, value)
     assert not out.exists()
     refused(capsys, "train", "--model", run, "--source", f"a={good}")                        # no --output
     refused(capsys, "evaluate", "--model", run, "--source", f"a={good},{good}")

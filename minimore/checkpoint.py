@@ -6,7 +6,6 @@ parameter is filled.
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -17,7 +16,6 @@ from typing import Callable
 import safetensors
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as TokenizerFile
 from torch import Tensor, nn
@@ -26,8 +24,11 @@ from .model import ModelConfig, Trunk
 from .options import InputError, write_json
 
 SHARD_BYTES = 5_000_000_000
+LARGEST = 2 ** 31                        # of any number in a config.json
+MOST_BLOCKS, MOST_PARAMETERS = 1000, 10 ** 12        # what no checkpoint has; more is a damaged config.json
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+READABLE = {*STORAGE.values(), torch.float64}
 
 
 # ---- config.json -> ModelConfig --------------------------------------------------------------------------------------
@@ -46,9 +47,9 @@ class Json:
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2 ** 53:
             value = float(value)
-        if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
+        if type(value) is not kind or (kind in (int, float) and not 0 < value < LARGEST):
             what = "is missing" if key not in self.values else f"is {json.dumps(value)[:80]}"
             kinds = {int: "a positive whole number", float: "a positive number", bool: "true or false", str: "a string"}
             raise InputError(f'{self.where}: "{key}" {what}; expected {kinds[kind]}')
@@ -61,13 +62,15 @@ class Json:
         return ACTIVATION_NAMES[name]
 
     def rope(self, head_width, base_key, share_key, share):
-        """Rotary fields; old spelling (top level, rope_scaling) and new (rope_parameters)."""
-        given = self.values.get("rope_scaling") or self.values.get("rope_parameters") or {}
+        """Rotary fields; old spelling (top level, rope_scaling) and new (rope_parameters). share_key: None rotates whole heads."""
+        key = "rope_scaling" if self.values.get("rope_scaling") is not None else "rope_parameters"
+        given = {} if self.values.get(key) is None else self.values[key]
         if not isinstance(given, dict):
-            raise InputError(f'{self.where}: "rope_scaling" is not an object')
+            raise InputError(f'{self.where}: "{key}" is not an object')
         rope = Json(given, f"{self.where}: rope")
         base = rope.get("rope_theta", float, self.get(base_key, float, self.get("rope_theta", float, 10000.0)))
-        share = rope.get("partial_rotary_factor", float, self.get(share_key, float, share))
+        if share_key is not None:
+            share = rope.get("partial_rotary_factor", float, self.get(share_key, float, share))
         kind = given.get("rope_type") or given.get("type") or "default"
         fields = {"rotary_width": int(head_width * share), "rope_base": base}
         if kind == "linear":
@@ -75,6 +78,8 @@ class Json:
         elif kind == "llama3":
             fields["rope_llama3"] = (*(rope.get(k, float) for k in ("factor", "low_freq_factor", "high_freq_factor")),
                                      rope.get("original_max_position_embeddings", int, self.get("max_position_embeddings", int, 2048)))
+            if fields["rope_llama3"][1] >= fields["rope_llama3"][2]:
+                raise InputError(f'{self.where}: "low_freq_factor" must be smaller than "high_freq_factor"')
         elif kind != "default":
             raise InputError(f"{self.where}: rope scaling {kind!r} is not supported; known: default, linear, llama3 "
                              "(scalings that depend on the text's length cannot share a prompt)")
@@ -87,11 +92,16 @@ class Json:
         """What every family spells alike."""
         width, heads = self.get("hidden_size", int), self.get("num_attention_heads", int)
         kv_heads = self.get("num_key_value_heads", int, heads)
-        if (width % heads and "head_dim" not in self.values) or heads % kv_heads:
+        if (width % heads and self.values.get("head_dim") is None) or heads % kv_heads:
             raise InputError(f"{self.where}: hidden_size {width}, num_attention_heads {heads} and num_key_value_heads {kv_heads} do not divide")
-        return dict(vocabulary=self.get("vocab_size", int), width=width, blocks=self.get("num_hidden_layers", int),
-                    heads=heads, kv_heads=kv_heads, head_width=self.get("head_dim", int, width // heads),
-                    mlp_width=self.get("intermediate_size", int))
+        found = dict(vocabulary=self.get("vocab_size", int), width=width, blocks=self.get("num_hidden_layers", int),
+                     heads=heads, kv_heads=kv_heads, head_width=self.get("head_dim", int, max(1, width // heads)),
+                     mlp_width=self.get("intermediate_size", int))
+        attention = (heads + kv_heads) * found["head_width"]
+        parameters = width * (found["vocabulary"] + 2 * found["blocks"] * (attention + found["mlp_width"]))
+        if found["blocks"] > MOST_BLOCKS or parameters > MOST_PARAMETERS:
+            raise InputError(f"{self.where}: describes {found['blocks']} blocks and about {parameters:.0e} parameters; expected a model that exists")
+        return found
 
 
 def gpt_neox_config(j: Json) -> ModelConfig:
@@ -107,7 +117,7 @@ def llama_config(j: Json) -> ModelConfig:
     return ModelConfig(**sizes, activation=j.activation("silu"), gated=True, norm="rms",
                        norm_eps=j.get("rms_norm_eps", float, 1e-6), qkv_bias=bias, attention_output_bias=bias,
                        mlp_bias=j.get("mlp_bias", bool, False), parallel_residual=False,
-                       **j.rope(sizes["head_width"], "rope_theta", "partial_rotary_factor", 1.0))
+                       **j.rope(sizes["head_width"], "rope_theta", None, 1.0))
 
 
 # ---- families: their names -> ours. {} is the block number, * stands for weight and bias -------------------------------
@@ -185,9 +195,10 @@ class Checkpoint:
         self.directory = _find(model)
         self.json = read_json(self.directory / "config.json")
         where = str(self.directory / "config.json")
-        if self.json.get("model_type") not in FAMILIES:
-            raise InputError(f'{where}: "model_type" is {json.dumps(self.json.get("model_type"))}; known: {", ".join(FAMILIES)}')
-        self.family = FAMILIES[self.json["model_type"]]
+        kind = self.json.get("model_type")
+        if not isinstance(kind, str) or kind not in FAMILIES:
+            raise InputError(f'{where}: "model_type" is {json.dumps(kind)[:80]}; known: {", ".join(FAMILIES)}')
+        self.family = FAMILIES[kind]
         self.config = self.family.config(Json(self.json, where))
         self.tokenizer = Tokenizer(self.directory / "tokenizer.json")
         if self.tokenizer.size > self.config.vocabulary:
@@ -212,13 +223,13 @@ class Checkpoint:
         for theirs, ours in table.items():
             empty = [trunk.get_parameter(name) for name in ours]
             shape = (sum(p.shape[0] for p in empty), *empty[0].shape[1:])
-            tensor = self.weights.read(theirs, shape).to(dtype)
+            tensor = self.weights.read(theirs, shape, dtype)
             parts = [tensor] if len(ours) == 1 else split_heads(tensor, self.config.heads)
             for name, part in zip(ours, parts):
                 owner, _, leaf = name.rpartition(".")
                 setattr(trunk.get_submodule(owner), leaf, nn.Parameter(_own(part.to(device))))
-        head = self.weights.read("score.weight", (1, self.config.width))[0] if self.has_head else None
-        return trunk, None if head is None else _own(head.float().to(device))
+        head = self.weights.read("score.weight", (1, self.config.width), torch.float32)[0] if self.has_head else None
+        return trunk, None if head is None else _own(head.to(device))
 
     def _audit(self, table):
         keys = set(self.weights.files)
@@ -227,7 +238,7 @@ class Checkpoint:
         for what, names in (("missing", missing), ("not part of this model", extra)):
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise InputError(f"{self.directory}: {', '.join(names[:3])}{more} {what}; config.json says "
+                raise InputError(f"{self.directory}: {', '.join(n[:100] for n in names[:3])}{more} {what}; config.json says "
                                  f"{self.json['model_type']} with {self.config.blocks} blocks")
 
 
@@ -251,16 +262,16 @@ class Weights:
         for name in sorted(set(map(str, listed.values()))):
             if Path(name).name != name or name in ("", ".", ".."):
                 raise InputError(f"{index}: names the file {name!r}, which is outside {directory}; expected a plain file name")
-            if not (directory / name).is_file():
+            if not _is(directory / name, Path.is_file):
                 raise InputError(f"{index}: names the file {name!r}, which is missing from {directory}")
-            held.update({key: directory / name for key in _keys(directory / name)})
+            held.update({(key, name): directory / name for key in _keys(directory / name)})
         for key, name in listed.items():
-            if held.get(key) != directory / str(name):
+            if (key, str(name)) not in held:
                 raise InputError(f"{index}: says that {key!r} is in {name}, which does not hold it")
-        return held
+        return {key: path for (key, _), path in held.items()} | {key: directory / str(name) for key, name in listed.items()}
 
-    def read(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor, checked: shape, floating type, finite values."""
+    def read(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """One tensor as dtype, checked: shape, type, finite values."""
         path = self.files[key]
         try:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -270,9 +281,10 @@ class Weights:
                 tensor = file.get_tensor(key)
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path}: {key!r} cannot be read ({_line(error)}); fetch the file again") from None
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise InputError(f"{path}: {key!r} ({tensor.dtype}) is not a tensor of finite floating-point numbers")
-        return tensor
+        read = tensor.to(dtype) if tensor.dtype in READABLE else None
+        if read is None or not read.isfinite().all():
+            raise InputError(f"{path}: {key!r} ({tensor.dtype}) is not a tensor of finite floating-point numbers; expected float16, bfloat16 or float32")
+        return read
 
 
 class Tokenizer:
@@ -287,7 +299,9 @@ class Tokenizer:
             self.file.no_padding()
             ids = self.file.encode("a", add_special_tokens=True)
             self.size = 1 + max(self.file.get_vocab(with_added_tokens=True).values(), default=-1)
-        except Exception as error:               # the library raises plain Exception
+        except BaseException as error:           # the library raises plain Exception, and its Rust panics not even that
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise InputError(f"{path}: not a usable tokenizer ({_line(error)})") from None
         special = ids.special_tokens_mask
         self.bos = ids.ids[:special.index(0) if 0 in special else 0]
@@ -317,14 +331,22 @@ def read_json(path: Path) -> dict:
 
 def _find(model: str) -> Path:
     """A directory as it is, or a hub name downloaded into the hub's cache (weights, config and tokenizer only)."""
-    if Path(model).is_dir():
+    if _is(Path(model), Path.is_dir):
         return Path(model)
-    if Path(model).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+    if _is(Path(model), Path.exists) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise InputError(f"--model {model}: no such directory; expected a checkpoint directory or a hub name such as EleutherAI/pythia-1.4b")
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except Exception as error:                   # its own errors, those of HTTP, of the cache's disk: all are 'not delivered'
         raise InputError(f"--model {model}: no such directory, and the hub did not deliver it ({_line(error)})") from None
+
+
+def _is(path: Path, question: Callable[[Path], bool]) -> bool:
+    """question(path), and no where the system refuses the name itself (too long, a zero byte)."""
+    try:
+        return question(path)
+    except (OSError, ValueError):
+        return False
 
 
 def _keys(path: Path) -> list[str]:
@@ -401,12 +423,16 @@ def pad_id(source: Checkpoint) -> int:
     transformers pools at the last token that is not this id, so a pad that is also EOS would move the reward.
     """
     named = source.tokenizer_config
-    token_id = lambda t: source.tokenizer.file.token_to_id(t.get("content", "") if isinstance(t, dict) else str(t))
-    eos = {token_id(named.get("eos_token"))} | set(_list(source.json.get("eos_token_id")))
+
+    def token_id(token):
+        """The id of a token given as a string or as {"content": string}; None for anything else."""
+        text = token.get("content") if isinstance(token, dict) else token
+        return source.tokenizer.file.token_to_id(text) if isinstance(text, str) else None
+
+    eos = [token_id(named.get("eos_token")), *_list(source.json.get("eos_token_id"))]
     padding = [t for t in source.tokenizer.file.get_added_tokens_decoder().values() if t.special and "pad" in t.content.lower()]
     candidates = [source.json.get("pad_token_id"), token_id(named.get("pad_token")), *(token_id(t.content) for t in padding)]
-    candidates.append(source.tokenizer.size if source.tokenizer.size < source.config.vocabulary else None)
-    candidates += [token_id(named.get("unk_token")), token_id("<unk>")]
+    candidates += [source.tokenizer.size, token_id(named.get("unk_token")), token_id("<unk>")]
     for candidate in candidates:
         if type(candidate) is int and candidate not in eos and 0 <= candidate < source.config.vocabulary:
             return candidate

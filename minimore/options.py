@@ -15,6 +15,9 @@ from pathlib import Path
 class InputError(ValueError):
     """Something the user gave cannot be used: one line saying what, where, expected, what next. Exit code 2."""
 
+    def __init__(self, message: str):
+        super().__init__("\\n".join(message.splitlines()))       # a name may hold a line break; the message may not
+
 
 def option(default=dataclasses.MISSING, help="", choices=None, repeat=False, value="VALUE"):
     """A dataclass field that is also a command-line option; without a default it is required. value: its name in the help."""

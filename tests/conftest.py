@@ -1,0 +1,61 @@
+"""Shared fixtures: the stored tiny models of tests/goldens, copies of them to damage, and transformers as an oracle."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # before torch, and for the processes that tests start: tiny models lose time
+
+import pytest
+import torch
+from reference import quiet_transformers
+from safetensors.torch import load_file, save_file
+
+from minimore.checkpoint import Checkpoint
+from minimore.reward import RewardModel
+
+torch.set_num_threads(1)                         # to a second thread, on a busy machine 20 times over
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    pytest.importorskip("transformers")
+    return quiet_transformers()
+
+
+@pytest.fixture(params=["gpt_neox", "llama"])
+def golden(request) -> Path:
+    """The directory of each stored tiny model in turn."""
+    return GOLDENS / request.param
+
+
+@pytest.fixture
+def model(golden) -> RewardModel:
+    return open_model(golden)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """damaged(family, config={...}, weights=function): a copy of a stored model with changed files; ... deletes a key."""
+    def copy(family="llama", config=None, weights=None) -> Path:
+        directory = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(GOLDENS / family, directory)
+        if config:
+            edit_json(directory / "config.json", config)
+        if weights:
+            save_file(weights(load_file(directory / "model.safetensors")), directory / "model.safetensors")
+        return directory
+    return copy
+
+
+def open_model(directory, dtype=torch.float32) -> RewardModel:
+    return RewardModel(*Checkpoint(str(directory)).load(dtype))
+
+
+def edit_json(path: Path, changes: dict):
+    """Set keys of a JSON object; the value ... deletes one."""
+    values = json.loads(path.read_text("utf-8")) | changes
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}), "utf-8")

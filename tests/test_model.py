@@ -1,0 +1,268 @@
+"""Rewards against transformers: stored references, live models in many configurations, and mistakes that must show."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import GOLDENS, edit_json, open_model
+from reference import SIZES, reference_model, reference_rewards, reference_texts
+
+import minimore.checkpoint
+import minimore.model
+from minimore.attention import Stream, attend, pack
+from minimore.checkpoint import Checkpoint, save_checkpoint
+from minimore.reward import RewardModel
+
+TEXTS = reference_texts()
+
+
+@torch.no_grad()
+def rewards_of(model, texts=TEXTS):
+    return model.rewards(pack([([], [text]) for text in texts]))
+
+
+def errors(found, expected):
+    """Deviations in units of the tolerance 2e-5 max(1, |expected|)."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype == torch.float32
+    return (found - expected).abs() / (2e-5 * expected.abs().clamp_min(1))
+
+
+def expected_of(golden):
+    stored = json.loads((golden / "expected.json").read_text())
+    assert stored["texts"] == TEXTS
+    return torch.tensor(stored["rewards"])
+
+
+def test_rewards_equal_the_stored_references(golden):
+    assert errors(rewards_of(open_model(golden)), expected_of(golden)).max() <= 1
+
+
+# ---- live comparison -------------------------------------------------------------------------------------------------
+
+def rope(kind="default", **fields):
+    return dict(rope_parameters=dict(rope_type=kind, **(dict(rope_theta=10000.) | fields)))
+
+
+LLAMA3 = dict(rope_theta=500., factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=64)
+CONFIGURATIONS = [
+    ("gpt_neox", {}),
+    ("gpt_neox", dict(use_parallel_residual=False)),
+    ("gpt_neox", rope(partial_rotary_factor=.5)),
+    ("gpt_neox", rope(partial_rotary_factor=1.)),
+    ("gpt_neox", dict(hidden_size=36, num_attention_heads=3) | rope(partial_rotary_factor=.25)),      # 3 dimensions rotate: odd
+    ("gpt_neox", rope(partial_rotary_factor=.25, rope_theta=500.)),
+    ("gpt_neox", rope("linear", partial_rotary_factor=.5, factor=4.)),
+    ("gpt_neox", rope("llama3", partial_rotary_factor=1., **LLAMA3)),
+    ("gpt_neox", dict(hidden_act="gelu_new", layer_norm_eps=.05)),
+    ("gpt_neox", dict(hidden_act="gelu_fast")),
+    ("gpt_neox", dict(hidden_act="relu")),
+    ("gpt_neox", dict(attention_bias=False)),
+    ("llama", {}),
+    ("llama", dict(num_key_value_heads=2, rms_norm_eps=.05)),
+    ("llama", dict(num_key_value_heads=1, head_dim=16)),
+    ("llama", dict(attention_bias=True)),
+    ("llama", dict(mlp_bias=True, hidden_act="gelu_pytorch_tanh")),
+    ("llama", rope(rope_theta=500.)),
+    ("llama", rope(partial_rotary_factor=.5)),                                   # which transformers ignores in this family
+    ("llama", rope("llama3", **LLAMA3)),
+    ("llama", rope("linear", factor=4.)),
+    ("llama", dict(tie_word_embeddings=True)),
+]
+OLD_SPELLINGS = [                                # configuration, and its spelling in config.json before transformers 5
+    ("gpt_neox", rope(partial_rotary_factor=.5, rope_theta=500.), dict(rotary_pct=.5, rotary_emb_base=500)),
+    ("gpt_neox", rope("linear", partial_rotary_factor=.5, factor=4.),
+     dict(rotary_pct=.5, rotary_emb_base=10000, rope_scaling={"type": "linear", "factor": 4.0})),
+    ("llama", rope(rope_theta=500.), dict(rope_theta=500.0, rope_scaling=None)),
+    ("llama", rope("linear", rope_theta=500., factor=4.), dict(rope_theta=500.0, rope_scaling={"type": "linear", "factor": 4.0})),
+    ("llama", rope("llama3", **LLAMA3), dict(rope_theta=500.0, rope_scaling={
+        "rope_type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_theta"}})),
+]
+
+
+def write(theirs, directory):
+    theirs.save_pretrained(directory)
+    shutil.copy(GOLDENS / theirs.config.model_type / "tokenizer.json", directory)
+
+
+@torch.no_grad()
+def padded_rewards(model, texts, side):
+    """transformers' rewards of one padded batch."""
+    width = max(map(len, texts))
+    tokens = torch.full((len(texts), width), model.config.pad_token_id)
+    mask = torch.zeros_like(tokens)
+    for row, text in enumerate(texts):
+        place = slice(width - len(text), width) if side == "left" else slice(len(text))
+        tokens[row, place] = torch.tensor(text)
+        mask[row, place] = 1
+    return model(tokens, attention_mask=mask).logits[:, 0]
+
+
+@pytest.mark.parametrize("family, changes", CONFIGURATIONS, ids=str)
+def test_rewards_equal_those_of_transformers_in_both_directions(transformers, tmp_path, family, changes):
+    theirs = reference_model(family, **changes)
+    expected = reference_rewards(theirs, TEXTS)
+    write(theirs, tmp_path / "theirs")
+    checkpoint = Checkpoint(str(tmp_path / "theirs"))
+    ours = RewardModel(*checkpoint.load())
+    assert errors(rewards_of(ours), expected).max() <= 1
+
+    (tmp_path / "ours").mkdir()
+    save_checkpoint(tmp_path / "ours", checkpoint, ours.trunk, ours.head)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
+    assert type(again) is type(theirs) and again.config.num_labels == 1
+    assert errors(reference_rewards(again, TEXTS), expected).max() <= 1
+    for side in ("right", "left"):
+        assert errors(padded_rewards(again, TEXTS, side), expected).max() <= 1
+
+
+@pytest.mark.parametrize("family, changes, spelling", OLD_SPELLINGS, ids=str)
+def test_the_old_spelling_of_config_json_means_the_same(transformers, tmp_path, family, changes, spelling):
+    theirs = reference_model(family, **changes)
+    expected = reference_rewards(theirs, TEXTS)
+    write(theirs, tmp_path)
+    edit_json(tmp_path / "config.json", dict(rope_parameters=..., **spelling))
+    assert errors(rewards_of(open_model(tmp_path)), expected).max() <= 1
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()      # the spelling is a real one
+    assert errors(reference_rewards(again, TEXTS), expected).max() <= 1
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_a_config_of_sizes_alone_has_the_defaults_of_transformers(transformers, tmp_path, family):
+    theirs = reference_model(family)
+    write(theirs, tmp_path)
+    sizes = {k: v for k, v in SIZES[family].items() if k.endswith("size") or k.startswith("num")}
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type=family, **sizes)))
+    assert errors(rewards_of(open_model(tmp_path)), reference_rewards(theirs, TEXTS)).max() <= 1
+    eps = theirs.config.layer_norm_eps if family == "gpt_neox" else theirs.config.rms_norm_eps     # too small to show
+    assert Checkpoint(str(tmp_path)).config.norm_eps == eps
+
+
+@pytest.mark.parametrize("family, tied", [("gpt_neox", False), ("llama", False), ("llama", True)])
+def test_a_language_model_has_the_hidden_states_of_transformers_and_no_reward_head(transformers, tmp_path, family, tied):
+    theirs = reference_model(family, head="ForCausalLM", tie_word_embeddings=tied)
+    write(theirs, tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    assert any(k in checkpoint.weights.files for k in ("lm_head.weight", "embed_out.weight")) != tied
+    trunk, head = checkpoint.load()
+    assert head is None and not checkpoint.has_head
+    text = TEXTS[4]
+    with torch.no_grad():
+        found = trunk(pack([([], [text[:n + 1]]) for n in range(len(text))]))                      # (N, D)
+        expected = theirs.base_model(torch.tensor([text])).last_hidden_state[0]
+    assert errors(found, expected).max() <= 1
+
+
+# ---- mistakes that the comparison must catch -------------------------------------------------------------------------
+
+FAR = 50                                         # tolerances that a mistake moves some reward by, at least
+
+WRONG_CONFIGURATIONS = [
+    ("gpt_neox", dict(norm_eps=1e-5)),
+    ("gpt_neox", dict(activation="relu")),
+    ("gpt_neox", dict(rotary_width=8)),
+    ("gpt_neox", dict(rotary_width=16)),
+    ("gpt_neox", dict(rope_base=500.)),
+    ("gpt_neox", dict(rope_factor=4.)),
+    ("gpt_neox", dict(parallel_residual=False)),
+    ("llama", dict(norm_eps=1e-6)),
+    ("llama", dict(activation="gelu")),
+    ("llama", dict(rotary_width=4)),
+    ("llama", dict(rope_base=10000.)),
+    ("llama", dict(rope_factor=4.)),
+    ("llama", dict(rope_llama3=None)),
+    ("llama", dict(rope_llama3=(4., 1., 4., 64))),
+    ("llama", dict(rope_llama3=(8., 1., 4., 512))),
+    ("llama", dict(rope_llama3=(8., 2., 4., 64))),
+    ("llama", dict(rope_llama3=(8., 1., 8., 64))),
+    ("llama", dict(parallel_residual=True)),
+]
+
+
+def assert_shows(family, model):
+    assert errors(rewards_of(model), expected_of(GOLDENS / family)).max() >= FAR
+
+
+@pytest.mark.parametrize("family, changes", WRONG_CONFIGURATIONS, ids=str)
+def test_a_wrong_configuration_shows(family, changes):
+    checkpoint = Checkpoint(str(GOLDENS / family))
+    checkpoint.config = dataclasses.replace(checkpoint.config, **changes)
+    assert_shows(family, RewardModel(*checkpoint.load()))
+
+
+def test_the_other_gelu_shows():
+    """The two differ by 5e-4 at most, so less far; rounding alone stays below a tenth of the tolerance."""
+    checkpoint, expected = Checkpoint(str(GOLDENS / "gpt_neox")), expected_of(GOLDENS / "gpt_neox")
+    assert errors(rewards_of(RewardModel(*checkpoint.load())), expected).max() < .2
+    checkpoint.config = dataclasses.replace(checkpoint.config, activation="gelu_tanh")
+    assert errors(rewards_of(RewardModel(*checkpoint.load())), expected).max() > 4
+
+
+def test_every_parameter_shows(golden):
+    """A bias left out, a norm's weight left at 1, rows of a matrix or entries of the head in another order."""
+    expected, unseen = expected_of(golden), []
+    for name, _ in open_model(golden).named_parameters():
+        model = open_model(golden)
+        with torch.no_grad():
+            p = model.get_parameter(name)
+            p.copy_(torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p) if "norm" in name else p.roll(1, 0))
+        if errors(rewards_of(model), expected).max() < FAR:
+            unseen.append(name)
+    assert not unseen
+
+
+def swap(model, one, other):
+    a, b = (model.get_parameter(f"trunk.blocks.0.{name}.weight").data for name in (one, other))
+    a[:], b[:] = b.clone(), a.clone()
+
+
+@pytest.mark.parametrize("family, one, other", [
+    ("gpt_neox", "attention_norm", "mlp_norm"), ("gpt_neox", "attention.query", "attention.key"),
+    ("gpt_neox", "attention.key", "attention.value"), ("llama", "attention_norm", "mlp_norm"), ("llama", "mlp.gate", "mlp.up")])
+def test_swapped_weights_show(family, one, other):
+    model = open_model(GOLDENS / family)
+    swap(model, one, other)
+    assert_shows(family, model)
+
+
+def test_a_negated_head_shows(golden):
+    model = open_model(golden)
+    model.head.data.neg_()
+    assert_shows(golden.name, model)
+
+
+def test_another_grouping_of_heads_shows(monkeypatch):
+    """Query head h reads key head h % G instead of h // (H / G)."""
+    order = torch.tensor([0, 2, 1, 3])
+    monkeypatch.setattr(minimore.model, "attend", lambda q, k, v, stream: attend(q[:, order], k, v, stream)[:, order.argsort()])
+    assert_shows("llama", open_model(GOLDENS / "llama"))
+
+
+def test_the_other_layout_of_the_fused_projection_shows(monkeypatch):
+    """[all queries, all keys, all values] instead of head by head."""
+    monkeypatch.setattr(minimore.checkpoint, "split_heads", lambda fused, heads: list(fused.chunk(3)))
+    assert_shows("gpt_neox", open_model(GOLDENS / "gpt_neox"))
+
+
+def test_rotating_neighbouring_dimensions_shows(golden, monkeypatch):
+    """Dimension 2j pairs with 2j + 1 instead of j with j + R / 2."""
+    def rotate(x, rotation):
+        cos, sin = rotation
+        width = 2 * cos.shape[-1]
+        a, b = x[..., 0:width:2], x[..., 1:width:2]
+        return torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2), x[..., width:]], -1)
+    monkeypatch.setattr(minimore.model, "rotate", rotate)
+    assert_shows(golden.name, open_model(golden))
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: dict(positions=torch.zeros_like(s.positions)), lambda s: dict(positions=s.positions.clamp(max=100)),
+    lambda s: dict(positions=s.positions.flip(0)), lambda s: dict(last=(s.last - 1).clamp_min(0)), lambda s: dict(last=s.last.flip(0))],
+    ids=["no rotation", "positions stop", "positions reversed", "pooled one early", "texts exchanged"])
+def test_wrong_positions_and_wrong_pooling_show(golden, change):
+    stream = pack([([], [text]) for text in TEXTS])
+    wrong = Stream(**dict(tokens=stream.tokens, positions=stream.positions, last=stream.last, runs=stream.runs) | change(stream))
+    with torch.no_grad():
+        found = open_model(golden).rewards(wrong)
+    assert errors(found, expected_of(golden)).max() >= FAR

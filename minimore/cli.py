@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(prefix, error, file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError:
-        print(prefix, "the GPU is out of memory; try a smaller --micro-tokens, or --recompute full when training", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError):
+        print(prefix, "out of memory; try a smaller --micro-tokens, or --recompute full when training", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(prefix, "interrupted", file=sys.stderr)

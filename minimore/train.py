@@ -12,7 +12,7 @@ import signal
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,8 @@ from .pairs import Source, epoch_steps, load_source
 from .reward import ModelOptions, RewardModel, load_reward_model
 
 MAY_CHANGE = ("resume", "output", "log_steps")       # options that a resumed run may give differently
+MOST = 10 ** 9                                       # of anything that is counted
+MOMENTS = ("exp_avg", "exp_avg_sq")                  # AdamW's state of each parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +113,7 @@ def save_state(run: Path, source: Checkpoint, model: RewardModel, optimizer, mem
     save_checkpoint(beside, source, model.trunk, model.head)
     tensors = {f"weighting.{k}": v.contiguous() for k, v in memory.items()} | {"random": torch.get_rng_state()}
     for name, p in model.named_parameters():
-        for kind in ("exp_avg", "exp_avg_sq"):
-            if kind in optimizer.state[p]:
-                tensors[f"{kind}.{name}"] = optimizer.state[p][kind]
+        tensors |= {f"{kind}.{name}": optimizer.state[p][kind] for kind in MOMENTS}
     write_tensors(beside / "state.safetensors", tensors)
     write_json(beside / "state.json", {"step": step, "threads": torch.get_num_threads(), "data": digests})
     os.replace(beside, final)
@@ -123,21 +123,25 @@ def save_state(run: Path, source: Checkpoint, model: RewardModel, optimizer, mem
 def load_state(directory: Path, model: RewardModel, optimizer, memory: dict, digests: dict) -> int:
     """Put the optimizer, the weighting's memory and the random state back; returns the step."""
     state = read_json(directory / "state.json")
-    for name, digest in digests.items():
-        if state.get("data", {}).get(name) != digest:
-            raise InputError(f"{directory}: source {name!r} has other pairs than when this run began; restore the file or start a new run")
-    if state["threads"] != torch.get_num_threads():
-        print(f"this run used {state['threads']} threads, now {torch.get_num_threads()}: it will continue, but not bit for bit", flush=True)
     try:
+        step, threads, data = int(state["step"]), int(state["threads"]), dict(state["data"])
         tensors = load_file(directory / "state.safetensors", device=str(model.head.device))
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{directory}/state.safetensors: cannot be read ({error})") from None
+        moments = {name: {kind: tensors[f"{kind}.{name}"].clone() for kind in MOMENTS} for name, _ in model.named_parameters()}
+        random = tensors["random"].cpu()
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{directory}: not a whole checkpoint ({type(error).__name__}: {error}); remove it to go on from before it") from None
+    for name, digest in digests.items():
+        if data.get(name) != digest:
+            raise InputError(f"{directory}: source {name!r} has other pairs than when this run began; restore the file or start a new run")
     for name, p in model.named_parameters():
-        optimizer.state[p] = {"step": torch.tensor(float(state["step"]), device=p.device)} | \
-            {kind: tensors[f"{kind}.{name}"].clone() for kind in ("exp_avg", "exp_avg_sq")}
+        if any(m.shape != p.shape for m in moments[name].values()):
+            raise InputError(f"{directory}: the optimizer state of {name} has another shape than the model's; remove it to go on from before it")
+        optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)} | moments[name]
     memory.update({k.partition(".")[2]: v.clone() for k, v in tensors.items() if k.startswith("weighting.")})
-    torch.set_rng_state(tensors["random"].cpu())
-    return state["step"]
+    torch.set_rng_state(random)
+    if threads != torch.get_num_threads():
+        print(f"this run used {threads} threads, now {torch.get_num_threads()}: it will continue, but not bit for bit", flush=True)
+    return step
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -187,8 +191,11 @@ def start_run(run: Path, options: TrainOptions):
 
 def cut_metrics(path: Path, step: int):
     """Drop the lines of steps after the checkpoint: they will be run again."""
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
-    whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
+    try:
+        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InputError(f"{path}: holds a line that is not a step's record; remove the file to go on without the log so far") from None
     beside = path.with_name(path.name + ".partial")
     beside.write_text("".join(whole), "utf-8")
     os.replace(beside, path)
@@ -231,7 +238,7 @@ def check_options(options: TrainOptions, K: int) -> int:
     ]
     for name in ("max_length", "epochs", "save_steps", "log_steps", "eval_steps", "pairs_per_source"):
         value = getattr(options, name)
-        refuse.append((value is not None and value < 1, f"--{name.replace('_', '-')} {value}: expected at least 1"))
+        refuse.append((value is not None and not 1 <= value <= MOST, f"--{name.replace('_', '-')} {value}: expected 1 to {MOST}"))
     for wrong, message in refuse:
         if wrong:
             raise InputError(message)
@@ -276,15 +283,15 @@ def train(options: TrainOptions) -> int:
     done = load_state(last[0], model, optimizer, memory, digests) if last else 0
     cut_metrics(run / "metrics.jsonl", done)
 
-    epochs = [epoch_steps([len(s.pairs) for s in sources], options.sampling, options.pairs_per_source, batch_size,
-                          options.seed, e) for e in range(options.epochs)]
-    plan = [pairs for epoch in epochs for pairs in epoch]
-    began, first, steps = time.monotonic(), done, len(plan)
+    sizes = [len(s.pairs) for s in sources]
+    epoch_of = lru_cache(maxsize=1)(lambda e: epoch_steps(sizes, options.sampling, options.pairs_per_source, batch_size, options.seed, e))
+    per_epoch = len(epoch_of(0))
+    began, first, steps = time.monotonic(), done, per_epoch * options.epochs
     print(f"{steps} steps of {batch_size} pairs, {options.method}, {sum(p.numel() for p in model.parameters()):,} parameters on {model.head.device}"
           + (f", continuing after step {done}" if done else ""), flush=True)
     with stop_requests() as stop, open(run / "metrics.jsonl", "a", encoding="utf-8") as metrics:
         for done in range(done + 1, steps + 1):
-            chosen = plan[done - 1]
+            chosen = epoch_of((done - 1) // per_epoch)[(done - 1) % per_epoch]
             pairs = [sources[k].pairs[i] for k, i in chosen]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(done - 1, steps, options)

@@ -1,6 +1,7 @@
 """One step against its definition; a run killed anywhere ends as if it had not been."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,38 @@ def test_changed_options_and_changed_data_are_refused(world, tmp_path, monkeypat
             train(options(world, run, save_steps=2, resume=True))
     finally:
         Path(train_path).write_text(original)
+
+
+DAMAGE = {
+    "state.json is gone": lambda c: (c / "state.json").unlink(), "state.json is empty": lambda c: (c / "state.json").write_text("{}"),
+    "state.json is odd": lambda c: (c / "state.json").write_text('{"step": [], "threads": 1, "data": {}}'),
+    "state.safetensors is gone": lambda c: (c / "state.safetensors").unlink(),
+    "state.safetensors is cut": lambda c: (c / "state.safetensors").write_bytes((c / "state.safetensors").read_bytes()[:9000]),
+    "state.safetensors is another's": lambda c: (c / "state.safetensors").write_bytes((c / "model.safetensors").read_bytes()),
+    "config.json is gone": lambda c: (c / "config.json").unlink(), "the tokenizer is gone": lambda c: (c / "tokenizer.json").unlink(),
+    "the weights are cut": lambda c: (c / "model.safetensors").write_bytes((c / "model.safetensors").read_bytes()[:9000]),
+    "metrics.jsonl is garbage": lambda c: (c.parent / "metrics.jsonl").write_text("garbage\n"),
+    "options.json is a list": lambda c: (c.parent / "options.json").write_text("[]"),
+}
+
+
+@pytest.fixture(scope="module")
+def halted(world, tmp_path_factory):
+    """A run with a checkpoint, not finished."""
+    run = tmp_path_factory.mktemp("halted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "finish", lambda *a: None)
+        train(options(world, run, save_steps=2))
+    return run
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_is_refused_in_one_line(world, halted, tmp_path, name):
+    run = Path(shutil.copytree(halted, tmp_path / "run"))
+    DAMAGE[name](training.checkpoints(run)[-1])
+    with pytest.raises(InputError):
+        train(options(world, run, save_steps=2, resume=True))
+    assert not (run / "config.json").exists()
 
 
 def test_an_existing_output_is_refused_and_left_alone(world, tmp_path):

@@ -11,7 +11,7 @@ N tokens, S texts, H heads, G key/value heads, C head width, T runs in a tile, Q
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple, Sequence
@@ -52,6 +52,7 @@ class Stream:
     positions: Tensor
     last: Tensor
     runs: list[Run]
+    _tiles: dict = field(default_factory=dict)
 
     def to(self, device) -> "Stream":
         return Stream(self.tokens.to(device), self.positions.to(device), self.last.to(device), self.runs)
@@ -67,11 +68,20 @@ class Stream:
         return index, cu_q, cu_k, max(r.queries for r in self.runs), max(r.keys for r in self.runs)
 
     @cached_property
-    def tiles(self):
-        """Runs of similar length, padded together: query index (T, Q), its mask (T, Q), key index (T, L), scores' mask."""
-        return [self._tile(runs) for runs in _group(self.runs)]
+    def longest(self) -> int:
+        """The largest number of keys that a query could see."""
+        return max(r.keys for r in self.runs)
 
-    def _tile(self, runs):
+    def tiles(self, window: int | None = None):
+        """Runs of similar length, padded together: query index (T, Q), its mask (T, Q), key index (T, L), scores' mask.
+
+        window: a query sees its last so many positions only, itself included. Made once per window.
+        """
+        if window not in self._tiles:
+            self._tiles[window] = [self._tile(runs, window) for runs in _group(self.runs)]
+        return self._tiles[window]
+
+    def _tile(self, runs, window):
         Q, L = max(r.queries for r in runs), max(r.keys for r in runs)
         device, positions = self.tokens.device, self.positions
         q = torch.tensor([[*range(r.start, r.end)] + [r.start] * (Q - r.queries) for r in runs], device=device)
@@ -79,7 +89,11 @@ class Stream:
                           for r in runs], device=device)
         real_q = torch.arange(Q, device=device) < torch.tensor([[r.queries] for r in runs], device=device)
         real_k = torch.arange(L, device=device) < torch.tensor([[r.keys] for r in runs], device=device)
-        visible = (positions[k][:, None, :] <= positions[q][:, :, None]) & real_k[:, None, :]     # (T, Q, L)
+        behind = positions[q][:, :, None] - positions[k][:, None, :]             # in positions, not in places of the stream
+        visible = (behind >= 0) & real_k[:, None, :]                             # (T, Q, L)
+        if window is not None:
+            visible &= behind < window
+            visible[..., -1] |= ~visible.any(-1)                                 # a padded query sees something, or softmax is NaN
         return q, real_q, k, visible[:, None]
 
 
@@ -108,16 +122,19 @@ def pack(items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Stre
     return Stream(as_tensor(tokens), as_tensor(positions), as_tensor(last), runs)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, stream: Stream) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None = None) -> Tensor:
     """Causal attention of every run over its keys: softmax(q k^T / sqrt(C)) v.
 
-    q: (N, H, C); k, v: (N, G, C), G dividing H. Returns (N, H, C). bf16 and fp16 on CUDA (sm80 or newer) take flash
-    attention over segments; everything else takes `scaled_dot_product_attention` over tiles of runs.
+    q: (N, H, C); k, v: (N, G, C), G dividing H. window: see only so many last positions, itself included. Returns (N, H, C).
+    bf16 and fp16 on CUDA (sm80 or newer) take flash attention over segments; everything else, and a window shorter than the
+    longest run, takes `scaled_dot_product_attention` over masked tiles of runs.
     """
-    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) \
+    if window is not None and window >= stream.longest:
+        window = None                                                            # plain causal
+    if window is None and varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) \
             and torch.cuda.get_device_capability(q.device) >= (8, 0):
         return _attend_varlen(q, k, v, stream)
-    return _attend_tiles(q, k, v, stream)
+    return _attend_tiles(q, k, v, stream.tiles(window))
 
 
 def _attend_varlen(q, k, v, stream):
@@ -133,15 +150,15 @@ def _attend_varlen(q, k, v, stream):
     return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, max_q, max_k, **causal)
 
 
-def _attend_tiles(q, k, v, stream):
+def _attend_tiles(q, k, v, tiles):
     out = []
-    for q_index, real, k_index, visible in stream.tiles:
+    for q_index, real, k_index, visible in tiles:
         T, Q = q_index.shape
         gather = lambda x, index: x.index_select(0, index.flatten()).view(T, -1, *x.shape[1:]).transpose(1, 2)
         tile = F.scaled_dot_product_attention(gather(q, q_index), gather(k, k_index), gather(v, k_index),
                                               attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1])  # (T, H, Q, C)
         out.append(tile.transpose(1, 2)[real])                                   # (real queries, H, C)
-    order = torch.cat([q_index[real] for q_index, real, _, _ in stream.tiles])
+    order = torch.cat([q_index[real] for q_index, real, _, _ in tiles])
     return torch.cat(out)[order.argsort()]
 
 

@@ -55,10 +55,10 @@ class Json:
             raise InputError(f'{self.where}: "{key}" {what}; expected {kinds[kind]}')
         return value
 
-    def activation(self, default):
-        name = self.get("hidden_act", str, default)
+    def activation(self, default, key="hidden_act"):
+        name = self.get(key, str, default)
         if name not in ACTIVATION_NAMES:
-            raise InputError(f'{self.where}: "hidden_act" is {name!r}; known: {", ".join(ACTIVATION_NAMES)}')
+            raise InputError(f'{self.where}: "{key}" is {name!r}; known: {", ".join(ACTIVATION_NAMES)}')
         return ACTIVATION_NAMES[name]
 
     def rope(self, head_width, base_key, share_key, share):
@@ -88,15 +88,24 @@ class Json:
             raise InputError(f"{self.where}: {rotary} rotary dimensions do not fit in heads of width {head_width}")
         return fields
 
-    def sizes(self):
-        """What every family spells alike."""
+    def windows(self, blocks, window, first=0):
+        """Per block: the sliding window, in the blocks that `layer_types` names or from block number `first` on."""
+        types = self.values.get("layer_types")
+        if types is None:
+            types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(blocks)]
+        if not isinstance(types, list) or len(types) != blocks or not all(t in ("sliding_attention", "full_attention") for t in types):
+            raise InputError(f'{self.where}: "layer_types" is {json.dumps(types)[:80]}; expected {blocks} of full_attention or sliding_attention')
+        return tuple(window if t == "sliding_attention" else None for t in types) if window else ()
+
+    def sizes(self, mlp_key="intermediate_size", kv_heads=None, head_width=None):
+        """What the families spell alike; kv_heads and head_width: a family's own defaults."""
         width, heads = self.get("hidden_size", int), self.get("num_attention_heads", int)
-        kv_heads = self.get("num_key_value_heads", int, heads)
-        if (width % heads and self.values.get("head_dim") is None) or heads % kv_heads:
+        kv_heads = self.get("num_key_value_heads", int, kv_heads or heads)
+        if (width % heads and self.values.get("head_dim") is None and not head_width) or heads % kv_heads:
             raise InputError(f"{self.where}: hidden_size {width}, num_attention_heads {heads} and num_key_value_heads {kv_heads} do not divide")
         found = dict(vocabulary=self.get("vocab_size", int), width=width, blocks=self.get("num_hidden_layers", int),
-                     heads=heads, kv_heads=kv_heads, head_width=self.get("head_dim", int, max(1, width // heads)),
-                     mlp_width=self.get("intermediate_size", int))
+                     heads=heads, kv_heads=kv_heads, head_width=self.get("head_dim", int, head_width or max(1, width // heads)),
+                     mlp_width=self.get(mlp_key, int))
         attention = (heads + kv_heads) * found["head_width"]
         parameters = width * (found["vocabulary"] + 2 * found["blocks"] * (attention + found["mlp_width"]))
         if found["blocks"] > MOST_BLOCKS or parameters > MOST_PARAMETERS:
@@ -112,12 +121,47 @@ def gpt_neox_config(j: Json) -> ModelConfig:
                        **j.rope(sizes["head_width"], "rotary_emb_base", "rotary_pct", 0.25))
 
 
-def llama_config(j: Json) -> ModelConfig:
-    sizes, bias = j.sizes(), j.get("attention_bias", bool, False)
-    return ModelConfig(**sizes, activation=j.activation("silu"), gated=True, norm="rms",
-                       norm_eps=j.get("rms_norm_eps", float, 1e-6), qkv_bias=bias, attention_output_bias=bias,
-                       mlp_bias=j.get("mlp_bias", bool, False), parallel_residual=False,
-                       **j.rope(sizes["head_width"], "rope_theta", None, 1.0))
+def llama_config(j: Json, **changes) -> ModelConfig:
+    """LLaMA, and what Mistral and Qwen say otherwise."""
+    sizes = changes.pop("sizes", None) or j.sizes()
+    bias = j.get("attention_bias", bool, False) if "qkv_bias" not in changes else False
+    return ModelConfig(**sizes, **dict(
+        activation=j.activation("silu"), gated=True, norm="rms", norm_eps=j.get("rms_norm_eps", float, 1e-6), qkv_bias=bias,
+        attention_output_bias=bias, mlp_bias=j.get("mlp_bias", bool, False), parallel_residual=False) | changes,
+        **j.rope(sizes["head_width"], "rope_theta", None, 1.0))
+
+
+def mistral_config(j: Json) -> ModelConfig:
+    sizes = j.sizes(kv_heads=8)
+    window = j.get("sliding_window", int, 4096) if j.values.get("sliding_window", 4096) is not None else None
+    return llama_config(j, sizes=sizes, qkv_bias=False, mlp_bias=False, windows=j.windows(sizes["blocks"], window))
+
+
+def qwen2_config(j: Json, **changes) -> ModelConfig:
+    sizes = changes.pop("sizes", None) or j.sizes(kv_heads=32)
+    given = j.values.get("sliding_window", 4096) is not None and j.get("use_sliding_window", bool, False)
+    window = j.get("sliding_window", int, 4096) if given else None
+    first = j.values.get("max_window_layers", 28)
+    first = 0 if first == 0 else j.get("max_window_layers", int, 28)
+    return llama_config(j, **dict(sizes=sizes, qkv_bias=True, mlp_bias=False, windows=j.windows(sizes["blocks"], window, first)) | changes)
+
+
+def qwen3_config(j: Json) -> ModelConfig:
+    bias = j.get("attention_bias", bool, False)
+    return qwen2_config(j, sizes=j.sizes(kv_heads=32, head_width=128), qk_norm=True, qkv_bias=bias, attention_output_bias=bias)
+
+
+def opt_config(j: Json) -> ModelConfig:
+    sizes, bias = j.sizes(mlp_key="ffn_dim"), j.get("enable_bias", bool, True)
+    for key, default, only in (("do_layer_norm_before", True, True), ("_remove_final_layer_norm", False, False),
+                               ("layer_norm_elementwise_affine", True, True)):
+        if j.get(key, bool, default) is not only:
+            raise InputError(f'{j.where}: "{key}" is {json.dumps(not only)}; only the pre-norm OPT models are supported (not opt-350m)')
+    if j.get("word_embed_proj_dim", int, sizes["width"]) != sizes["width"]:
+        raise InputError(f'{j.where}: "word_embed_proj_dim" differs from "hidden_size"; such an OPT (opt-350m) is not supported')
+    return ModelConfig(**sizes, activation=j.activation("relu", "activation_function"), gated=False, norm="layer", norm_eps=1e-5,
+                       qkv_bias=bias, attention_output_bias=bias, mlp_bias=bias, parallel_residual=False, rotary_width=0, rope_base=1.0,
+                       learned_positions=j.get("max_position_embeddings", int, 2048) + 2, position_offset=2)
 
 
 # ---- families: their names -> ours. {} is the block number, * stands for weight and bias -------------------------------
@@ -131,6 +175,20 @@ class Family:
     names: dict[str, str | tuple[str, ...]]
 
 
+LLAMA_NAMES = {
+    "embed_tokens.weight": "embedding.weight",
+    "layers.{}.input_layernorm.*": "blocks.{}.attention_norm.*",
+    "layers.{}.self_attn.q_proj.*": "blocks.{}.attention.query.*",
+    "layers.{}.self_attn.k_proj.*": "blocks.{}.attention.key.*",
+    "layers.{}.self_attn.v_proj.*": "blocks.{}.attention.value.*",
+    "layers.{}.self_attn.o_proj.*": "blocks.{}.attention.output.*",
+    "layers.{}.post_attention_layernorm.*": "blocks.{}.mlp_norm.*",
+    "layers.{}.mlp.gate_proj.*": "blocks.{}.mlp.gate.*",
+    "layers.{}.mlp.up_proj.*": "blocks.{}.mlp.up.*",
+    "layers.{}.mlp.down_proj.*": "blocks.{}.mlp.down.*",
+    "norm.*": "final_norm.*",
+}
+
 FAMILIES = {
     "gpt_neox": Family(gpt_neox_config, "gpt_neox.", "GPTNeoXForSequenceClassification", {
         "embed_in.weight": "embedding.weight",
@@ -142,18 +200,25 @@ FAMILIES = {
         "layers.{}.mlp.dense_4h_to_h.*": "blocks.{}.mlp.down.*",
         "final_layer_norm.*": "final_norm.*",
     }),
-    "llama": Family(llama_config, "model.", "LlamaForSequenceClassification", {
+    "llama": Family(llama_config, "model.", "LlamaForSequenceClassification", LLAMA_NAMES),
+    "mistral": Family(mistral_config, "model.", "MistralForSequenceClassification", LLAMA_NAMES),
+    "qwen2": Family(qwen2_config, "model.", "Qwen2ForSequenceClassification", LLAMA_NAMES),
+    "qwen3": Family(qwen3_config, "model.", "Qwen3ForSequenceClassification", LLAMA_NAMES | {
+        "layers.{}.self_attn.q_norm.weight": "blocks.{}.attention.query_norm.weight",
+        "layers.{}.self_attn.k_norm.weight": "blocks.{}.attention.key_norm.weight",
+    }),
+    "opt": Family(opt_config, "model.decoder.", "OPTForSequenceClassification", {
         "embed_tokens.weight": "embedding.weight",
-        "layers.{}.input_layernorm.*": "blocks.{}.attention_norm.*",
+        "embed_positions.weight": "position_embedding.weight",
+        "layers.{}.self_attn_layer_norm.*": "blocks.{}.attention_norm.*",
         "layers.{}.self_attn.q_proj.*": "blocks.{}.attention.query.*",
         "layers.{}.self_attn.k_proj.*": "blocks.{}.attention.key.*",
         "layers.{}.self_attn.v_proj.*": "blocks.{}.attention.value.*",
-        "layers.{}.self_attn.o_proj.*": "blocks.{}.attention.output.*",
-        "layers.{}.post_attention_layernorm.*": "blocks.{}.mlp_norm.*",
-        "layers.{}.mlp.gate_proj.*": "blocks.{}.mlp.gate.*",
-        "layers.{}.mlp.up_proj.*": "blocks.{}.mlp.up.*",
-        "layers.{}.mlp.down_proj.*": "blocks.{}.mlp.down.*",
-        "norm.*": "final_norm.*",
+        "layers.{}.self_attn.out_proj.*": "blocks.{}.attention.output.*",
+        "layers.{}.final_layer_norm.*": "blocks.{}.mlp_norm.*",
+        "layers.{}.fc1.*": "blocks.{}.mlp.up.*",
+        "layers.{}.fc2.*": "blocks.{}.mlp.down.*",
+        "final_layer_norm.*": "final_norm.*",
     }),
 }
 
@@ -208,7 +273,9 @@ class Checkpoint:
                                 if (self.directory / name).is_file()}
         self.tokenizer_config = read_json(self.directory / "tokenizer_config.json") if "tokenizer_config.json" in self.tokenizer_files else {}
         self.weights = Weights(self.directory)
-        self.prefix = self.family.prefix if any(k.startswith(self.family.prefix) for k in self.weights.files) else ""
+        parts = self.family.prefix.split(".")    # "model.decoder." in a whole model, "decoder." or "" in a bare trunk
+        prefixes = [".".join(parts[i:]) for i in range(len(parts))]
+        self.prefix = next(p for p in prefixes if any(k.startswith(p) for k in self.weights.files) or not p)
 
     @property
     def has_head(self) -> bool:

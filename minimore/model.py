@@ -42,6 +42,10 @@ class ModelConfig:
     rope_base: float
     rope_factor: float = 1.0             # all frequencies divided by this
     rope_llama3: tuple[float, float, float, int] | None = None     # factor, low, high, original length
+    windows: tuple[int | None, ...] = ()     # per block: how many last positions a token sees; () is everything everywhere
+    qk_norm: bool = False                # RMSNorm of every query and key head before rotation
+    learned_positions: int = 0           # rows of a learned position embedding, added to the tokens'; instead of rotation
+    position_offset: int = 0             # the row of position 0
 
 
 class Linear(nn.Module):
@@ -77,20 +81,23 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Rotary causal attention with H query heads over G key/value heads."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, window: int | None):
         super().__init__()
         self.c = c
+        self.window = window
         self.query = Linear(c.width, c.heads * c.head_width, c.qkv_bias)
         self.key = Linear(c.width, c.kv_heads * c.head_width, c.qkv_bias)
         self.value = Linear(c.width, c.kv_heads * c.head_width, c.qkv_bias)
         self.output = Linear(c.heads * c.head_width, c.width, c.attention_output_bias)
+        self.query_norm = Norm(c.head_width, "rms", c.norm_eps) if c.qk_norm else nn.Identity()
+        self.key_norm = Norm(c.head_width, "rms", c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream) -> Tensor:
         N, C = len(x), self.c.head_width
-        q = rotate(self.query(x).view(N, -1, C), rotation)                       # (N, H, C)
-        k = rotate(self.key(x).view(N, -1, C), rotation)                         # (N, G, C)
+        q = rotate(self.query_norm(self.query(x).view(N, -1, C)), rotation)      # (N, H, C)
+        k = rotate(self.key_norm(self.key(x).view(N, -1, C)), rotation)          # (N, G, C)
         v = self.value(x).view(N, -1, C)
-        return self.output(attend(q, k, v, stream).reshape(N, -1))
+        return self.output(attend(q, k, v, stream, self.window).reshape(N, -1))
 
 
 class MLP(nn.Module):
@@ -109,11 +116,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, window: int | None):
         super().__init__()
         self.parallel = c.parallel_residual
         self.attention_norm = Norm(c.width, c.norm, c.norm_eps)
-        self.attention = Attention(c)
+        self.attention = Attention(c, window)
         self.mlp_norm = Norm(c.width, c.norm, c.norm_eps)
         self.mlp = MLP(c)
 
@@ -134,12 +141,17 @@ class Trunk(nn.Module):
         self.compute_dtype = torch.float32       # the type of activations
         self.recompute = False                   # drop each block's activations and recompute them in backward
         self.embedding = nn.Embedding(c.vocabulary, c.width, _weight=torch.empty(c.vocabulary, c.width))
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.blocks))
+        if c.learned_positions:
+            self.position_embedding = nn.Embedding(c.learned_positions, c.width, _weight=torch.empty(c.learned_positions, c.width))
+        self.blocks = nn.ModuleList(Block(c, window) for window in c.windows or (None,) * c.blocks)
         self.final_norm = Norm(c.width, c.norm, c.norm_eps)
 
     def forward(self, stream: Stream) -> Tensor:
         """The final hidden state at the last token of each text: (S, D), fp32 (float64 if computing in float64)."""
-        x = self.embedding(stream.tokens).to(self.compute_dtype)                 # (N, D)
+        x = self.embedding(stream.tokens)                                        # (N, D)
+        if self.c.learned_positions:
+            x = x + self.position_embedding(stream.positions + self.c.position_offset)
+        x = x.to(self.compute_dtype)
         rotation = rotary_angles(self.c, stream.positions)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():

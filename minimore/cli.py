@@ -1,6 +1,7 @@
 """The verbs. Every error that a user can cause ends in one line and exit code 2; a failed training ends in 1."""
 
 import os
+import signal
 import sys
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from . import __version__
 from .demo import DemoOptions, demo
 from .evaluate import EvaluateOptions, evaluate
-from .options import InputError, Parser, add_options, from_arguments
+from .options import InputError, Parser, add_options, from_arguments, printable
 from .reward import ScoreOptions, score
 from .train import TrainOptions, train
 
@@ -32,26 +33,36 @@ def build_parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):          # a name that the terminal cannot show is shown as escapes
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     given = build_parser().parse_args(arguments)
     options_class, run, _ = VERBS[given.verb]
-    prefix = f"minimore {given.verb}:"
+    code, message = 0, None
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))        # so that half-written files go
     try:
-        return run(from_arguments(options_class, given)) or 0
+        for value in vars(given).values():
+            if any("\udc80" <= c <= "\udcff" for c in str(value)):
+                raise InputError(f"{value}: not UTF-8; expected names that are")
+        code = run(from_arguments(options_class, given)) or 0
     except InputError as error:
-        print(prefix, error, file=sys.stderr)
-        return 2
+        code, message = 2, error
     except BrokenPipeError:                          # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        print(prefix, error, file=sys.stderr)
-        return 2
+        code = 141
     except FloatingPointError as error:
-        print(prefix, error, file=sys.stderr)
-        return 1
-    except (torch.OutOfMemoryError, MemoryError):
-        print(prefix, "out of memory; try a smaller --micro-tokens, or --recompute full when training", file=sys.stderr)
-        return 1
+        code, message = 1, error
+    except OSError as error:
+        about = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        code, message = 2, f"{about}; check the path, its permissions and the space left"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        code, message = 2, "out of memory; try a smaller --micro-tokens, or --recompute full when training"
     except KeyboardInterrupt:
-        print(prefix, "interrupted", file=sys.stderr)
-        return 130
+        code, message = 130, "interrupted"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if message is not None:
+        print(f"minimore {given.verb}: {printable(str(message))}", file=sys.stderr)
+    return code

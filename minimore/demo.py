@@ -12,7 +12,7 @@ from .calibration import pair_ece
 from .evaluate import evaluate_sources
 from .options import option, refuse_existing, write_json
 from .pairs import Pair, load_source, read_records, record_pairs
-from .reward import ModelOptions, open_reward_model
+from .reward import ModelOptions, device_of, open_reward_model
 from .train import TrainOptions, train
 from .world import World
 
@@ -29,8 +29,9 @@ class DemoOptions:
 
 def demo(options: DemoOptions) -> int:
     """Write a world, train one model with uniform weights and one with MORE, compare both with what is possible."""
-    output = options.output or next(n for n in ("demo" if i == 1 else f"demo-{i}" for i in count(1)) if not Path(n).exists())
-    refuse_existing(output)
+    device_of(options)
+    output = options.output if options.output is not None else next(n for n in ("demo" if i == 1 else f"demo-{i}" for i in count(1)) if not Path(n).exists())
+    refuse_existing(output, make_parents=True)
     out, world = Path(output), World(train_pairs=(options.pairs,), ties=0.05, seed=options.seed)
     paths = world.write(out / "world")
     print(f"A world of {len(paths)} annotators who share most of their taste and drift apart in the rest, written to {out}/world")

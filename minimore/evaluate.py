@@ -71,19 +71,23 @@ def evaluate(options: EvaluateOptions):
     paths = parse_sources(options.source, test_only=True)
     refuse_existing(options.json, "--json")
     refuse_existing(options.figures, "--figures")
+    if options.figures and options.json and Path(options.json).absolute().is_relative_to(Path(options.figures).absolute()):
+        raise InputError(f"--json {options.json}: lies in --figures {options.figures}, which is made new; choose another place")
     if options.figures and not plots.available():
         raise InputError("--figures needs matplotlib: pip install 'minimore[plots]'")
     checkpoint = Checkpoint(options.model)
-    if not checkpoint.has_head:
-        print(f"{options.model}: no score.weight, so this is an untrained head (the paper's Raw)", file=sys.stderr)
     limit = max_length_of(checkpoint.directory, options.max_length)
     sources = [load_source(name, path, checkpoint.tokenizer, limit) for name, path in paths.items()]
     for source in sources:
         print(source.line(), flush=True)
     model = load_reward_model(checkpoint, options)
     report, margins = evaluate_sources(model, sources, options.micro_tokens)
-    print(table(report))
+    if options.figures:
+        figure = plots.draw_margins(margins, Path(options.figures))
     if options.json:
         write_json(options.json, report)
+    print(table(report))
     if options.figures:
-        print(f"figure: {plots.draw_margins(margins, Path(options.figures))}")
+        print(f"figure: {figure}")
+    if not checkpoint.has_head:
+        print(f"{options.model}: no score.weight, so this is an untrained head (the paper's Raw)", file=sys.stderr)

@@ -174,15 +174,14 @@ def more_weights(losses: Tensor, gradients: Tensor, pairs: Tensor, state: dict, 
 
 
 def group_dro_weights(losses: Tensor, gradients: Tensor, pairs: Tensor, state: dict, *, rate: float = 0.01) -> Tensor:
-    """Worst source first: q_k <- q_k exp(rate L_k), normalised. State: "q" (K,).
+    """Worst source first: q_k <- q_k exp(rate L_k), normalised. State: "log_q" (K,), so that no loss overflows.
 
-    Source: Sagawa et al. 2020, arXiv 1911.08731, algorithm 1. An absent source keeps its q and gets no weight.
+    Source: Sagawa et al. 2020, arXiv 1911.08731, algorithm 1. An absent source keeps its share and gets no weight.
     """
     present = pairs > 0
-    q = state.get("q", torch.full_like(losses.detach(), 1 / len(losses)))
-    q = q * torch.where(present, rate * losses.detach(), 0).exp()
-    state["q"] = q = q / q.sum()
-    return torch.where(present, q, 0) / q[present].sum()
+    log_q = state.get("log_q", torch.zeros_like(losses.detach())) + torch.where(present, rate * losses.detach(), 0)
+    state["log_q"] = log_q = log_q.log_softmax(0)
+    return torch.where(present, log_q, -torch.inf).softmax(0)
 
 
 WEIGHTINGS = {"more": more_weights, "uniform": uniform_weights, "proportional": proportional_weights,

@@ -7,16 +7,25 @@ import argparse
 import dataclasses
 import json
 import os
+import secrets
 import types
 import typing
 from pathlib import Path
+
+
+MESSAGE = 1000                           # characters of the longest message
+
+
+def printable(text: str) -> str:
+    """Line breaks and other control characters, which a name or a file may hold, as escapes: a message is one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used: one line saying what, where, expected, what next. Exit code 2."""
 
     def __init__(self, message: str):
-        super().__init__("\\n".join(message.splitlines()))       # a name may hold a line break; the message may not
+        super().__init__(printable(message)[:MESSAGE])
 
 
 def option(default=dataclasses.MISSING, help="", choices=None, repeat=False, value="VALUE"):
@@ -76,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, allow_abbrev=False, **keywords)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {printable(message)[:MESSAGE]} (see {self.prog} --help)\n")
 
 
 def parse_sources(values, test_only=False):
@@ -88,6 +97,8 @@ def parse_sources(values, test_only=False):
         parts = [paths] if test_only else paths.split(",")
         if not (name and equals and all(parts) and len(parts) <= 2):
             raise InputError(f"--source {value}: expected {expected}")
+        if not name.isprintable():
+            raise InputError(f"--source {value}: expected a name of printable characters")
         if name in sources:
             raise InputError(f"--source {value}: source {name!r} is named twice; give each source one --source")
         sources[name] = paths if test_only else (parts[0], parts[1] if len(parts) == 2 else None)
@@ -96,29 +107,54 @@ def parse_sources(values, test_only=False):
     return sources
 
 
-def refuse_existing(path, flag="--output"):
-    """Outputs are never overwritten: refuse a path that exists or cannot be created."""
-    if path is not None and os.path.lexists(path):
-        raise InputError(f"{flag} {path}: exists already; choose another name or remove it")
-    parent = Path(path).absolute().parent if path is not None else None
-    if parent is not None and parent.exists() and not parent.is_dir():
-        raise InputError(f"{flag} {path}: {parent} is not a directory")
+def refuse_existing(path, flag="--output", make_parents=False):
+    """Outputs are never overwritten: refuse a path that exists, that is empty, or that lies in no directory."""
+    if path is None:
+        return
+    if not path or os.path.lexists(path):
+        raise InputError(f"{flag} {path}: exists already; choose another name or remove it" if path else f"{flag}: the path is empty")
+    parent = Path(path).absolute().parent
+    while make_parents and not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"{flag} {path}: {parent} is not a directory; make it first")
+
+
+def one_line(error) -> str:
+    """An error's text on one line, at most 160 characters."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def read_json(path) -> dict:
+    """A JSON object from a file, or one clear line."""
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a Hugging Face checkpoint directory") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def beside(path: Path) -> Path:
+    """A name next to path that nobody else uses; what is written there whole is then renamed to path."""
+    return path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.partial")
 
 
 def write_text(path, text):
     """Write a whole file or nothing: beside it first, then renamed into place."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
+    unfinished = beside(path)
     try:
-        with open(beside, "w", encoding="utf-8") as file:
+        with open(unfinished, "x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_json(path, value):

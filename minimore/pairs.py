@@ -12,7 +12,6 @@ Other keys are tolerated. Nothing is skipped silently: see `Source.line`.
 import gzip
 import hashlib
 import json
-import math
 import os
 import zlib
 from dataclasses import dataclass, field
@@ -23,10 +22,11 @@ import torch
 from torch import Tensor
 
 from .attention import Stream, pack
-from .checkpoint import Tokenizer
 from .options import InputError
+from .tokenizer import Tokenizer
 
 ASSISTANT = ("\n\nAssistant:", "## Assistant:")      # what ends the prompt of a dialogue that is given whole
+MOST_RESPONSES = 100                                 # to one prompt: they make up to 4,950 pairs
 CHUNK = 512                                          # pairs tokenised at a time
 
 
@@ -145,11 +145,11 @@ def record_pairs(record: dict, where: str) -> tuple[list[Pair], int]:
 
 def _scored_pairs(record, where):
     texts, scores = record["text"], record.get("score")
-    if not isinstance(texts, list) or len(texts) < 2:
-        raise InputError(f'{where}: "text" is {json.dumps(texts)[:60]}; expected a list of two or more strings')
+    if not isinstance(texts, list) or not 2 <= len(texts) <= MOST_RESPONSES:
+        raise InputError(f'{where}: "text" is {json.dumps(texts)[:60]}; expected a list of two or more strings, at most {MOST_RESPONSES}')
     texts = [_text(t, f'{where}: "text"[{i}]') for i, t in enumerate(texts)]
     if not isinstance(scores, list) or len(scores) != len(texts) or \
-            not all(type(s) in (int, float) and math.isfinite(s) for s in scores):
+            not all(type(s) in (int, float) and abs(s) < 1e300 for s in scores):
         found = "is missing" if "score" not in record else f"is {json.dumps(scores)[:60]}"
         raise InputError(f'{where}: "score" {found}; expected a list of {len(texts)} numbers, one a text')
     cut = prompt_end(texts)

@@ -38,8 +38,8 @@ def draw_margins(margins: dict[str, np.ndarray], directory: Path) -> Path:
         filled = r.count > 0
         top.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         top.plot(r.confidence[filled], r.accuracy[filled], "o-", color=PALETTE[k % len(PALETTE)], markersize=4)
-        top.set(title=name, xlabel="predicted probability", ylabel="share that came true", xlim=(0, 1), ylim=(0, 1))
-        bottom.hist(m, bins=40, color=PALETTE[k % len(PALETTE)])
+        top.set(title=_plain(name), xlabel="predicted probability", ylabel="share that came true", xlim=(0, 1), ylim=(0, 1))
+        bottom.hist(m, bins=_bins(m), color=PALETTE[k % len(PALETTE)])
         bottom.axvline(0, color="black", linewidth=0.8)
         bottom.set(xlabel="margin (chosen minus rejected)", ylabel="pairs")
     return _save(figure, directory / "margins.png")
@@ -53,11 +53,23 @@ def draw_weights(weights: dict[str, list[float]], directory: Path) -> Path:
         colour, window = PALETTE[k % len(PALETTE)], max(1, len(values) // 10)
         average = np.convolve(values, np.ones(window) / window, "valid")
         axis.plot(np.arange(1, len(values) + 1), values, ".", color=colour, alpha=0.25, markersize=2)
-        axis.plot(np.arange(len(average)) + (window + 1) / 2, average, LINES[k % len(LINES)], color=colour, label=name)
+        axis.plot(np.arange(len(average)) + (window + 1) / 2, average, LINES[k % len(LINES)], color=colour, label=_plain(name))
     axis.axhline(1 / len(weights), color="grey", linewidth=0.8)
     axis.set(xlabel="step", ylabel="weight (lambda)", ylim=(0, None))
     axis.legend(fontsize="small", ncols=len(weights), loc="upper center")
     return _save(figure, directory / "weights.png")
+
+
+def _plain(name):
+    """A source's name as it is, not as mathematics."""
+    return name.replace("$", r"\$")
+
+
+def _bins(values, count=40):
+    """Edges of equal bins that hold all values, also where these are all the same."""
+    low, high = values.min(), values.max()
+    room = max(high - low, 1e-6 * max(abs(low), abs(high)), 1e-6) / count
+    return np.linspace(low - room, high + room, count + 1)
 
 
 def _save(figure, path):

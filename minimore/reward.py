@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .attention import Stream, pack
 from .calibration import probability
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .model import Trunk
-from .options import InputError, option, refuse_existing
+from .options import InputError, beside, option, read_json, refuse_existing
 from .pairs import PairBatch, TokenPair, encode, pack_pairs, record_pairs, read_records, shared_length, split_by_tokens, text_of
 
 DEFAULT_MAX_LENGTH = 512                 # the paper's
@@ -65,13 +65,18 @@ def open_reward_model(options: ModelOptions) -> tuple[RewardModel, Checkpoint]:
     return load_reward_model(checkpoint, options), checkpoint
 
 
+def device_of(options) -> str:
+    """The device asked for, or an InputError where it is not there."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
+    return options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_reward_model(checkpoint: Checkpoint, options: ModelOptions) -> RewardModel:
     """The weights of an opened checkpoint, on the device and in the compute type asked for."""
     if options.micro_tokens < 1:
         raise InputError(f"--micro-tokens {options.micro_tokens}: expected at least 1")
-    device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
+    device = device_of(options)
     if not 0 <= options.seed < 2 ** 63:
         raise InputError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
     trunk, head = checkpoint.load(device=device)
@@ -137,23 +142,23 @@ def score(options: ScoreOptions):
     for _ in read_records(options.input):        # a wrong path is said before the model is opened
         break
     model, checkpoint = open_reward_model(options)
-    if not checkpoint.has_head:
-        print(f"{options.model}: no score.weight, so the rewards are those of an untrained head", file=sys.stderr)
     limit = max_length_of(checkpoint.directory, options.max_length)
-    beside, counts = options.output + ".partial", {"lines": 0, "truncated": 0, "blank": 0}
-    Path(options.output).absolute().parent.mkdir(parents=True, exist_ok=True)
+    output, counts = Path(options.output), {"lines": 0, "truncated": 0, "blank": 0}
+    unfinished = beside(output)
     try:
-        with open(beside, "w", encoding="utf-8") as out:
+        with open(unfinished, "x", encoding="utf-8") as out:
             records = read_records(options.input)
             while chunk := list(islice(records, 256)):
                 for record in _scored(model, checkpoint, chunk, options, limit, counts):
                     out.write(_json_line(record) + "\n")
             if not counts["lines"]:
                 raise InputError(f"{options.input}: is empty; expected at least one line")
-        os.replace(beside, options.output)
+        os.replace(unfinished, output)
     finally:
-        Path(beside).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     print(f"{options.output}: {counts['lines']} lines scored, {counts['truncated']} truncated to {limit} tokens, {counts['blank']} with a blank response")
+    if not checkpoint.has_head:
+        print(f"{options.model}: no score.weight, so the rewards are those of an untrained head", file=sys.stderr)
 
 
 def _json_line(record):

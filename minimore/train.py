@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import time
@@ -21,16 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .checkpoint import STORAGE, Checkpoint, read_json, save_checkpoint, write_tensors
+from .checkpoint import STORAGE, Checkpoint, save_checkpoint, saved_config, write_tensors
 from .engine import NonFiniteLoss, optimizer_step
 from .evaluate import evaluate_sources, table
 from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients, weighted_loss
-from .options import InputError, option, parse_sources, write_json
+from .options import InputError, one_line, option, parse_sources, read_json, write_json, write_text
 from .pairs import Source, epoch_steps, load_source
 from .reward import ModelOptions, RewardModel, load_reward_model
 
 MAY_CHANGE = ("resume", "output", "log_steps")       # options that a resumed run may give differently
 MOST = 10 ** 9                                       # of anything that is counted
+MOST_PAIRS = 10 ** 7                                 # of one source in an epoch: their order is made at once
 MOMENTS = ("exp_avg", "exp_avg_sq")                  # AdamW's state of each parameter
 
 
@@ -88,7 +90,7 @@ def step_metrics(head, z_chosen, z_rejected, source, weights, loss, names) -> di
         "sources": {name: {"pairs": int((source == k).sum()), "loss": number(losses[k]),
                            "accuracy": number(right[source == k].mean()), "weight": float(weights[k]),
                            "gradient_norm": number(gradients[k].norm())} for k, name in enumerate(names)},
-        "cosines": {f"{names[i]}/{names[j]}": number(cosines[i][j]) for i in range(K) for j in range(i + 1, K)},
+        "cosines": {f"{names[i]} ~ {names[j]}": number(cosines[i][j]) for i in range(K) for j in range(i + 1, K)},
     }
 
 
@@ -106,54 +108,68 @@ def progress_line(record: dict, steps: int, seconds_left: float) -> str:
 
 def save_state(run: Path, source: Checkpoint, model: RewardModel, optimizer, memory: dict, step: int, digests: dict):
     """Write checkpoint-STEP (made beside, renamed when whole), then remove the older ones."""
-    final = run / f"checkpoint-{step}"
-    beside = run / f"checkpoint-{step}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    save_checkpoint(beside, source, model.trunk, model.head)
+    final, unfinished = run / f"checkpoint-{step}", run / f"checkpoint-{step}.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        _write_state(unfinished, source, model, optimizer, memory, step, digests)
+        os.replace(unfinished, final)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    remove_checkpoints(run, keep=final)
+
+
+def _write_state(directory, source, model, optimizer, memory, step, digests):
+    save_checkpoint(directory, source, model.trunk, model.head)
     tensors = {f"weighting.{k}": v.contiguous() for k, v in memory.items()} | {"random": torch.get_rng_state()}
     for name, p in model.named_parameters():
         tensors |= {f"{kind}.{name}": optimizer.state[p][kind] for kind in MOMENTS}
-    write_tensors(beside / "state.safetensors", tensors)
-    write_json(beside / "state.json", {"step": step, "threads": torch.get_num_threads(), "data": digests})
-    os.replace(beside, final)
-    remove_checkpoints(run, keep=final)
+    write_tensors(directory / "state.safetensors", tensors)
+    write_json(directory / "state.json", {"step": step, "threads": torch.get_num_threads(), "data": digests, "weighting": sorted(memory)})
 
 
 def load_state(directory: Path, model: RewardModel, optimizer, memory: dict, digests: dict) -> int:
     """Put the optimizer, the weighting's memory and the random state back; returns the step."""
-    state = read_json(directory / "state.json")
     try:
-        step, threads, data = int(state["step"]), int(state["threads"]), dict(state["data"])
-        tensors = load_file(directory / "state.safetensors", device=str(model.head.device))
-        moments = {name: {kind: tensors[f"{kind}.{name}"].clone() for kind in MOMENTS} for name, _ in model.named_parameters()}
-        random = tensors["random"].cpu()
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{directory}: not a whole checkpoint ({type(error).__name__}: {error}); remove it to go on from before it") from None
+        state, tensors = read_json(directory / "state.json"), load_file(directory / "state.safetensors")
+        if state["step"] != int(directory.name.removeprefix("checkpoint-")) or type(state["step"]) is not int:
+            raise ValueError(f"its step is {state['step']!r}")
+        threads, data = int(state["threads"]), dict(state["data"])
+        moments = {name: {kind: _like(tensors, f"{kind}.{name}", p) for kind in MOMENTS} for name, p in model.named_parameters()}
+        remembered = {name: tensors[f"weighting.{name}"].to(model.head.device, copy=True) for name in state["weighting"]}
+        if not all(t.isfinite().all() and len(t) == len(digests) for t in remembered.values()):
+            raise ValueError("the weighting's memory is damaged")
+        torch.set_rng_state(tensors["random"])
+    except (InputError, SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{directory}: not a whole checkpoint ({type(error).__name__}: {one_line(error)}); remove it to go on from before it") from None
     for name, digest in digests.items():
         if data.get(name) != digest:
             raise InputError(f"{directory}: source {name!r} has other pairs than when this run began; restore the file or start a new run")
     for name, p in model.named_parameters():
-        if any(m.shape != p.shape for m in moments[name].values()):
-            raise InputError(f"{directory}: the optimizer state of {name} has another shape than the model's; remove it to go on from before it")
-        optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)} | moments[name]
-    memory.update({k.partition(".")[2]: v.clone() for k, v in tensors.items() if k.startswith("weighting.")})
-    torch.set_rng_state(random)
+        optimizer.state[p] = {"step": torch.tensor(float(state["step"]), device=p.device)} | moments[name]
+    memory.update(remembered)
     if threads != torch.get_num_threads():
         print(f"this run used {threads} threads, now {torch.get_num_threads()}: it will continue, but not bit for bit", flush=True)
-    return step
+    return state["step"]
+
+
+def _like(tensors, key, parameter):
+    """tensors[key] on the parameter's device, in memory that torch allocated, or a ValueError if it does not fit."""
+    if tensors[key].shape != parameter.shape or tensors[key].dtype != parameter.dtype:
+        raise ValueError(f"{key} is {tensors[key].dtype} {tuple(tensors[key].shape)}")
+    return tensors[key].to(parameter.device, copy=True)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    found = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]{1,18}", p.name)]
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
 def remove_checkpoints(run: Path, keep: Path | None = None):
     for old in checkpoints(run):
         if old != keep:
-            shutil.rmtree(old)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 
 def open_run(options: TrainOptions) -> Path | None:
@@ -162,7 +178,9 @@ def open_run(options: TrainOptions) -> Path | None:
     stored = run / "options.json"
     if os.path.lexists(run) and not options.resume:
         raise InputError(f"--output {run}: exists already; choose another name, or continue it with --resume")
-    if run.exists() and not stored.is_file() and (not run.is_dir() or any(run.iterdir())):
+    if not options.output:
+        raise InputError("--output: the path is empty")
+    if run.exists() and not stored.is_file() and (not run.is_dir() or any(not p.name.endswith(".partial") for p in run.iterdir())):
         raise InputError(f"--output {run}: not a run directory (it has no options.json); choose another name")
     if stored.is_file():
         given = read_json(stored)
@@ -171,6 +189,7 @@ def open_run(options: TrainOptions) -> Path | None:
                 raise InputError(f"--resume: {key} is {wanted.get(key)!r} but the run in {run} has {given.get(key)!r}; "
                                  "give the same command again, or start a new run")
     if (run / "config.json").is_file():
+        Checkpoint(str(run))                         # finished means that it opens
         remove_checkpoints(run)                      # a kill may have come between the finished model and this
         print(f"{run}: finished already")
         return None
@@ -180,8 +199,8 @@ def open_run(options: TrainOptions) -> Path | None:
 def start_run(run: Path, options: TrainOptions):
     """Make the directory with options.json and environment.json."""
     run.mkdir(parents=True, exist_ok=True)
-    for partial_save in run.glob("checkpoint-*.partial"):
-        shutil.rmtree(partial_save)
+    for unfinished in run.glob("*.partial"):         # left by a kill
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
     write_json(run / "options.json", {k: v for k, v in asdict(options).items() if k != "resume"})
     write_json(run / "environment.json", {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
@@ -196,9 +215,7 @@ def cut_metrics(path: Path, step: int):
         whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{path}: holds a line that is not a step's record; remove the file to go on without the log so far") from None
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text("".join(whole), "utf-8")
-    os.replace(beside, path)
+    write_text(path, "".join(whole))
 
 
 @contextmanager
@@ -238,7 +255,8 @@ def check_options(options: TrainOptions, K: int) -> int:
     ]
     for name in ("max_length", "epochs", "save_steps", "log_steps", "eval_steps", "pairs_per_source"):
         value = getattr(options, name)
-        refuse.append((value is not None and not 1 <= value <= MOST, f"--{name.replace('_', '-')} {value}: expected 1 to {MOST}"))
+        most = MOST_PAIRS if name == "pairs_per_source" else MOST
+        refuse.append((value is not None and not 1 <= value <= most, f"--{name.replace('_', '-')} {value}: expected 1 to {most}"))
     for wrong, message in refuse:
         if wrong:
             raise InputError(message)
@@ -268,6 +286,7 @@ def train(options: TrainOptions) -> int:
     last = checkpoints(run)[-1:]
     checkpoint = Checkpoint(str(last[0]) if last else options.model)
     sources, tests = load_sources(options, checkpoint.tokenizer)
+    saved_config(checkpoint)                         # what cannot be saved in the end is refused now
     model = load_reward_model(checkpoint, options)
     model.trunk.recompute = options.recompute == "full"
     if K == 1 and options.method == "more":
@@ -287,6 +306,8 @@ def train(options: TrainOptions) -> int:
     epoch_of = lru_cache(maxsize=1)(lambda e: epoch_steps(sizes, options.sampling, options.pairs_per_source, batch_size, options.seed, e))
     per_epoch = len(epoch_of(0))
     began, first, steps = time.monotonic(), done, per_epoch * options.epochs
+    if done > steps:
+        raise InputError(f"{last[0]}: comes after the last of this run's {steps} steps; remove it to go on from before it")
     print(f"{steps} steps of {batch_size} pairs, {options.method}, {sum(p.numel() for p in model.parameters()):,} parameters on {model.head.device}"
           + (f", continuing after step {done}" if done else ""), flush=True)
     with stop_requests() as stop, open(run / "metrics.jsonl", "a", encoding="utf-8") as metrics:

@@ -26,6 +26,7 @@ from .pairs import Pair
 WORDS = ("amber anchor basil bridge candle canyon cedar copper coral cotton ember falcon fennel garnet ginger hazel indigo ivory "
          "jasper juniper lantern lemon linen maple marble meadow nectar olive onyx orchard pebble pepper quartz raven saffron "
          "silver thistle timber velvet willow").split()
+MOST_PAIRS = 10 ** 6                     # of one annotator: prompts are all different, and there are 40^6
 ANNOTATORS = ("ana", "ben", "cleo", "dov", "eve")
 
 
@@ -49,8 +50,10 @@ class World:
         K = len(self.annotators)
         if not 0 <= self.conflict <= 1 or not 0 <= self.ties < 1 or K < 1 or K + 2 > len(WORDS):
             raise InputError(f"world: conflict {self.conflict}, ties {self.ties}, {K} annotators: expected shares and at most {len(WORDS) - 2} annotators")
-        if self.seed < 0 or min(self.train_pairs, default=0) < 1 or self.test_pairs < 0:
-            raise InputError(f"world: seed {self.seed}, {self.train_pairs} training and {self.test_pairs} test pairs: expected a seed from 0, and at least 1 training pair each")
+        pairs = [*self.train_pairs, self.test_pairs + 1]
+        if not 0 <= self.seed < 2 ** 63 or not pairs or min(pairs) < 1 or max(pairs) > MOST_PAIRS:
+            raise InputError(f"world: seed {self.seed}, {self.train_pairs} training and {self.test_pairs} test pairs: expected a seed "
+                             f"from 0 to 2^63 - 1, and 1 to {MOST_PAIRS} pairs each")
         for name in ("decisiveness", "train_pairs"):
             if len(getattr(self, name)) not in (1, K):
                 raise InputError(f"world: {name} has {len(getattr(self, name))} values; expected 1 or {K}")

@@ -10,7 +10,7 @@ from conftest import open_model
 import minimore.attention
 import minimore.model
 from minimore.attention import attend, pack
-from minimore.checkpoint import Tokenizer
+from minimore.tokenizer import Tokenizer
 from minimore.model import rotary_angles, rotate
 from minimore.pairs import TokenPair, encode, pack_pairs, shared_length
 from minimore.reward import pair_rewards, text_rewards
@@ -85,16 +85,16 @@ def test_tiles_of_any_size_are_the_same(monkeypatch, area, waste):
     stream = pack(items)
     assert_same_with_gradients(attend(q, k, v, stream), by_definition(q, k, v, visible(items)), (q, k, v), 1e-12)
     if area == 1:
-        assert len(stream.tiles) == len(stream.runs)                             # one run a tile: the limit is in force
+        assert len(stream.tiles()) == len(stream.runs)                             # one run a tile: the limit is in force
     if (area, waste) == (1 << 22, 1e9):
-        assert len(stream.tiles) == 1
+        assert len(stream.tiles()) == 1
 
 
 def test_tiles_keep_within_their_area_and_waste(monkeypatch):
     monkeypatch.setattr(minimore.attention, "TILE_AREA", 2000)
     monkeypatch.setattr(minimore.attention, "TILE_WASTE", 1.3)
     stream = pack([item for seed in range(10) for item in random_items(seed)])
-    several = [(q, k) for q, _, k, _ in stream.tiles if len(q) > 1]
+    several = [(q, k) for q, _, k, _ in stream.tiles() if len(q) > 1]
     real = {run.start: run.queries * run.keys for run in stream.runs}
     assert several
     for q, k in several:
@@ -181,7 +181,7 @@ TEXTS = [                                        # prompt, chosen, rejected
 
 @pytest.fixture(params=[512, 40], ids=["whole", "truncated"])
 def pairs(golden, request):
-    ids, cut = encode([p + r for p, *rs in TEXTS for r in rs], Tokenizer(golden / "tokenizer.json"), request.param)
+    ids, cut = encode([p + r for p, *rs in TEXTS for r in rs], Tokenizer(golden), request.param)
     assert any(cut) == (request.param == 40)
     pairs = [TokenPair(a, b, shared_length(a, b), 0, 0) for a, b in zip(ids[0::2], ids[1::2])]
     assert any(p.shared for p in pairs)

@@ -18,8 +18,9 @@ from tokenizers.processors import TemplateProcessing
 
 import minimore.checkpoint
 from minimore.attention import pack
-from minimore.checkpoint import Checkpoint, Tokenizer, pad_id, save_checkpoint
+from minimore.checkpoint import Checkpoint, pad_id, save_checkpoint
 from minimore.options import InputError
+from minimore.tokenizer import Tokenizer
 from minimore.reward import RewardModel
 
 NORM = "model.norm.weight"                       # some tensor of the stored Llama, (24,)
@@ -368,10 +369,10 @@ def plain_ids(directory, texts):
 
 
 def test_bos_is_added_once_and_eos_never():
-    assert Tokenizer(GOLDENS / "gpt_neox" / "tokenizer.json").encode(TEXTS) == plain_ids(GOLDENS / "gpt_neox", TEXTS)
+    assert Tokenizer(GOLDENS / "gpt_neox").encode(TEXTS) == plain_ids(GOLDENS / "gpt_neox", TEXTS)
     whole = TokenizerFile.from_file(str(GOLDENS / "llama" / "tokenizer.json")).encode("Hello").ids
     assert (whole[0], whole[-1]) == (1, 2)                                       # this file adds BOS and EOS
-    assert Tokenizer(GOLDENS / "llama" / "tokenizer.json").encode(TEXTS) == [[1] + ids for ids in plain_ids(GOLDENS / "llama", TEXTS)]
+    assert Tokenizer(GOLDENS / "llama").encode(TEXTS) == [[1] + ids for ids in plain_ids(GOLDENS / "llama", TEXTS)]
 
 
 @pytest.mark.parametrize("template, leading", [("$A </s>", []), ("<s> $A", [1]), ("<s> <unk> $A </s> </s>", [1, 0])])
@@ -379,14 +380,14 @@ def test_only_what_the_tokenizer_puts_in_front_is_added(damaged, template, leadi
     directory = damaged()
     names = [("<unk>", 0), ("<s>", 1), ("</s>", 2)]
     edit_tokenizer(directory, lambda file: setattr(file, "post_processor", TemplateProcessing(template, template + " $B", names)))
-    assert Tokenizer(directory / "tokenizer.json").encode(TEXTS) == [leading + ids for ids in plain_ids(directory, TEXTS)]
+    assert Tokenizer(directory).encode(TEXTS) == [leading + ids for ids in plain_ids(directory, TEXTS)]
 
 
 def test_truncation_and_padding_stored_in_the_file_are_switched_off(damaged):
     directory = damaged()
     edit_tokenizer(directory, lambda file: (file.enable_truncation(8), file.enable_padding(length=64, pad_id=0)))
     assert len(TokenizerFile.from_file(str(directory / "tokenizer.json")).encode(TEXTS[-1]).ids) == 64      # in force there
-    assert Tokenizer(directory / "tokenizer.json").encode(TEXTS) == Tokenizer(GOLDENS / "llama" / "tokenizer.json").encode(TEXTS)
+    assert Tokenizer(directory).encode(TEXTS) == Tokenizer(GOLDENS / "llama").encode(TEXTS)
 
 
 # ---- which keys are read ---------------------------------------------------------------------------------------------

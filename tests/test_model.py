@@ -235,7 +235,7 @@ def test_a_negated_head_shows(golden):
 def test_another_grouping_of_heads_shows(monkeypatch):
     """Query head h reads key head h % G instead of h // (H / G)."""
     order = torch.tensor([0, 2, 1, 3])
-    monkeypatch.setattr(minimore.model, "attend", lambda q, k, v, stream: attend(q[:, order], k, v, stream)[:, order.argsort()])
+    monkeypatch.setattr(minimore.model, "attend", lambda q, k, v, stream, window: attend(q[:, order], k, v, stream, window)[:, order.argsort()])
     assert_shows("llama", open_model(GOLDENS / "llama"))
 
 

@@ -185,9 +185,10 @@ def test_group_dro_multiplies_and_remembers():
         weights = group_dro_weights(losses, None, pairs, state, rate=.5)
         e = torch.tensor(.5 * n).exp()
         assert weights.tolist() == pytest.approx([(e / (e + 1)).item(), (1 / (e + 1)).item()])
-    before = state["q"].clone()
+    before = state["log_q"].clone()
     assert group_dro_weights(torch.tensor([1.0, float("nan")]), None, torch.tensor([3, 0]), state, rate=0.0).tolist() == [1, 0]
-    assert torch.allclose(state["q"], before)
+    assert torch.allclose(state["log_q"], before)
+    assert group_dro_weights(torch.tensor([1e6, 1.0]), None, pairs, {}).tolist() == [1, 0]        # exp(1e4) would overflow
 
 
 def test_every_weighting_is_named():

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from minimore.checkpoint import Tokenizer
+from minimore.tokenizer import Tokenizer
 from minimore.options import InputError
 from minimore.pairs import (Pair, encode, epoch_steps, load_source, pack_pairs, prompt_end, read_records, record_pairs,
                             shared_length, split_by_tokens)
@@ -17,7 +17,7 @@ from minimore.world import train_tokenizer
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     train_tokenizer(["\n\nHuman: a question about amber and basil\n\nAssistant: an answer"], path)
-    return Tokenizer(path)
+    return Tokenizer(path.parent)
 
 
 def write(path, *records):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimore.checkpoint import Checkpoint, Tokenizer, random_checkpoint
+from minimore.checkpoint import Checkpoint, random_checkpoint
 from minimore.pairs import load_source, read_records, record_pairs
 from minimore.reward import RewardModel, fresh_head, pair_rewards
+from minimore.tokenizer import Tokenizer
 from minimore.world import small_gpt_neox
 
 DATA = Path(os.environ.get("MINIMORE_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(not (DATA / "pairs").is_dir(), reason=f"no prefe
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(DATA / "tokenizers" / "pythia" / "tokenizer.json")
+    return Tokenizer(DATA / "tokenizers" / "pythia")
 
 
 def normalised(name):
@@ -50,7 +51,7 @@ def test_text_and_score_records_become_pairs_and_ties(name, ties):
 
 @pytest.mark.parametrize("name", ["pythia", "gpt2"])
 def test_tokenizers_give_the_published_ids(name):
-    tokenizer, vectors = Tokenizer(DATA / "tokenizers" / name / "tokenizer.json"), DATA / "tokenizers" / "vectors"
+    tokenizer, vectors = Tokenizer(DATA / "tokenizers" / name), DATA / "tokenizers" / "vectors"
     stem = {"pythia": "mpt", "gpt2": "gpt-2"}[name]
     texts = (vectors / f"{stem}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     expected = [[int(i) for i in line.split()] for line in (vectors / f"{stem}.out").read_text().split("\n")]

@@ -275,7 +275,7 @@ def test_metrics_say_what_happened(world, tmp_path):
         assert sum(r["weight"] for r in s["sources"].values()) == pytest.approx(1)
         assert sum(r["pairs"] for r in s["sources"].values()) <= 4
         assert s["loss"] == pytest.approx(sum(r["weight"] * (r["loss"] or 0) for r in s["sources"].values()), rel=1e-5)
-        assert set(s["cosines"]) == {"ana/ben", "ana/cleo", "ben/cleo"}
+        assert set(s["cosines"]) == {"ana ~ ben", "ana ~ cleo", "ben ~ cleo"}
         assert ("evaluation" in s) == (s["step"] % 5 == 0)
         for r in s["sources"].values():
             absent += r["pairs"] == 0

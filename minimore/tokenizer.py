@@ -1,0 +1,159 @@
+"""Text -> token ids, from the files beside a checkpoint: tokenizer.json, or vocab.json with merges.txt. And chat templates.
+
+BOS is what the files add in front of a text, once; nothing is added behind. In a user's text the names of special tokens are
+text; only the markers that a chat template writes are special.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Sequence
+
+import jinja2
+import jinja2.sandbox
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as TokenizerFile
+
+from .options import InputError, one_line, read_json
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+PLAIN_ROLES = {"user": "Human", "human": "Human", "prompter": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint directory.
+
+    bos: ids in front of every text. special: {"bos_token": text, ...} as far as named. files: name -> bytes, to save again.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()}
+        self.config = read_json(directory / "tokenizer_config.json") if "tokenizer_config.json" in self.files else {}
+        named = (read_json(directory / "special_tokens_map.json") if "special_tokens_map.json" in self.files else {}) | self.config
+        self.special = {key: text for key in SPECIAL if (text := _content(named.get(key))) is not None}
+        try:
+            self.file = self._open()
+            self.file.no_truncation()            # a file may carry both, left by whoever saved it
+            self.file.no_padding()
+            self.bos = self._bos()
+            self.size = 1 + max([*self.file.get_vocab(with_added_tokens=True).values(), *self.bos], default=-1)
+        except InputError:
+            raise
+        except BaseException as error:           # the library raises plain Exception, and its Rust panics not even that
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise InputError(f"{directory / self._name()}: not a usable tokenizer ({one_line(error)})") from None
+
+    def _name(self):
+        return "tokenizer.json" if "tokenizer.json" in self.files or "vocab.json" not in self.files else "vocab.json"
+
+    def _open(self):
+        if "tokenizer.json" in self.files:
+            return TokenizerFile.from_str(self.files["tokenizer.json"].decode("utf-8"))
+        if "vocab.json" in self.files and "merges.txt" in self.files:
+            return self._from_vocabulary()
+        if (self.directory / "tokenizer.model").is_file():
+            raise InputError(f"{self.directory}: has only a SentencePiece tokenizer.model; make a tokenizer.json of it once with transformers: "
+                             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
+        raise InputError(f"{self.directory / 'tokenizer.json'}: no such file; expected tokenizer.json, or vocab.json and merges.txt")
+
+    def _from_vocabulary(self):
+        """GPT-2's kind of byte-level BPE in two files, as OPT has it."""
+        vocabulary = read_json(self.directory / "vocab.json")
+        merges = [tuple(line.split(" ")) for line in self.files["merges.txt"].decode("utf-8").split("\n") if line and not line.startswith("#version")]
+        file = TokenizerFile(models.BPE(vocabulary, merges))
+        file.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(self.config.get("add_prefix_space", False)))
+        file.decoder = decoders.ByteLevel()
+        file.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in dict.fromkeys(self.special.values()) if text in vocabulary])
+        return file
+
+    def _bos(self):
+        """What stands in front of a text: as tokenizer_config.json says, else as tokenizer.json's own post-processor does."""
+        asked = self.config.get("add_bos_token")
+        if asked is False:
+            return []
+        if asked is True:
+            token = self.file.token_to_id(self.special.get("bos_token", ""))
+            if token is None:
+                raise InputError(f'{self.directory / "tokenizer_config.json"}: "add_bos_token" is true, but "bos_token" names no token of the vocabulary')
+            return [token]
+        encoded = self.file.encode("a", add_special_tokens=True)
+        mask = encoded.special_tokens_mask
+        return encoded.ids[:mask.index(0) if 0 in mask else 0]
+
+    def encode(self, texts: Sequence[str], rendered: bool = False) -> list[list[int]]:
+        """Ids of each text, BOS in front if the tokenizer adds one, no EOS.
+
+        rendered: the texts come from `render`: markers in them are special tokens, and a BOS that the template wrote is not
+        written again.
+        """
+        self.file.encode_special_tokens = not rendered           # True reads the names of special tokens as text
+        try:
+            ids = [e.ids for e in self.file.encode_batch(list(texts), add_special_tokens=False)]
+        except Exception as error:               # a vocabulary without a token for unknown text, say
+            raise InputError(f"{self.directory / self._name()}: cannot encode these texts ({one_line(error)}); use the model's own tokenizer") from None
+        return [i if rendered and self.bos and i[:len(self.bos)] == self.bos else self.bos + i for i in ids]
+
+    def is_doubled(self, text: str) -> bool:
+        """Whether a user's text begins with the very BOS that is added in front of it."""
+        bos = self.special.get("bos_token") or (self.file.id_to_token(self.bos[0]) if self.bos else None)
+        return bool(self.bos and bos and text.startswith(bos))
+
+    # ---- chat ------------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def template(self) -> str | None:
+        """The chat template, from chat_template.jinja or tokenizer_config.json; of several named ones the default."""
+        if "chat_template.jinja" in self.files:
+            return self.files["chat_template.jinja"].decode("utf-8")
+        given = self.config.get("chat_template")
+        if isinstance(given, list):
+            given = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}.get("default")
+        return given if isinstance(given, str) else None
+
+    @property
+    def dated(self) -> bool:
+        """Whether the template writes today's date, so that rewards change from day to day."""
+        return self.template is not None and ("strftime_now" in self.template or "date_string" in self.template)
+
+    @functools.cached_property
+    def _compiled(self):
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = _strftime
+        return environment.from_string(self.template)
+
+    def markers(self) -> list[str]:
+        """The texts that would be read as special tokens in a rendered conversation."""
+        return [t.content for t in self.file.get_added_tokens_decoder().values() if t.special]
+
+    def render(self, messages: list[dict], prompt: bool = False) -> str:
+        """A conversation as text: by the chat template in a sandbox, or plainly, "\\n\\nHuman: ...\\n\\nAssistant: ...".
+
+        prompt: end where the assistant's next turn begins. Raises InputError if the template refuses the messages.
+        """
+        if self.template is None:
+            turns = "".join(f"\n\n{PLAIN_ROLES.get(m['role'], m['role'])}: {m['content']}" for m in messages)
+            return turns + ("\n\nAssistant:" if prompt else "")
+        try:
+            return self._compiled.render(messages=messages, add_generation_prompt=prompt, **self.special)
+        except Exception as error:               # whatever a template's own code runs into
+            raise InputError(f"{self.directory}: the chat template refuses these messages ({one_line(error)})") from None
+
+
+def _content(token):
+    """A token given as a string or as {"content": string}; None for anything else."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) and text.isprintable() else None
+
+
+def _raise(message):
+    raise jinja2.TemplateError(message)
+
+
+def _strftime(form):
+    from datetime import datetime
+    return datetime.now().strftime(form)

@@ -5,9 +5,9 @@ A prompt P with its responses C and R is stored once, as [P C R]. C sees P and i
     tokens     P P P P  C C C  R R  | P P  C C C C  R R R | ...
     positions  0 1 2 3  4 5 6  4 5  | 0 1  2 3 4 5  2 3 4 |
 
-For attention each response is one *run* of queries: [P C] with its own keys, and [R] with the keys of P in front.
+For attention each response is one *segment* of queries: [P C] with its own keys, and [R] with the keys of P in front.
 
-N tokens, S texts, H heads, G key/value heads, C head width, T runs in a tile, Q and L padded query and key lengths.
+N tokens, S texts, H heads, G key/value heads, C head width, T segments in a tile, Q and L padded query and key lengths.
 """
 
 import inspect
@@ -25,11 +25,11 @@ try:                                     # flash attention over segments: torch 
 except ImportError:                      # a build without it still has the other route
     varlen_attn = None
 
-TILE_AREA = 1 << 22                      # largest padded score area (runs x queries x keys) of one tile
+TILE_AREA = 1 << 22                      # largest padded score area (segments x queries x keys) of one tile
 TILE_WASTE = 1.3                         # padded / real score area that a tile may reach
 
 
-class Run(NamedTuple):
+class Segment(NamedTuple):
     """Queries [start, end) of the stream, which see keys [prefix, prefix_end) and then themselves, causally."""
     start: int
     end: int
@@ -47,30 +47,31 @@ class Run(NamedTuple):
 
 @dataclass(eq=False)
 class Stream:
-    """tokens (N,) int64, positions (N,) int64, last (S,) the index of each text's last token, and the attention runs."""
+    """tokens (N,) int64, positions (N,) int64, last (S,) the index of each text's last token, and the attention segments."""
     tokens: Tensor
     positions: Tensor
     last: Tensor
-    runs: list[Run]
+    segments: list[Segment]
     _tiles: dict = field(default_factory=dict)
 
     def to(self, device) -> "Stream":
-        return Stream(self.tokens.to(device), self.positions.to(device), self.last.to(device), self.runs)
+        """The same stream on another device."""
+        return Stream(self.tokens.to(device), self.positions.to(device), self.last.to(device), self.segments)
 
     @cached_property
     def varlen(self):
-        """Index of the keys (M,), or None if every run sees only itself, and the arguments that cut both sides."""
-        index = [i for r in self.runs for i in (*range(r.prefix, r.prefix_end), *range(r.start, r.end))]
-        cuts = [[0, *accumulate(getattr(r, side) for r in self.runs)] for side in ("queries", "keys")]
+        """Index of the keys (M,), or None if every segment sees only itself, and the arguments that cut both sides."""
+        index = [i for r in self.segments for i in (*range(r.prefix, r.prefix_end), *range(r.start, r.end))]
+        cuts = [[0, *accumulate(getattr(r, side) for r in self.segments)] for side in ("queries", "keys")]
         cu_q, cu_k = (torch.tensor(c, dtype=torch.int32, device=self.tokens.device) for c in cuts)
         shared = len(index) != len(self.tokens)
         index = torch.tensor(index, device=self.tokens.device) if shared else None
-        return index, cu_q, cu_k, max(r.queries for r in self.runs), max(r.keys for r in self.runs)
+        return index, cu_q, cu_k, max(r.queries for r in self.segments), max(r.keys for r in self.segments)
 
     @cached_property
     def longest(self) -> int:
         """The largest number of keys that a query could see."""
-        return max(r.keys for r in self.runs)
+        return max(r.keys for r in self.segments)
 
     def tiles(self, window: int | None = None):
         """Runs of similar length, padded together: query index (T, Q), its mask (T, Q), key index (T, L), scores' mask.
@@ -78,17 +79,17 @@ class Stream:
         window: a query sees its last so many positions only, itself included. Made once per window.
         """
         if window not in self._tiles:
-            self._tiles[window] = [self._tile(runs, window) for runs in _group(self.runs)]
+            self._tiles[window] = [self._tile(segments, window) for segments in _group(self.segments)]
         return self._tiles[window]
 
-    def _tile(self, runs, window):
-        Q, L = max(r.queries for r in runs), max(r.keys for r in runs)
+    def _tile(self, segments, window):
+        Q, L = max(r.queries for r in segments), max(r.keys for r in segments)
         device, positions = self.tokens.device, self.positions
-        q = torch.tensor([[*range(r.start, r.end)] + [r.start] * (Q - r.queries) for r in runs], device=device)
+        q = torch.tensor([[*range(r.start, r.end)] + [r.start] * (Q - r.queries) for r in segments], device=device)
         k = torch.tensor([[*range(r.prefix, r.prefix_end), *range(r.start, r.end)] + [r.start] * (L - r.keys)
-                          for r in runs], device=device)
-        real_q = torch.arange(Q, device=device) < torch.tensor([[r.queries] for r in runs], device=device)
-        real_k = torch.arange(L, device=device) < torch.tensor([[r.keys] for r in runs], device=device)
+                          for r in segments], device=device)
+        real_q = torch.arange(Q, device=device) < torch.tensor([[r.queries] for r in segments], device=device)
+        real_k = torch.arange(L, device=device) < torch.tensor([[r.keys] for r in segments], device=device)
         behind = positions[q][:, :, None] - positions[k][:, None, :]             # in positions, not in places of the stream
         visible = (behind >= 0) & real_k[:, None, :]                             # (T, Q, L)
         if window is not None:
@@ -105,7 +106,7 @@ def pack(items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Stre
     >>> pack([([7, 8], [[1], [2, 3]])]).positions.tolist()
     [0, 1, 2, 2, 3]
     """
-    tokens, positions, last, runs = [], [], [], []
+    tokens, positions, last, segments = [], [], [], []
     for prefix, continuations in items:
         if not all(len(c) for c in continuations):
             raise ValueError("every text needs at least one token of its own")
@@ -113,21 +114,21 @@ def pack(items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Stre
         tokens.extend(prefix)
         positions.extend(range(shared))
         for continuation in continuations:
-            first = start if len(tokens) == start + shared else len(tokens)      # the first run carries the prefix along
+            first = start if len(tokens) == start + shared else len(tokens)      # the first segment carries the prefix along
             tokens.extend(continuation)
             positions.extend(range(shared, shared + len(continuation)))
             last.append(len(tokens) - 1)
-            runs.append(Run(first, len(tokens), start, start if first == start else start + shared))
+            segments.append(Segment(first, len(tokens), start, start if first == start else start + shared))
     as_tensor = lambda values: torch.tensor(values, dtype=torch.int64)
-    return Stream(as_tensor(tokens), as_tensor(positions), as_tensor(last), runs)
+    return Stream(as_tensor(tokens), as_tensor(positions), as_tensor(last), segments)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None = None) -> Tensor:
-    """Causal attention of every run over its keys: softmax(q k^T / sqrt(C)) v.
+    """Causal attention of every segment over its keys: softmax(q k^T / sqrt(C)) v.
 
     q: (N, H, C); k, v: (N, G, C), G dividing H. window: see only so many last positions, itself included. Returns (N, H, C).
     bf16 and fp16 on CUDA (sm80 or newer) take flash attention over segments; everything else, and a window shorter than the
-    longest run, takes `scaled_dot_product_attention` over masked tiles of runs.
+    longest segment, takes `scaled_dot_product_attention` over masked tiles of segments.
     """
     if window is not None and window >= stream.longest:
         window = None                                                            # plain causal
@@ -144,7 +145,7 @@ def _attend_varlen(q, k, v, stream):
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    # Bottom-right aligned: the last query of a run sees the last key. Spelled differently by torch 2.11 and 2.13.
+    # Bottom-right aligned: the last query of a segment sees the last key. Spelled differently by torch 2.11 and 2.13.
     spelled = inspect.signature(varlen_attn).parameters
     causal = {"is_causal": True} if "is_causal" in spelled else {"window_size": (-1, 0)}
     return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, max_q, max_k, **causal)
@@ -162,16 +163,16 @@ def _attend_tiles(q, k, v, tiles):
     return torch.cat(out)[order.argsort()]
 
 
-def _group(runs):
-    """Greedy tiles of runs sorted by length, within TILE_WASTE and TILE_AREA."""
+def _group(segments):
+    """Greedy tiles of segments sorted by length, within TILE_WASTE and TILE_AREA."""
     tiles, area = [], 0
-    for run in sorted(runs, key=lambda r: (r.queries, r.keys)):
-        tile = tiles[-1] + [run] if tiles else [run]
+    for segment in sorted(segments, key=lambda r: (r.queries, r.keys)):
+        tile = tiles[-1] + [segment] if tiles else [segment]
         padded = len(tile) * max(r.queries for r in tile) * max(r.keys for r in tile)
-        area += run.queries * run.keys
+        area += segment.queries * segment.keys
         if tiles and padded <= min(TILE_AREA, TILE_WASTE * area):
             tiles[-1] = tile
         else:
-            tiles.append([run])
-            area = run.queries * run.keys
+            tiles.append([segment])
+            area = segment.queries * segment.keys
     return tiles

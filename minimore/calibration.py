@@ -4,7 +4,8 @@ A reward model says sigmoid(margin) that the chosen response is preferred, margi
 conventions, kept apart by name:
 
 - the paper's (`pair_*`, arXiv 2312.07401v5, section 2): every pair enters in both orders, (p, 1) and (1 - p, 0). The two are
-  mirror images, so M bins over [0, 1] hold what M / 2 bins over [.5, 1] hold for the predicted winner.
+  mirror images, so an even number M of bins over [0, 1] holds what M / 2 bins over [.5, 1] hold for the predicted winner,
+  except for probabilities exactly on an edge.
 - the general one (`expected_calibration_error`): any probabilities with their 0/1 outcomes, nothing folded or mirrored.
 
 N pairs or predictions, M bins. Probabilities are in [0, 1], margins and losses in nats.

@@ -36,6 +36,8 @@ class Checkpoint:
 
     def __init__(self, model: str):
         self.directory = _find(model)
+        if (self.directory / "options.json").is_file() and not (self.directory / "config.json").is_file():
+            raise InputError(f"{self.directory}: this run is not finished; continue it with --resume, or name its checkpoint-STEP")
         self.json = read_json(self.directory / "config.json")
         where = str(self.directory / "config.json")
         kind = self.json.get("model_type")
@@ -47,14 +49,15 @@ class Checkpoint:
         if self.tokenizer.size > self.config.vocabulary:
             raise InputError(f"{self.directory}: the tokenizer has ids up to {self.tokenizer.size - 1} and the embedding "
                              f"{self.config.vocabulary} rows; this tokenizer belongs to another model")
-        self.weights = Weights(self.directory)
+        self.tensors = Tensors(self.directory)
         parts = self.family.prefix.split(".")    # "model.decoder." in a whole model, "decoder." or "" in a bare trunk
         prefixes = [".".join(parts[i:]) for i in range(len(parts))]
-        self.prefix = next(p for p in prefixes if any(k.startswith(p) for k in self.weights.files) or not p)
+        self.prefix = next(p for p in prefixes if any(k.startswith(p) for k in self.tensors.files) or not p)
 
     @property
     def has_head(self) -> bool:
-        return "score.weight" in self.weights.files
+        """Whether this is a saved reward model, not only a language model."""
+        return "score.weight" in self.tensors.files
 
     def load(self, dtype=torch.float32, device="cpu") -> tuple[Trunk, Tensor | None]:
         """The filled trunk, and the reward head (D,) fp32 or None if the checkpoint has none."""
@@ -65,16 +68,16 @@ class Checkpoint:
         for theirs, ours in table.items():
             empty = [trunk.get_parameter(name) for name in ours]
             shape = (sum(p.shape[0] for p in empty), *empty[0].shape[1:])
-            tensor = self.weights.read(theirs, shape, dtype)
+            tensor = self.tensors.read(theirs, shape, dtype)
             parts = [tensor] if len(ours) == 1 else split_heads(tensor, self.config.heads)
             for name, part in zip(ours, parts):
                 owner, _, leaf = name.rpartition(".")
                 setattr(trunk.get_submodule(owner), leaf, nn.Parameter(_own(part.to(device))))
-        head = self.weights.read("score.weight", (1, self.config.width), torch.float32)[0] if self.has_head else None
+        head = self.tensors.read("score.weight", (1, self.config.width), torch.float32)[0] if self.has_head else None
         return trunk, None if head is None else _own(head.to(device))
 
     def _audit(self, table):
-        keys = set(self.weights.files)
+        keys = set(self.tensors.files)
         missing = sorted(set(table) - keys)
         extra = sorted(k for k in keys - set(table) - {"score.weight"} if not IGNORED.fullmatch(k))
         for what, names in (("missing", missing), ("not part of this model", extra)):
@@ -84,7 +87,7 @@ class Checkpoint:
                                  f"{self.json['model_type']} with {self.config.blocks} blocks")
 
 
-class Weights:
+class Tensors:
     """Named tensors in the first of WEIGHT_FILES that is there: one file, or the shards that an index lists. `files`: key -> path."""
 
     def __init__(self, directory: Path):
@@ -184,39 +187,39 @@ def _is(path: Path, question: Callable[[Path], bool]) -> bool:
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
-def save_checkpoint(directory: Path, source: Checkpoint, trunk: Trunk, head: Tensor, dtype: str = "float32"):
+def save_checkpoint(directory: Path, origin: Checkpoint, trunk: Trunk, head: Tensor, dtype: str = "float32"):
     """Write a reward model that transformers' AutoModelForSequenceClassification opens; config.json comes last.
 
     directory must exist. Weights are stored as `dtype`, a key of STORAGE. Raises FloatingPointError, and writes nothing, if
     a number is not finite.
     """
     tensors = {"score.weight": head.detach()[None]}
-    for theirs, ours in name_table(source.family, trunk).items():
+    for theirs, ours in name_table(origin.family, trunk).items():
         parts = [trunk.get_parameter(name).detach() for name in ours]
-        tensors[source.family.prefix + theirs] = parts[0] if len(parts) == 1 else fuse_heads(parts, source.config.heads)
+        tensors[origin.family.prefix + theirs] = parts[0] if len(parts) == 1 else fuse_heads(parts, origin.config.heads)
     tensors = {k: t.to(device="cpu", dtype=STORAGE[dtype]).contiguous() for k, t in tensors.items()}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise FloatingPointError(f"{key} is not finite in {dtype}: the model was not written to {directory}")
-    write_weights(directory, tensors)
-    for name, content in source.tokenizer.files.items():
+    write_sharded(directory, tensors)
+    for name, content in origin.tokenizer.files.items():
         (directory / name).write_bytes(content)
-    write_json(directory / "config.json", saved_config(source, dtype))
+    write_json(directory / "config.json", saved_config(origin, dtype))
 
 
-def saved_config(source: Checkpoint, dtype: str = "float32") -> dict:
+def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict:
     """config.json of a reward model made from this checkpoint; raises InputError if none can be written, so ask before training."""
-    config = {k: v for k, v in source.json.items() if k not in ("auto_map", "num_labels", "label2id")}
-    config |= {"architectures": [source.family.reward_class], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
-               "pad_token_id": pad_id(source), "dtype": dtype, "torch_dtype": dtype}
+    config = {k: v for k, v in origin.json.items() if k not in ("auto_map", "num_labels", "label2id")}
+    config |= {"architectures": [origin.family.reward_class], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
+               "pad_token_id": pad_id(origin), "dtype": dtype, "torch_dtype": dtype}
     try:
         json.dumps(config, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{source.directory / 'config.json'}: cannot be written again as JSON ({one_line(error)}); mend or remove that key") from None
+        raise InputError(f"{origin.directory / 'config.json'}: cannot be written again as JSON ({one_line(error)}); mend or remove that key") from None
     return config
 
 
-def write_weights(directory: Path, tensors: dict[str, Tensor]):
+def write_sharded(directory: Path, tensors: dict[str, Tensor]):
     """model.safetensors, or shards of at most 5 GB with an index; each written beside and renamed."""
     shards, filled = [{}], 0
     for key, tensor in tensors.items():
@@ -249,21 +252,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]):
         unfinished.unlink(missing_ok=True)
 
 
-def pad_id(source: Checkpoint) -> int:
+def pad_id(origin: Checkpoint) -> int:
     """An id that no text ends in: the tokenizer's own pad if it is not EOS, else the first unused embedding row, else unk.
 
     transformers pools at the last token that is not this id, so a pad that is also EOS would move the reward.
     """
-    tokenizer = source.tokenizer
+    tokenizer = origin.tokenizer
     token_id = lambda key: tokenizer.file.token_to_id(tokenizer.special[key]) if key in tokenizer.special else None
-    eos = [token_id("eos_token"), *_list(source.json.get("eos_token_id"))]
+    eos = [token_id("eos_token"), *_list(origin.json.get("eos_token_id"))]
     padding = [t for t in tokenizer.file.get_added_tokens_decoder().values() if t.special and "pad" in t.content.lower()]
-    candidates = [source.json.get("pad_token_id"), token_id("pad_token"), *(tokenizer.file.token_to_id(t.content) for t in padding)]
+    candidates = [origin.json.get("pad_token_id"), token_id("pad_token"), *(tokenizer.file.token_to_id(t.content) for t in padding)]
     candidates += [tokenizer.size, token_id("unk_token"), tokenizer.file.token_to_id("<unk>")]
     for candidate in candidates:
-        if type(candidate) is int and candidate not in [e for e in eos if type(e) is int] and 0 <= candidate < source.config.vocabulary:
+        if type(candidate) is int and candidate not in [e for e in eos if type(e) is int] and 0 <= candidate < origin.config.vocabulary:
             return candidate
-    raise InputError(f"{source.directory}: no id is left for padding: the tokenizer names no pad or unk token apart from "
+    raise InputError(f"{origin.directory}: no id is left for padding: the tokenizer names no pad or unk token apart from "
                      "EOS and every embedding row is used; add a pad token to tokenizer_config.json")
 
 
@@ -290,6 +293,6 @@ def random_checkpoint(directory: Path, config: dict, tokenizer: Path, seed: int,
     for theirs, ours in name_table(family, trunk).items():
         parts = [trunk.get_parameter(n).detach() for n in ours]
         tensors[family.prefix + theirs] = parts[0] if len(parts) == 1 else fuse_heads(parts, trunk.c.heads)
-    write_weights(directory, tensors)
+    write_sharded(directory, tensors)
     shutil.copyfile(tokenizer, directory / "tokenizer.json")
     write_json(directory / "config.json", config)

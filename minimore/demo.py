@@ -21,6 +21,7 @@ METHODS = ("uniform", "more")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
+    """What `demo` takes."""
     output: str | None = option(None, value="DIR", help="directory to make (default: demo, demo-2, ... whichever is free)")
     seed: int = option(0, help="seeds the world, the model and the order of the data")
     pairs: int = option(3200, help="training pairs of each annotator")

@@ -60,6 +60,7 @@ def table(report: dict) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ModelOptions):
+    """What `evaluate` takes."""
     source: tuple[str, ...] = option((), repeat=True, value="NAME=TEST.jsonl", help="once per source")
     max_length: int | None = option(None, help="tokens a text, cut on the left (default: the run's own, else 512)")
     json: str | None = option(None, value="OUT.json", help="write the report here; must not exist")
@@ -85,7 +86,7 @@ def evaluate(options: EvaluateOptions):
     if options.figures:
         figure = plots.draw_margins(margins, Path(options.figures))
     if options.json:
-        write_json(options.json, report)
+        write_json(options.json, report | {"model": options.model, "max_length": limit, "files": paths})
     print(table(report))
     if options.figures:
         print(f"figure: {figure}")

@@ -31,6 +31,7 @@ class Json:
         self.values, self.where = values, where
 
     def get(self, key, kind, default=None):
+        """values[key] as int, float, bool or str; the default where it is missing or null; InputError for anything else."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
@@ -43,6 +44,7 @@ class Json:
         return value
 
     def activation(self, default, key="hidden_act"):
+        """The name of an activation, a key of model.ACTIVATIONS."""
         name = self.get(key, str, default)
         if name not in ACTIVATION_NAMES:
             raise InputError(f'{self.where}: "{key}" is {name!r}; known: {", ".join(ACTIVATION_NAMES)}')
@@ -101,6 +103,7 @@ class Json:
 
 
 def gpt_neox_config(j: Json) -> ModelConfig:
+    """Pythia and GPT-NeoX-20B."""
     sizes, bias = j.sizes(), j.get("attention_bias", bool, True)
     return ModelConfig(**sizes, activation=j.activation("gelu"), gated=False, norm="layer",
                        norm_eps=j.get("layer_norm_eps", float, 1e-5), qkv_bias=bias, attention_output_bias=bias,
@@ -119,12 +122,14 @@ def llama_config(j: Json, **changes) -> ModelConfig:
 
 
 def mistral_config(j: Json) -> ModelConfig:
+    """LLaMA without biases, with a sliding window in every block."""
     sizes = j.sizes(kv_heads=8)
     window = j.get("sliding_window", int, 4096) if j.values.get("sliding_window", 4096) is not None else None
     return llama_config(j, sizes=sizes, qkv_bias=False, mlp_bias=False, windows=j.windows(sizes["blocks"], window))
 
 
 def qwen2_config(j: Json, **changes) -> ModelConfig:
+    """LLaMA with biases on query, key and value; Qwen2 and Qwen2.5."""
     sizes = changes.pop("sizes", None) or j.sizes(kv_heads=32)
     given = j.values.get("sliding_window", 4096) is not None and j.get("use_sliding_window", bool, False)
     window = j.get("sliding_window", int, 4096) if given else None
@@ -134,11 +139,13 @@ def qwen2_config(j: Json, **changes) -> ModelConfig:
 
 
 def qwen3_config(j: Json) -> ModelConfig:
+    """Qwen2 with normed query and key heads of their own width, and no biases."""
     bias = j.get("attention_bias", bool, False)
     return qwen2_config(j, sizes=j.sizes(kv_heads=32, head_width=128), qk_norm=True, qkv_bias=bias, attention_output_bias=bias)
 
 
 def opt_config(j: Json) -> ModelConfig:
+    """Pre-norm OPT: learned positions, two rows of which come before position 0; its dropout is not applied."""
     sizes, bias = j.sizes(mlp_key="ffn_dim"), j.get("enable_bias", bool, True)
     for key, default, only in (("do_layer_norm_before", True, True), ("_remove_final_layer_norm", False, False),
                                ("layer_norm_elementwise_affine", True, True)):

@@ -116,6 +116,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP around a residual stream, in parallel or one after the other."""
+
     def __init__(self, c: ModelConfig, window: int | None):
         super().__init__()
         self.parallel = c.parallel_residual

@@ -110,14 +110,17 @@ def normalize_gradients(gradients: Tensor, losses: Tensor, how: str) -> Tensor:
 
     `none`: g; `l2`: g / ||g||; `loss`: g / ((l + 1) / sum (l + 1)); `loss+`: g / (||g|| l)
 
-    gradients: (K, D), losses: (K,). Returns (K, D). Source: the authors' code; the paper's text does not normalise.
+    gradients: (K, D), losses: (K,). Returns (K, D) float64; a zero row stays zero. Two rows of length 1 always get weights
+    (1/2, 1/2): with two sources `l2` is uniform. Source: the authors' code; the paper's text does not normalise.
     """
-    norms = gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny)
-    scale = {"none": lambda: torch.ones_like(losses), "l2": lambda: norms,
-             "loss": lambda: (losses + 1) / (losses + 1).sum(), "loss+": lambda: norms * losses}
-    if how not in scale:
-        raise ValueError(f"normalize: {how!r} is not one of {', '.join(scale)}")
-    return gradients / scale[how]()[:, None]
+    G, l, tiny = gradients.double(), losses.double(), torch.finfo(torch.float64).tiny
+    largest = G.abs().amax(1, keepdim=True).clamp_min(tiny)          # a confident source's squares would vanish in fp32
+    units = G / largest / (G / largest).norm(dim=1, keepdim=True).clamp_min(tiny)
+    scaled = {"none": lambda: G, "l2": lambda: units, "loss": lambda: G / ((l + 1) / (l + 1).sum())[:, None],
+              "loss+": lambda: units / l.clamp_min(1e-100)[:, None]}
+    if how not in scaled:
+        raise ValueError(f"normalize: {how!r} is not one of {', '.join(scaled)}")
+    return scaled[how]()
 
 
 def more_loss(head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: Tensor, sources: int | None = None,

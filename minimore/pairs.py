@@ -43,7 +43,6 @@ class TokenPair(NamedTuple):
     rejected: np.ndarray
     shared: int
     longer: int                                      # characters of the chosen response minus the rejected one's
-    line: int
 
     @property
     def tokens(self) -> int:
@@ -179,7 +178,7 @@ def load_source(name: str, path: str, tokenizer: Tokenizer, max_length: int) -> 
         records += 1
         pairs, ties = record_pairs(record, f"{path}:{line}")
         source.label_ties += ties
-        waiting += [(line, pair) for pair in pairs]
+        waiting += pairs
         if len(waiting) >= CHUNK:
             _tokenise(source, waiting, tokenizer, max_length)
             waiting = []
@@ -192,9 +191,9 @@ def load_source(name: str, path: str, tokenizer: Tokenizer, max_length: int) -> 
 
 
 def _tokenise(source, waiting, tokenizer, max_length):
-    texts = [p.prompt + response for _, p in waiting for response in (p.chosen, p.rejected)]
+    texts = [p.prompt + response for p in waiting for response in (p.chosen, p.rejected)]
     ids, cut = encode(texts, tokenizer, max_length)
-    for i, (line, pair) in enumerate(waiting):
+    for i, pair in enumerate(waiting):
         chosen, rejected = ids[2 * i], ids[2 * i + 1]
         if not len(chosen) or not len(rejected):
             source.dropped += 1
@@ -204,7 +203,7 @@ def _tokenise(source, waiting, tokenizer, max_length):
             source.truncated += cut[2 * i] or cut[2 * i + 1]
             source.blank += not (pair.chosen.strip() and pair.rejected.strip())
             source.pairs.append(TokenPair(chosen, rejected, shared_length(chosen, rejected),
-                                          len(pair.chosen) - len(pair.rejected), line))
+                                          len(pair.chosen) - len(pair.rejected)))
 
 
 def encode(texts: list[str], tokenizer: Tokenizer, max_length: int) -> tuple[list[np.ndarray], list[bool]]:

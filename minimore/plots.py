@@ -12,6 +12,7 @@ LINES = ("-", "--", "-.", ":")           # so that a grey print still tells sour
 
 
 def available() -> bool:
+    """Whether matplotlib is installed."""
     try:
         import matplotlib                # noqa: F401
     except ImportError:

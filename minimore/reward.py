@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Sequence
 
@@ -29,7 +29,7 @@ DEFAULT_MAX_LENGTH = 512                 # the paper's
 class ModelOptions:
     """What every command that opens a model takes."""
     model: str = option(value="DIR|HUB", help="checkpoint directory or hub name: a causal LM (fresh head) or a saved reward model")
-    seed: int = option(0, help="seeds a fresh head and the order of the data")
+    seed: int = option(0, help="seeds a fresh head and, in training, the order of the data")
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute; auto takes a GPU if there is one")
     compute_dtype: str = option("auto", choices=("auto", "float32", "bfloat16"),
                                 help="type of activations and matrix products; auto is bfloat16 on CUDA, float32 elsewhere")
@@ -128,6 +128,7 @@ def _finite(rewards: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(ModelOptions):
+    """What `score` takes."""
     input: str = option(value="IN.jsonl", help="JSON lines (.gz too) of pairs, or of prompt and response")
     output: str = option(value="OUT.jsonl", help="JSON lines file to write; must not exist")
     max_length: int | None = option(None, help="tokens a text, cut on the left (default: the run's own, else 512)")
@@ -139,24 +140,25 @@ def score(options: ScoreOptions):
     A pair gets chosen_reward, rejected_reward and probability = sigmoid(difference); a prompt with a response gets reward.
     """
     refuse_existing(options.output)
-    for _ in read_records(options.input):        # a wrong path is said before the model is opened
-        break
+    records = read_records(options.input)        # opened once: it may be a pipe
+    first = next(records, None)
+    if first is None:
+        raise InputError(f"{options.input}: is empty; expected at least one line")
+    records = chain([first], records)
     model, checkpoint = open_reward_model(options)
     limit = max_length_of(checkpoint.directory, options.max_length)
-    output, counts = Path(options.output), {"lines": 0, "truncated": 0, "blank": 0}
+    output, counts = Path(options.output), {"lines": 0, "truncated": 0, "blank": 0, "replaced": 0}
     unfinished = beside(output)
     try:
         with open(unfinished, "x", encoding="utf-8") as out:
-            records = read_records(options.input)
             while chunk := list(islice(records, 256)):
                 for record in _scored(model, checkpoint, chunk, options, limit, counts):
                     out.write(_json_line(record) + "\n")
-            if not counts["lines"]:
-                raise InputError(f"{options.input}: is empty; expected at least one line")
         os.replace(unfinished, output)
     finally:
         unfinished.unlink(missing_ok=True)
-    print(f"{options.output}: {counts['lines']} lines scored, {counts['truncated']} truncated to {limit} tokens, {counts['blank']} with a blank response")
+    print(f"{options.output}: {counts['lines']} lines scored, {counts['truncated']} truncated to {limit} tokens, {counts['blank']} with a blank response"
+          + (f", {counts['replaced']} had such a key already, replaced" if counts["replaced"] else ""))
     if not checkpoint.has_head:
         print(f"{options.model}: no score.weight, so the rewards are those of an untrained head", file=sys.stderr)
 
@@ -181,15 +183,16 @@ def _scored(model, checkpoint, chunk, options, limit, counts):
                              f'found keys: {", ".join(map(str, record)) or "none"}')
     ids, cut = encode([prompt + r for prompt, rs in responses for r in rs], checkpoint.tokenizer, limit)
     items, start = [], 0
-    for (line, _), (_, rs) in zip(chunk, responses):
+    for (line, record), (_, rs) in zip(chunk, responses):
         mine, was_cut, start = ids[start:start + len(rs)], cut[start:start + len(rs)], start + len(rs)
         if not all(map(len, mine)):
             raise InputError(f"{options.input}:{line}: prompt and response are empty and the tokenizer adds no BOS: nothing to score")
         counts["lines"] += 1
+        counts["replaced"] += any(k in record for k in (("chosen_reward", "rejected_reward", "probability") if len(rs) == 2 else ("reward",)))
         counts["truncated"] += any(was_cut)
         counts["blank"] += not all(r.strip() for r in rs)
         items.append(mine)
-    pairs = [TokenPair(*m, shared_length(*m), 0, 0) for m in items if len(m) == 2]
+    pairs = [TokenPair(*m, shared_length(*m), 0) for m in items if len(m) == 2]
     of_pairs = iter(pair_rewards(model, pairs, options.micro_tokens).tolist() if pairs else [])
     texts = [m[0].tolist() for m in items if len(m) == 1]
     of_texts = iter(text_rewards(model, texts, options.micro_tokens).tolist() if texts else [])

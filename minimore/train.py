@@ -25,12 +25,13 @@ from torch import Tensor
 from .checkpoint import STORAGE, Checkpoint, save_checkpoint, saved_config, write_tensors
 from .engine import NonFiniteLoss, optimizer_step
 from .evaluate import evaluate_sources, table
-from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients, weighted_loss
+from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients
 from .options import InputError, one_line, option, parse_sources, read_json, write_json, write_text
 from .pairs import Source, epoch_steps, load_source
 from .reward import ModelOptions, RewardModel, load_reward_model
 
-MAY_CHANGE = ("resume", "output", "log_steps")       # options that a resumed run may give differently
+MAY_CHANGE = ("resume", "output", "log_steps", "save_dtype")         # options that a resumed run may give differently,
+ROUNDING = ("micro_tokens", "recompute")             # and these, which change a result by rounding only: what to try when memory runs out
 MOST = 10 ** 9                                       # of anything that is counted
 MOST_PAIRS = 10 ** 7                                 # of one source in an epoch: their order is made at once
 MOMENTS = ("exp_avg", "exp_avg_sq")                  # AdamW's state of each parameter
@@ -38,13 +39,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")                  # AdamW's state of each par
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(ModelOptions):
-    """The defaults are the paper's."""
+    """Learning rate, epochs, length and batch are the paper's; l2 and the linear schedule the authors' code's; the rest is ours."""
     source: tuple[str, ...] = option((), repeat=True, value="NAME=TRAIN.jsonl[,TEST.jsonl]", help="once per source")
     output: str = option(value="RUN", help="run directory to make; must not exist, except with --resume")
     resume: bool = option(False, help="continue the run in --output: the same command again, plus this")
     method: str = option("more", choices=tuple(WEIGHTINGS), help="how the sources' losses are weighted; proportional is the "
                          "share of each source in the batch, so uniform under equal sampling")
-    normalize: str = option("l2", choices=("none", "l2", "loss", "loss+"), help="more: scaling of the head gradients before the solve")
+    normalize: str = option("l2", choices=("none", "l2", "loss", "loss+"), help="more: scaling of the head gradients before the solve (with two sources, l2 makes the weights uniform)")
     gradient_average: float = option(1.0, help="more: weight of the newest head gradient in its running average; 1 keeps no average")
     lambda_scope: str = option("step", choices=("step", "group"), help="solve the weights over the whole step (the paper; with several "
                                "micro-batches one more forward), or per group of one pair a source (the authors' code)")
@@ -106,21 +107,21 @@ def progress_line(record: dict, steps: int, seconds_left: float) -> str:
 
 # ---- the run directory -----------------------------------------------------------------------------------------------
 
-def save_state(run: Path, source: Checkpoint, model: RewardModel, optimizer, memory: dict, step: int, digests: dict):
+def save_state(run: Path, origin: Checkpoint, model: RewardModel, optimizer, memory: dict, step: int, digests: dict):
     """Write checkpoint-STEP (made beside, renamed when whole), then remove the older ones."""
     final, unfinished = run / f"checkpoint-{step}", run / f"checkpoint-{step}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
-        _write_state(unfinished, source, model, optimizer, memory, step, digests)
+        _write_state(unfinished, origin, model, optimizer, memory, step, digests)
         os.replace(unfinished, final)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     remove_checkpoints(run, keep=final)
 
 
-def _write_state(directory, source, model, optimizer, memory, step, digests):
-    save_checkpoint(directory, source, model.trunk, model.head)
+def _write_state(directory, origin, model, optimizer, memory, step, digests):
+    save_checkpoint(directory, origin, model.trunk, model.head)
     tensors = {f"weighting.{k}": v.contiguous() for k, v in memory.items()} | {"random": torch.get_rng_state()}
     for name, p in model.named_parameters():
         tensors |= {f"{kind}.{name}": optimizer.state[p][kind] for kind in MOMENTS}
@@ -129,7 +130,10 @@ def _write_state(directory, source, model, optimizer, memory, step, digests):
 
 
 def load_state(directory: Path, model: RewardModel, optimizer, memory: dict, digests: dict) -> int:
-    """Put the optimizer, the weighting's memory and the random state back; returns the step."""
+    """Put the optimizer, the weighting's memory and the random state back; returns the step.
+
+    Raises InputError if a file is missing, damaged or another model's, or if the data have changed.
+    """
     try:
         state, tensors = read_json(directory / "state.json"), load_file(directory / "state.safetensors")
         if state["step"] != int(directory.name.removeprefix("checkpoint-")) or type(state["step"]) is not int:
@@ -141,7 +145,7 @@ def load_state(directory: Path, model: RewardModel, optimizer, memory: dict, dig
             raise ValueError("the weighting's memory is damaged")
         torch.set_rng_state(tensors["random"])
     except (InputError, SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(f"{directory}: not a whole checkpoint ({type(error).__name__}: {one_line(error)}); remove it to go on from before it") from None
+        raise InputError(f"{directory}: not a whole checkpoint ({type(error).__name__}: {one_line(error)}); remove it to start this run again from step 0") from None
     for name, digest in digests.items():
         if data.get(name) != digest:
             raise InputError(f"{directory}: source {name!r} has other pairs than when this run began; restore the file or start a new run")
@@ -167,13 +171,14 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def remove_checkpoints(run: Path, keep: Path | None = None):
+    """Remove every checkpoint of a run but one."""
     for old in checkpoints(run):
         if old != keep:
             old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 
 def open_run(options: TrainOptions) -> Path | None:
-    """The directory of a new or continued run; None if it is finished already."""
+    """The directory of a new or continued run; None if it is finished already. Raises InputError for any other directory."""
     run, wanted = Path(options.output), json.loads(json.dumps(asdict(options)))
     stored = run / "options.json"
     if os.path.lexists(run) and not options.resume:
@@ -185,9 +190,12 @@ def open_run(options: TrainOptions) -> Path | None:
     if stored.is_file():
         given = read_json(stored)
         for key in wanted.keys() | given.keys():
-            if key not in MAY_CHANGE and wanted.get(key) != given.get(key):
-                raise InputError(f"--resume: {key} is {wanted.get(key)!r} but the run in {run} has {given.get(key)!r}; "
-                                 "give the same command again, or start a new run")
+            if key in MAY_CHANGE or wanted.get(key) == given.get(key):
+                continue
+            change = f"--{key.replace('_', '-')} is {wanted.get(key)!r} but the run in {run} has {given.get(key)!r}"
+            if key not in ROUNDING:
+                raise InputError(f"--resume: {change}; give the same command again, or start a new run")
+            print(f"{change}: it will continue, but not bit for bit")
     if (run / "config.json").is_file():
         Checkpoint(str(run))                         # finished means that it opens
         remove_checkpoints(run)                      # a kill may have come between the finished model and this
@@ -240,7 +248,7 @@ def stop_requests():
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 def check_options(options: TrainOptions, K: int) -> int:
-    """Refuse what cannot be run; returns the batch size."""
+    """Refuse what cannot be run (InputError); returns the batch size."""
     batch = 16 * K if options.batch_size is None else options.batch_size
     refuse = [
         (batch < 1, f"--batch-size {batch}: expected at least 1"),
@@ -250,6 +258,7 @@ def check_options(options: TrainOptions, K: int) -> int:
         (options.method == "more" and K > MOST_SOURCES, f"--method more: {K} sources, but the exact solver takes at most {MOST_SOURCES}; merge some"),
         (not 0 < options.gradient_average <= 1, f"--gradient-average {options.gradient_average}: expected more than 0, at most 1"),
         (not 0 <= options.warmup <= 1, f"--warmup {options.warmup}: expected a share of the steps, from 0 to 1"),
+        (options.method != "more" and (options.normalize != "l2" or options.gradient_average != 1), "--normalize and --gradient-average go with --method more"),
         (options.learning_rate <= 0, f"--learning-rate {options.learning_rate}: expected more than 0"),
         (options.weight_decay < 0, f"--weight-decay {options.weight_decay}: expected 0 or more"),
     ]
@@ -291,6 +300,8 @@ def train(options: TrainOptions) -> int:
     model.trunk.recompute = options.recompute == "full"
     if K == 1 and options.method == "more":
         print("one source: its weight is always 1, so MORE is plain Bradley-Terry here")
+    if K == 2 and options.method == "more" and options.normalize == "l2":
+        print("two sources and --normalize l2: two gradients of equal length always get weights 1/2, so MORE is uniform here")
     digests = {s.name: s.digest() for s in sources}
     start_run(run, options)
 
@@ -307,7 +318,7 @@ def train(options: TrainOptions) -> int:
     per_epoch = len(epoch_of(0))
     began, first, steps = time.monotonic(), done, per_epoch * options.epochs
     if done > steps:
-        raise InputError(f"{last[0]}: comes after the last of this run's {steps} steps; remove it to go on from before it")
+        raise InputError(f"{last[0]}: comes after the last of this run's {steps} steps; remove it to start again from step 0")
     print(f"{steps} steps of {batch_size} pairs, {options.method}, {sum(p.numel() for p in model.parameters()):,} parameters on {model.head.device}"
           + (f", continuing after step {done}" if done else ""), flush=True)
     with stop_requests() as stop, open(run / "metrics.jsonl", "a", encoding="utf-8") as metrics:
@@ -336,17 +347,19 @@ def train(options: TrainOptions) -> int:
             metrics.flush()
             if done % options.log_steps == 0 or done == steps:
                 print(progress_line(record, steps, (time.monotonic() - began) / (done - first) * (steps - done)), flush=True)
-            if done < steps and (done % options.save_steps == 0 or stop):
+            if done % options.save_steps == 0 or done == steps or stop:
                 save_state(run, checkpoint, model, optimizer, memory, done, digests)
-            if stop and done < steps:
+            if stop:
                 print(f"stopped after step {done} of {steps}, saved; the same command with --resume continues")
                 return 128 + stop[0]
-        finish(run, options, checkpoint, model, tests)
+    finish(run, options, checkpoint, model, tests)
     return 0
 
 
 def finish(run: Path, options: TrainOptions, checkpoint: Checkpoint, model: RewardModel, tests: list[Source]):
     """Evaluate, write the finished model (config.json last: its presence means finished), remove the checkpoints."""
+    for p in model.parameters():                     # what is evaluated is what is stored
+        p.data = p.data.to(STORAGE[options.save_dtype]).to(p.dtype)
     if tests:
         report, _ = evaluate_sources(model, tests, options.micro_tokens)
         print(table(report))

@@ -54,6 +54,11 @@ class World:
         if not 0 <= self.seed < 2 ** 63 or not pairs or min(pairs) < 1 or max(pairs) > MOST_PAIRS:
             raise InputError(f"world: seed {self.seed}, {self.train_pairs} training and {self.test_pairs} test pairs: expected a seed "
                              f"from 0 to 2^63 - 1, and 1 to {MOST_PAIRS} pairs each")
+        if self.reversed is not None and self.reversed not in self.annotators:
+            raise InputError(f"world: reversed is {self.reversed!r}; expected one of {', '.join(self.annotators)}")
+        prompts = sum(self.train_pairs[k % len(self.train_pairs)] + self.test_pairs for k in range(K))
+        if len(WORDS) ** self.prompt_words < 2 * prompts:
+            raise InputError(f"world: {self.prompt_words} words a prompt make too few prompts for {prompts} pairs")
         for name in ("decisiveness", "train_pairs"):
             if len(getattr(self, name)) not in (1, K):
                 raise InputError(f"world: {name} has {len(getattr(self, name))} values; expected 1 or {K}")
@@ -64,8 +69,10 @@ class World:
         random = np.random.default_rng([self.seed, 0]).standard_normal((W, K + 1))
         basis, _ = np.linalg.qr(np.concatenate([np.ones((W, 1)), random], 1))    # column 0: what every word has alike
         shared, axes = basis[:, 1], basis[:, 2:].T                               # unit, centred, orthogonal
-        simplex = np.eye(K) - 1 / K                                              # K points that sum to zero
-        drifts = simplex @ axes * math.sqrt(K / max(1, K - 1))                   # of unit length
+        drifting = [k for k in range(K) if self.annotators[k] != self.reversed]
+        n, drifts = len(drifting), np.zeros((K, W))
+        simplex = np.eye(n) - 1 / max(1, n)                                      # n points that sum to zero
+        drifts[drifting] = simplex @ axes[:n] * math.sqrt(n / max(1, n - 1))     # of unit length
         scale = math.sqrt(W)                                                     # unit variance over words
         shared, drifts = scale * math.sqrt(1 - self.conflict) * shared, scale * math.sqrt(self.conflict) * drifts
         if self.reversed:

@@ -13,7 +13,11 @@ SIZES = {
     "llama": dict(vocab_size=300, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
                   max_position_embeddings=512, bos_token_id=1, eos_token_id=2),
 }
-CLASS_NAMES = {"gpt_neox": "GPTNeoX", "llama": "Llama"}
+SIZES |= {family: SIZES["llama"] | dict(num_key_value_heads=2) for family in ("mistral", "qwen2", "qwen3")}
+SIZES["qwen3"] |= dict(head_dim=8)
+SIZES["opt"] = dict(vocab_size=300, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, ffn_dim=40, word_embed_proj_dim=24,
+                    max_position_embeddings=512, pad_token_id=None, bos_token_id=2, eos_token_id=2)
+CLASS_NAMES = {"gpt_neox": "GPTNeoX", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "opt": "OPT"}
 
 
 def quiet_transformers():

@@ -75,6 +75,17 @@ def test_attend_is_a_masked_softmax(seed, heads, dtype):
     assert_same_with_gradients(found, by_definition(q, k, v, visible(items)), (q, k, v), BOUND[dtype])
 
 
+@pytest.mark.parametrize("window", [1, 2, 5, 9, 10 ** 6])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_window_counts_positions(seed, window):
+    """A query sees the keys of its text less than `window` positions behind it, across the border of a shared prompt."""
+    items = random_items(seed)
+    q, k, v = random_qkv(items, (4, 2, 8))
+    stream = pack(items)
+    near = stream.positions[:, None] - stream.positions[None, :] < window
+    assert_same_with_gradients(attend(q, k, v, stream, window), by_definition(q, k, v, visible(items) & near), (q, k, v), 1e-12)
+
+
 @pytest.mark.parametrize("area", [1, 100, 1 << 22])
 @pytest.mark.parametrize("waste", [1.0, 1.3, 1e9])
 def test_tiles_of_any_size_are_the_same(monkeypatch, area, waste):
@@ -85,7 +96,7 @@ def test_tiles_of_any_size_are_the_same(monkeypatch, area, waste):
     stream = pack(items)
     assert_same_with_gradients(attend(q, k, v, stream), by_definition(q, k, v, visible(items)), (q, k, v), 1e-12)
     if area == 1:
-        assert len(stream.tiles()) == len(stream.runs)                             # one run a tile: the limit is in force
+        assert len(stream.tiles()) == len(stream.segments)                             # one segment a tile: the limit is in force
     if (area, waste) == (1 << 22, 1e9):
         assert len(stream.tiles()) == 1
 
@@ -95,14 +106,14 @@ def test_tiles_keep_within_their_area_and_waste(monkeypatch):
     monkeypatch.setattr(minimore.attention, "TILE_WASTE", 1.3)
     stream = pack([item for seed in range(10) for item in random_items(seed)])
     several = [(q, k) for q, _, k, _ in stream.tiles() if len(q) > 1]
-    real = {run.start: run.queries * run.keys for run in stream.runs}
+    real = {segment.start: segment.queries * segment.keys for segment in stream.segments}
     assert several
     for q, k in several:
         padded = q.numel() * k.shape[1]
         assert padded <= 2000 and padded <= 1.3 * sum(real[start] for start in q[:, 0].tolist())
 
 
-# ---- the other route: keys gathered by an index, both sides cut into runs ----------------------------------------------
+# ---- the other route: keys gathered by an index, both sides cut into segments ----------------------------------------------
 
 def varlen_by_definition(q, k, v, cu_q, cu_k, max_q, max_k, *, is_causal=False):
     """Attention within each cut, aligned bottom right: the last query sees all keys, the one before all but the last, ..."""
@@ -183,7 +194,7 @@ TEXTS = [                                        # prompt, chosen, rejected
 def pairs(golden, request):
     ids, cut = encode([p + r for p, *rs in TEXTS for r in rs], Tokenizer(golden), request.param)
     assert any(cut) == (request.param == 40)
-    pairs = [TokenPair(a, b, shared_length(a, b), 0, 0) for a, b in zip(ids[0::2], ids[1::2])]
+    pairs = [TokenPair(a, b, shared_length(a, b), 0) for a, b in zip(ids[0::2], ids[1::2])]
     assert any(p.shared for p in pairs)
     return pairs
 

@@ -62,7 +62,7 @@ def test_a_hub_name_that_is_not_delivered_is_refused(monkeypatch, error):
 
 def test_a_hub_name_opens_what_was_downloaded_and_fetches_no_code(monkeypatch):
     def deliver(name, allow_patterns):
-        assert name == "someone/model" and sorted(allow_patterns) == ["*.jinja", "*.json", "*.safetensors"]
+        assert name == "someone/model" and sorted(allow_patterns) == ["*.jinja", "*.json", "*.safetensors", "merges.txt"]
         return str(GOLDENS / "llama")
     monkeypatch.setattr(minimore.checkpoint, "snapshot_download", deliver)
     assert Checkpoint("someone/model").directory == GOLDENS / "llama"
@@ -155,7 +155,7 @@ def test_a_size_that_no_machine_can_hold_is_refused(damaged, key, value):
 
 def test_a_directory_without_weights_is_refused(damaged):
     directory = damaged()
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    (directory / "model.safetensors").rename(directory / "model.gguf")
     assert_refused(directory, str(directory), "no model.safetensors", "safetensors format")
 
 

@@ -69,6 +69,17 @@ CONFIGURATIONS = [
     ("llama", rope("llama3", **LLAMA3)),
     ("llama", rope("linear", factor=4.)),
     ("llama", dict(tie_word_embeddings=True)),
+    ("mistral", dict(sliding_window=None)),
+    ("mistral", dict(sliding_window=16, head_dim=8)),                            # shorter than the texts
+    ("mistral", dict(sliding_window=1000) | rope(rope_theta=1e6)),
+    ("qwen2", {}),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention", "full_attention"])),
+    ("qwen2", dict(tie_word_embeddings=True) | rope(rope_theta=1e6)),
+    ("qwen3", {}),
+    ("qwen3", dict(attention_bias=True, head_dim=16, use_sliding_window=True, sliding_window=5, max_window_layers=0)),
+    ("opt", {}),
+    ("opt", dict(enable_bias=False, activation_function="gelu")),
 ]
 OLD_SPELLINGS = [                                # configuration, and its spelling in config.json before transformers 5
     ("gpt_neox", rope(partial_rotary_factor=.5, rope_theta=500.), dict(rotary_pct=.5, rotary_emb_base=500)),
@@ -83,7 +94,7 @@ OLD_SPELLINGS = [                                # configuration, and its spelli
 
 def write(theirs, directory):
     theirs.save_pretrained(directory)
-    shutil.copy(GOLDENS / theirs.config.model_type / "tokenizer.json", directory)
+    shutil.copy(GOLDENS / ("gpt_neox" if theirs.config.model_type == "gpt_neox" else "llama") / "tokenizer.json", directory)
 
 
 @torch.no_grad()
@@ -132,19 +143,19 @@ def test_the_old_spelling_of_config_json_means_the_same(transformers, tmp_path, 
 def test_a_config_of_sizes_alone_has_the_defaults_of_transformers(transformers, tmp_path, family):
     theirs = reference_model(family)
     write(theirs, tmp_path)
-    sizes = {k: v for k, v in SIZES[family].items() if k.endswith("size") or k.startswith("num")}
+    sizes = {k: v for k, v in SIZES[family].items() if not k.endswith("token_id")}
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type=family, **sizes)))
     assert errors(rewards_of(open_model(tmp_path)), reference_rewards(theirs, TEXTS)).max() <= 1
-    eps = theirs.config.layer_norm_eps if family == "gpt_neox" else theirs.config.rms_norm_eps     # too small to show
+    eps = getattr(theirs.config, "rms_norm_eps", None) or getattr(theirs.config, "layer_norm_eps", 1e-5)     # too small to show
     assert Checkpoint(str(tmp_path)).config.norm_eps == eps
 
 
-@pytest.mark.parametrize("family, tied", [("gpt_neox", False), ("llama", False), ("llama", True)])
+@pytest.mark.parametrize("family, tied", [("gpt_neox", False), ("llama", False), ("llama", True), ("qwen3", True), ("opt", True)])
 def test_a_language_model_has_the_hidden_states_of_transformers_and_no_reward_head(transformers, tmp_path, family, tied):
     theirs = reference_model(family, head="ForCausalLM", tie_word_embeddings=tied)
     write(theirs, tmp_path)
     checkpoint = Checkpoint(str(tmp_path))
-    assert any(k in checkpoint.weights.files for k in ("lm_head.weight", "embed_out.weight")) != tied
+    assert any(k in checkpoint.tensors.files for k in ("lm_head.weight", "embed_out.weight")) != tied
     trunk, head = checkpoint.load()
     assert head is None and not checkpoint.has_head
     text = TEXTS[4]
@@ -262,7 +273,7 @@ def test_rotating_neighbouring_dimensions_shows(golden, monkeypatch):
     ids=["no rotation", "positions stop", "positions reversed", "pooled one early", "texts exchanged"])
 def test_wrong_positions_and_wrong_pooling_show(golden, change):
     stream = pack([([], [text]) for text in TEXTS])
-    wrong = Stream(**dict(tokens=stream.tokens, positions=stream.positions, last=stream.last, runs=stream.runs) | change(stream))
+    wrong = Stream(**dict(tokens=stream.tokens, positions=stream.positions, last=stream.last, segments=stream.segments) | change(stream))
     with torch.no_grad():
         found = open_model(golden).rewards(wrong)
     assert errors(found, expected_of(golden)).max() >= FAR

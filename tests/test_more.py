@@ -126,6 +126,23 @@ def test_normalisations_are_the_authors_formulas(how, expected):
         normalize_gradients(G, losses, "l1")
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-39, 1.0, 1e30])
+def test_l2_keeps_tiny_and_huge_rows_of_length_one(scale):
+    G = torch.tensor([[3.0, 4.0], [1.0, 0.0]]) * torch.tensor([[scale], [1.0]])
+    assert normalize_gradients(G, torch.ones(2), "l2").norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_a_saturated_source_does_not_break_loss_plus():
+    G, losses = torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([0.0, 2.0])
+    assert normalize_gradients(G, losses, "loss+").tolist() == [[0, 0], pytest.approx([.3, .4])]
+    assert more_weights(losses, G, torch.tensor([1, 1]), {}, normalize="loss+").tolist() == [1, 0]
+
+
+def test_two_sources_of_unit_length_are_uniform():
+    G = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
+    assert more_weights(torch.ones(2), G, torch.tensor([1, 1]), {}).tolist() == pytest.approx([.5, .5])
+
+
 def test_more_loss_with_one_source_is_bradley_terry():
     head, zc, zr, _ = batch()
     loss, weights = more_loss(head, zc, zr, torch.zeros(12, dtype=torch.int64))

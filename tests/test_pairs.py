@@ -56,7 +56,7 @@ def test_counts(tmp_path, tokenizer):
     s = load_source("s", path, tokenizer, 64)
     assert (len(s.pairs), s.label_ties, s.identical, s.truncated, s.dropped, s.blank) == (3, 1, 1, 1, 1, 1)
     assert s.line().startswith("s: 3 pairs, 1 label ties, 1 identical, 1 truncated, 1 blank, 1 dropped, ")
-    assert [p.line for p in s.pairs] == [1, 4, 5] and all(len(side) <= 64 for p in s.pairs for side in p[:2])
+    assert all(len(side) <= 64 for p in s.pairs for side in p[:2])
 
 
 def test_prompt_and_response_are_tokenised_as_one_text(tmp_path, tokenizer):

@@ -29,7 +29,7 @@ def plain_attention(q, k, v, stream):
     """Softmax per run in float64: the definition. Queries are the last of the keys (bottom-right alignment)."""
     out = torch.empty_like(q)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    for r in stream.runs:
+    for r in stream.segments:
         keys = torch.cat([k[r.prefix:r.prefix_end], k[r.start:r.end]])
         values = torch.cat([v[r.prefix:r.prefix_end], v[r.start:r.end]])
         scores = torch.einsum("qhc,khc->hqk", q[r.start:r.end], keys) / q.shape[-1] ** 0.5
@@ -78,7 +78,7 @@ def training_step(micro_tokens):
     random, pairs = np.random.default_rng(0), []
     for i in range(pairs_count):
         prompt, a, b = (random.integers(2, V, n).astype(np.int32) for n in (length // 2 + i, length // 2 + 1, length // 2))
-        pairs.append(TokenPair(np.concatenate([prompt, a]), np.concatenate([prompt, b]), len(prompt), 0, i))
+        pairs.append(TokenPair(np.concatenate([prompt, a]), np.concatenate([prompt, b]), len(prompt), 0))
     tokens = [p.tokens for p in pairs]
     batches = [pack_pairs([pairs[i] for i in part], [i % 5 for i in part]) for part in split_by_tokens(tokens, micro_tokens)]
     weigh = lambda losses, gradients, count: more_weights(losses, gradients, count, {})

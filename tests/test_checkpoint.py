@@ -6,6 +6,8 @@ import random
 import shutil
 import struct
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import GOLDENS, edit_json, open_model
@@ -550,6 +552,89 @@ def test_a_rename_that_fails_at_any_point_leaves_no_partial_file_and_no_config(g
             break
     assert allowed >= 5                                                          # three shards or more, index, config
     assert_same_parameters(open_model(directory), open_model(golden))
+
+
+# ---- .bin weights and tokenizers in two files ---------------------------------------------------------------------------
+
+def as_bin(directory, zipped=True, change=lambda tensors: tensors):
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(change(tensors), directory / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    return directory
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bin_weights_are_read(golden, damaged, zipped):
+    assert_same_parameters(open_model(as_bin(damaged(golden.name), zipped)), open_model(golden))
+
+
+def test_sharded_bin_weights_are_read(golden, damaged):
+    directory = damaged(golden.name)
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, keys in parts.items():
+        torch.save({k: tensors[k] for k in keys}, directory / file)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {k: f for f, keys in parts.items() for k in keys}}))
+    assert_same_parameters(open_model(directory), open_model(golden))
+
+
+class Hostile:
+    def __reduce__(self):
+        return (Path.touch, (Path("hostile-code-ran"),))
+
+
+@pytest.mark.parametrize("change", [lambda t: t | {"model.norm.weight": Hostile()}, lambda t: list(t.values()), lambda t: t | {"step": 3}], ids=["hostile", "a list", "a number"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bin_files_of_anything_but_tensors_are_refused_and_run_nothing(damaged, monkeypatch, tmp_path, change, zipped):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(as_bin(damaged(), zipped, change), "pytorch_model.bin")
+    assert not Path("hostile-code-ran").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_bin_files_are_refused(damaged, zipped):
+    directory = as_bin(damaged(), zipped)
+    whole = (directory / "pytorch_model.bin").read_bytes()
+    for length in (0, 1, 10, 100, len(whole) // 2, len(whole) - 100):
+        (directory / "pytorch_model.bin").write_bytes(whole[:length])
+        assert_refused(directory, "pytorch_model.bin")
+
+
+def in_two_files(directory, **config):
+    """tokenizer.json as vocab.json and merges.txt, as OPT has them."""
+    file = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+    (directory / "tokenizer.json").unlink()
+    merges = [m if isinstance(m, str) else " ".join(m) for m in file["model"]["merges"]]
+    (directory / "vocab.json").write_text(json.dumps(file["model"]["vocab"]))
+    (directory / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}} | config))
+    return directory
+
+
+@pytest.mark.parametrize("add_bos, bos", [(True, [1]), (False, []), (..., [])])
+def test_vocabulary_and_merges_are_a_tokenizer(damaged, tmp_path, add_bos, bos):
+    directory = in_two_files(damaged(), **({} if add_bos is ... else {"add_bos_token": add_bos}))
+    checkpoint = Checkpoint(str(directory))
+    assert checkpoint.tokenizer.encode(TEXTS) == [bos + ids for ids in plain_ids(GOLDENS / "llama", TEXTS)]
+    (tmp_path / "saved").mkdir()
+    save_checkpoint(tmp_path / "saved", checkpoint, *checkpoint.load()[:1], torch.zeros(24))
+    assert Checkpoint(str(tmp_path / "saved")).tokenizer.encode(TEXTS) == checkpoint.tokenizer.encode(TEXTS)
+
+
+def test_a_lone_sentencepiece_model_is_refused_with_the_remedy(damaged):
+    directory = damaged()
+    (directory / "tokenizer.json").rename(directory / "tokenizer.model")
+    assert_refused(directory, "SentencePiece", "save_pretrained")
+
+
+@pytest.mark.parametrize("vocabulary, merges", [("[]", ""), ("{", ""), ("{}", "a b c"), ('{"a": 0}', "a b")])
+def test_damaged_vocabularies_are_refused(damaged, vocabulary, merges):
+    directory = in_two_files(damaged())
+    (directory / "vocab.json").write_text(vocabulary)
+    (directory / "merges.txt").write_text(merges)
+    assert_refused(directory, "vocab.json")
 
 
 # ---- the pad id of a saved config ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -137,6 +138,70 @@ def test_bad_options_are_refused(world, run, tmp_path, capsys):
     assert not out.exists()
     refused(capsys, "train", "--model", run, "--source", f"a={good}")                        # no --output
     refused(capsys, "evaluate", "--model", run, "--source", f"a={good},{good}")
+
+
+def test_every_message_is_one_short_line_whatever_the_names_hold(world, run, tmp_path, capsys):
+    model = world[0] / "model"                                                   # without a head: its notice must not come first
+    for path in (lines(tmp_path / "a.jsonl", {"a\nb\x1b": 1}), lines(tmp_path / "b.jsonl", {f"key{i}": 1 for i in range(100_000)}),
+                 tmp_path / "no\nfile"):
+        for arguments in (("evaluate", "--source", f"a={path}"), ("score", "--input", path, "--output", tmp_path / "out")):
+            assert len(refused(capsys, arguments[0], "--model", model, *arguments[1:])) < 1100
+    refused(capsys, "evaluate", "--model", run, "--source", f"a\nb={path}")
+    refused(capsys, "evaluate", "--model", "x\ny", "--source", f"a={path}", "--wh\nat")
+    refused(capsys, "evaluate", "--model", run, "--source", "a=\udcff")
+    assert not (tmp_path / "out").exists()
+
+
+def test_absurd_outputs_are_refused_before_the_work(run, tmp_path, capsys, monkeypatch):
+    good = lines(tmp_path / "good.jsonl", GOOD)
+    for flag in ("--json", "--figures"):
+        refused(capsys, "evaluate", "--model", run, "--source", f"a={good}", flag, "")
+    refused(capsys, "evaluate", "--model", run, "--source", f"a={good}", "--json", tmp_path / "f" / "j", "--figures", tmp_path / "f")
+    for output in ("", tmp_path / "absent" / "out"):
+        refused(capsys, "score", "--model", run, "--input", good, "--output", output)
+    refused(capsys, "train", "--model", run, "--source", f"a={good}", "--output", "")
+    refused(capsys, "demo", "--output", "")
+    refused(capsys, "demo", "--output", tmp_path / "demo", "--pairs", 10 ** 15)
+    if not torch.cuda.is_available():
+        refused(capsys, "demo", "--output", tmp_path / "demo", "--device", "cuda")
+    assert [p.name for p in tmp_path.iterdir()] == ["good.jsonl"]
+
+
+def test_a_users_own_partial_file_is_left_alone(run, tmp_path):
+    good = lines(tmp_path / "good.jsonl", GOOD)
+    (tmp_path / "out.partial").write_text("mine")
+    assert main(["score", "--model", str(run), "--input", good, "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out.partial").read_text() == "mine" and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_disk_that_fills_ends_in_one_line_and_leaves_nothing(run, tmp_path, capsys, monkeypatch):
+    good = lines(tmp_path / "good.jsonl", GOOD)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    assert "No space left" in refused(capsys, "score", "--model", run, "--input", good, "--output", tmp_path / "out")
+    assert "No space left" in refused(capsys, "evaluate", "--model", run, "--source", f"a={good}", "--json", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["good.jsonl"]
+
+
+def test_score_reads_a_pipe_and_says_what_it_replaced(run, tmp_path):
+    script = [sys.executable, "-m", "minimore", "score", "--model", str(run), "--input", "/dev/stdin", "--output", str(tmp_path / "out")]
+    record = json.dumps({"prompt": "amber", "response": " basil", "reward": "mine"}) + "\n"
+    said = subprocess.run(script, input=record * 3, capture_output=True, text=True, check=True).stdout
+    assert "3 lines scored" in said and "3 had such a key already" in said and len(read(tmp_path / "out")) == 3
+
+
+def test_what_cannot_be_saved_is_refused_before_training(run, tmp_path, capsys):
+    good, odd = lines(tmp_path / "good.jsonl", GOOD), tmp_path / "odd"
+    for change in ({"note": float("nan")}, {"note": "\ud800"}, {"\ud800": 1}):
+        shutil.copytree(run, odd)
+        (odd / "options.json").unlink()
+        (odd / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | change))
+        refused(capsys, "train", "--model", odd, "--source", f"a={good}", "--output", tmp_path / "out")
+        shutil.rmtree(odd)
+    assert not (tmp_path / "out").exists()
 
 
 def test_existing_outputs_are_refused_and_kept(run, tmp_path, capsys):

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import minimore.train as training
 from minimore.engine import optimizer_step
+from minimore.evaluate import evaluate_sources
 from minimore.more import WEIGHTINGS, more_loss, pair_losses
 from minimore.options import InputError
 from minimore.pairs import load_source, pack_pairs
@@ -219,9 +221,24 @@ DAMAGE = {
     "state.safetensors is another's": lambda c: (c / "state.safetensors").write_bytes((c / "model.safetensors").read_bytes()),
     "config.json is gone": lambda c: (c / "config.json").unlink(), "the tokenizer is gone": lambda c: (c / "tokenizer.json").unlink(),
     "the weights are cut": lambda c: (c / "model.safetensors").write_bytes((c / "model.safetensors").read_bytes()[:9000]),
+    "its step is another": lambda c: (c / "state.json").write_text((c / "state.json").read_text().replace('"step": 11', '"step": 3')),
+    "its step is true": lambda c: (c / "state.json").write_text((c / "state.json").read_text().replace('"step": 11', '"step": true')),
+    "a moment has another shape": lambda c: change_tensor(c, "exp_avg.head", torch.zeros(3)),
+    "a moment has another type": lambda c: change_tensor(c, "exp_avg.head", torch.zeros(64, dtype=torch.float64)),
+    "the average is misshapen": lambda c: change_tensor(c, "weighting.average", torch.zeros(2, 64)),
+    "the average is not finite": lambda c: change_tensor(c, "weighting.average", torch.full((3, 64), torch.nan)),
+    "the average is gone": lambda c: change_tensor(c, "weighting.average", None),
+    "the random state is short": lambda c: change_tensor(c, "random", torch.zeros(3, dtype=torch.uint8)),
+    "config.json of the run is empty": lambda c: (c.parent / "config.json").touch(),
     "metrics.jsonl is garbage": lambda c: (c.parent / "metrics.jsonl").write_text("garbage\n"),
     "options.json is a list": lambda c: (c.parent / "options.json").write_text("[]"),
 }
+
+
+def change_tensor(checkpoint, key, tensor):
+    tensors = load_file(checkpoint / "state.safetensors")
+    assert key in tensors
+    save_file({k: v for k, v in (tensors | {key: tensor}).items() if v is not None}, checkpoint / "state.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +247,7 @@ def halted(world, tmp_path_factory):
     run = tmp_path_factory.mktemp("halted") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "finish", lambda *a: None)
-        train(options(world, run, save_steps=2))
+        train(options(world, run, save_steps=2, gradient_average=.5))
     return run
 
 
@@ -239,8 +256,8 @@ def test_a_damaged_run_is_refused_in_one_line(world, halted, tmp_path, name):
     run = Path(shutil.copytree(halted, tmp_path / "run"))
     DAMAGE[name](training.checkpoints(run)[-1])
     with pytest.raises(InputError):
-        train(options(world, run, save_steps=2, resume=True))
-    assert not (run / "config.json").exists()
+        train(options(world, run, save_steps=2, gradient_average=.5, resume=True))
+    assert training.checkpoints(run) and not ((run / "config.json").is_file() and (run / "config.json").read_text())
 
 
 def test_an_existing_output_is_refused_and_left_alone(world, tmp_path):
@@ -256,6 +273,39 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(world, tm
     with pytest.raises(FloatingPointError, match=r"step \d+: the loss of source '\w+' is not finite; .*checkpoint-\d+ is kept"):
         train(options(world, tmp_path / "run", learning_rate=1e18, save_steps=1))
     assert len(training.checkpoints(tmp_path / "run")) == 1 and not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_step_may_be_cut_finer_when_memory_runs_out(world, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "finish", lambda *a: None)
+        train(options(world, tmp_path / "run"))
+    assert train(options(world, tmp_path / "run", resume=True, micro_tokens=100)) == 0
+    assert "--micro-tokens is 100" in capsys.readouterr().out
+
+
+def test_two_sources_of_unit_gradients_are_said_to_be_uniform(world, tmp_path, capsys):
+    train(options(world, tmp_path / "run", source=options(world, "x").source[:2], batch_size=4))
+    assert "MORE is uniform here" in capsys.readouterr().out
+
+
+def test_a_stop_after_the_last_step_saves_before_the_evaluation(world, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate_sources", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(options(world, tmp_path / "cut"))
+    assert [p.name for p in training.checkpoints(tmp_path / "cut")] == ["checkpoint-11"]
+    train(options(world, tmp_path / "cut", resume=True))
+    train(options(world, tmp_path / "whole"))
+    assert content(tmp_path / "whole") == content(tmp_path / "cut")
+
+
+def test_what_is_evaluated_is_what_is_stored(world, tmp_path):
+    train(options(world, tmp_path / "run", save_dtype="bfloat16"))
+    model, checkpoint = open_reward_model(ModelOptions(model=str(tmp_path / "run")))
+    tests = [load_source(n, str(test), checkpoint.tokenizer, 512) for n, (_, test) in world[1].items()]
+    assert evaluate_sources(model, tests)[0] == content(tmp_path / "run")[1]
 
 
 def test_one_source_alone_is_bradley_terry(world, tmp_path, capsys):

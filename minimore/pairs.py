@@ -6,7 +6,9 @@ A line is one of
     {"chosen": ..., "rejected": ...}                whole dialogues; the prompt is their common beginning (Anthropic HH)
     {"text": [...], "score": [...]}                 k responses with scores: every ordered pair of unequal scores
 
-Other keys are tolerated. Nothing is skipped silently: see `Source.line`.
+Instead of a string, `prompt`, `chosen` and `rejected` may be lists of messages {"role": ..., "content": ...}, which go through the
+checkpoint's chat template; `rejected` may be a list of several responses. Other keys are tolerated. Nothing is skipped silently: see
+`Source.line`.
 """
 
 import gzip
@@ -31,10 +33,20 @@ CHUNK = 512                                          # pairs tokenised at a time
 
 
 class Pair(NamedTuple):
-    """One preference as texts; the model reads prompt + response, joined with nothing between."""
+    """One preference as texts; the model reads prompt + response, joined with nothing between.
+
+    rendered: the texts were written by a chat template, so the markers in them are special tokens. blank: a response without
+    a visible character; None means look.
+    """
     prompt: str
     chosen: str
     rejected: str
+    rendered: bool = False
+    blank: bool | None = None
+
+    @property
+    def is_blank(self) -> bool:
+        return not (self.chosen.strip() and self.rejected.strip()) if self.blank is None else self.blank
 
 
 class TokenPair(NamedTuple):
@@ -131,15 +143,70 @@ def _text(value, where):
     return value
 
 
-def record_pairs(record: dict, where: str) -> tuple[list[Pair], int]:
-    """The pairs of one line and the number of its label ties."""
+def record_pairs(record: dict, where: str, tokenizer: Tokenizer | None = None) -> tuple[list[Pair], int]:
+    """The pairs of one line and the number of its label ties. tokenizer: needed for messages only."""
     if "text" in record and "chosen" not in record:
         return _scored_pairs(record, where)
-    chosen, rejected = text_of(record, "chosen", where), text_of(record, "rejected", where)
+    if tokenizer is not None and is_conversation(record.get("chosen")):
+        return _conversation_pairs(record, where, tokenizer), 0
+    chosen, several = text_of(record, "chosen", where), record.get("rejected")
+    if not isinstance(several, list) or not several or not isinstance(several[0], str):
+        several = [text_of(record, "rejected", where)]
+    several = [_text(r, f'{where}: "rejected"[{i}]') for i, r in enumerate(several)]
     if "prompt" in record:
-        return [Pair(text_of(record, "prompt", where), chosen, rejected)], 0
-    cut = prompt_end([chosen, rejected])
-    return [Pair(chosen[:cut], chosen[cut:], rejected[cut:])], 0
+        return [Pair(text_of(record, "prompt", where), chosen, rejected) for rejected in several], 0
+    cut = prompt_end([chosen, *several])
+    return [Pair(chosen[:cut], chosen[cut:], rejected[cut:]) for rejected in several], 0
+
+
+def is_conversation(value) -> bool:
+    """Whether a value is meant as messages."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def messages_of(value, where: str, tokenizer: Tokenizer, role: str) -> list[dict]:
+    """A list of {"role", "content"}, checked; a string is one message of the given role.
+
+    Where a chat template will render it, a content that holds one of its markers is refused: it could end its own turn.
+    """
+    value = [{"role": role, "content": value}] if isinstance(value, str) else value
+    if not is_conversation(value):
+        raise InputError(f"{where} is {json.dumps(value)[:60]}; expected a list of messages with role and content")
+    found = []
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise InputError(f"{where}[{i}] is {json.dumps(message)[:60]}; expected a message with role and content")
+        found.append({key: text_of(message, key, f"{where}[{i}]") for key in ("role", "content")})
+        marker = next((m for m in tokenizer.markers if m in found[-1]["content"]), None) if tokenizer.template else None
+        if marker is not None:
+            raise InputError(f"{where}[{i}]: the content holds {marker!r}, a marker of the chat template; remove it")
+    return found
+
+
+def _conversation_pairs(record, where, tokenizer):
+    chosen = messages_of(record["chosen"], f'{where}: "chosen"', tokenizer, "assistant")
+    if "rejected" not in record:
+        text_of(record, "rejected", where)                                       # says that it is missing
+    several = record["rejected"]
+    nested = isinstance(several, list) and several and not isinstance(several[0], dict)
+    several = [messages_of(r, f'{where}: "rejected"', tokenizer, "assistant") for r in (several if nested else [several])]
+    if "prompt" in record:
+        prompt = messages_of(record["prompt"], f'{where}: "prompt"', tokenizer, "user")
+        return [_render(prompt, chosen, rejected, tokenizer) for rejected in several]
+    pairs = []
+    for rejected in several:
+        turns = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)) - 1)
+        pairs.append(_render(chosen[:turns], chosen[turns:], rejected[turns:], tokenizer))
+    return pairs
+
+
+def _render(prompt, chosen, rejected, tokenizer):
+    """Messages as a Pair; where its prompt ends matters for counts only, since tokens are shared by what they are."""
+    texts = [tokenizer.render(prompt + response) for response in (chosen, rejected)]
+    head = tokenizer.render(prompt, prompt=True) if prompt else ""
+    cut = len(head) if all(t.startswith(head) for t in texts) else len(os.path.commonprefix(texts))
+    blank = not all(any(m["content"].strip() for m in response) for response in (chosen, rejected))
+    return Pair(texts[0][:cut], texts[0][cut:], texts[1][cut:], tokenizer.template is not None, blank)
 
 
 def _scored_pairs(record, where):
@@ -176,8 +243,10 @@ def load_source(name: str, path: str, tokenizer: Tokenizer, max_length: int) -> 
     source, waiting, records = Source(name), [], 0
     for line, record in read_records(path):
         records += 1
-        pairs, ties = record_pairs(record, f"{path}:{line}")
+        pairs, ties = record_pairs(record, f"{path}:{line}", tokenizer)
         source.label_ties += ties
+        for pair in pairs:
+            refuse_doubled_bos(pair.prompt + pair.chosen, pair.rendered, f"{path}:{line}", tokenizer)
         waiting += pairs
         if len(waiting) >= CHUNK:
             _tokenise(source, waiting, tokenizer, max_length)
@@ -192,7 +261,7 @@ def load_source(name: str, path: str, tokenizer: Tokenizer, max_length: int) -> 
 
 def _tokenise(source, waiting, tokenizer, max_length):
     texts = [p.prompt + response for p in waiting for response in (p.chosen, p.rejected)]
-    ids, cut = encode(texts, tokenizer, max_length)
+    ids, cut = encode(texts, tokenizer, max_length, [p.rendered for p in waiting for _ in range(2)])
     for i, pair in enumerate(waiting):
         chosen, rejected = ids[2 * i], ids[2 * i + 1]
         if not len(chosen) or not len(rejected):
@@ -201,20 +270,29 @@ def _tokenise(source, waiting, tokenizer, max_length):
             source.identical += 1
         else:
             source.truncated += cut[2 * i] or cut[2 * i + 1]
-            source.blank += not (pair.chosen.strip() and pair.rejected.strip())
+            source.blank += pair.is_blank
             source.pairs.append(TokenPair(chosen, rejected, shared_length(chosen, rejected),
                                           len(pair.chosen) - len(pair.rejected)))
 
 
-def encode(texts: list[str], tokenizer: Tokenizer, max_length: int) -> tuple[list[np.ndarray], list[bool]]:
+def refuse_doubled_bos(text: str, rendered: bool, where: str, tokenizer: Tokenizer):
+    """A text that already begins with the BOS that the tokenizer adds would be read as it never was in training."""
+    if not rendered and tokenizer.is_doubled(text):
+        raise InputError(f"{where}: the text begins with {tokenizer.bos_text!r}, which the tokenizer adds itself; remove it")
+
+
+def encode(texts: list[str], tokenizer: Tokenizer, max_length: int, rendered: list[bool] | None = None) -> tuple[list[np.ndarray], list[bool]]:
     """Ids of each text, cut on the left to max_length tokens, BOS kept; and which texts were cut.
 
+    rendered: which texts were written by the chat template; by default none.
     Differs from the authors' code, whose left truncation drops the BOS.
     """
     bos = len(tokenizer.bos)
     if max_length <= bos:
         raise InputError(f"--max-length {max_length}: expected more than the {bos} tokens that begin every text")
-    encoded = tokenizer.encode(texts)
+    rendered = rendered or [False] * len(texts)
+    read = {flag: iter(tokenizer.encode([t for t, r in zip(texts, rendered) if r == flag], flag)) for flag in (False, True)}
+    encoded = [next(read[flag]) for flag in rendered]
     ids = [np.array(t if len(t) <= max_length else t[:bos] + t[bos - max_length:], dtype=np.int32) for t in encoded]
     return ids, [len(t) > max_length for t in encoded]
 

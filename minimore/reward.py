@@ -20,7 +20,8 @@ from .calibration import probability
 from .checkpoint import Checkpoint
 from .model import Trunk
 from .options import InputError, beside, option, read_json, refuse_existing
-from .pairs import PairBatch, TokenPair, encode, pack_pairs, record_pairs, read_records, shared_length, split_by_tokens, text_of
+from .pairs import (PairBatch, TokenPair, encode, is_conversation, messages_of, pack_pairs, read_records, record_pairs,
+                    refuse_doubled_bos, shared_length, split_by_tokens, text_of)
 
 DEFAULT_MAX_LENGTH = 512                 # the paper's
 
@@ -170,27 +171,40 @@ def _json_line(record):
 
 def _scored(model, checkpoint, chunk, options, limit, counts):
     """The records of one chunk with their rewards."""
-    responses = []                               # per record: prompt and its one or two responses
+    responses = []                               # per record: prompt, its one or two responses, whether rendered, whether blank
     for line, record in chunk:
         where = f"{options.input}:{line}"
         if "response" in record and "chosen" not in record:
-            responses.append((text_of(record, "prompt", where), [text_of(record, "response", where)]))
+            prompt, response = record.get("prompt"), record["response"]
+            if is_conversation(prompt) or is_conversation(response):
+                tokenizer = checkpoint.tokenizer
+                turns = messages_of(prompt, f'{where}: "prompt"', tokenizer, "user") + messages_of(response, f'{where}: "response"', tokenizer, "assistant")
+                responses.append(("", [tokenizer.render(turns)], tokenizer.template is not None, not turns[-1]["content"].strip()))
+            else:
+                prompt, response = text_of(record, "prompt", where), text_of(record, "response", where)
+                responses.append((prompt, [response], False, not response.strip()))
         elif "chosen" in record or "rejected" in record:
-            pair = record_pairs(record, where)[0][0]
-            responses.append((pair.prompt, [pair.chosen, pair.rejected]))
+            pairs = record_pairs(record, where, checkpoint.tokenizer)[0]
+            if len(pairs) != 1:
+                raise InputError(f'{where}: "rejected" is a list of {len(pairs)} responses; give score one pair a line')
+            pair = pairs[0]
+            responses.append((pair.prompt, [pair.chosen, pair.rejected], pair.rendered, pair.is_blank))
         else:
             raise InputError(f'{where}: expected "chosen" and "rejected", or "prompt" and "response"; '
                              f'found keys: {", ".join(map(str, record)) or "none"}')
-    ids, cut = encode([prompt + r for prompt, rs in responses for r in rs], checkpoint.tokenizer, limit)
+    for (line, _), (prompt, rs, rendered, _) in zip(chunk, responses):
+        refuse_doubled_bos(prompt + rs[0], rendered, f"{options.input}:{line}", checkpoint.tokenizer)
+    ids, cut = encode([prompt + r for prompt, rs, _, _ in responses for r in rs], checkpoint.tokenizer, limit,
+                      [rendered for _, rs, rendered, _ in responses for _ in rs])
     items, start = [], 0
-    for (line, record), (_, rs) in zip(chunk, responses):
+    for (line, record), (_, rs, _, blank) in zip(chunk, responses):
         mine, was_cut, start = ids[start:start + len(rs)], cut[start:start + len(rs)], start + len(rs)
         if not all(map(len, mine)):
             raise InputError(f"{options.input}:{line}: prompt and response are empty and the tokenizer adds no BOS: nothing to score")
         counts["lines"] += 1
         counts["replaced"] += any(k in record for k in (("chosen_reward", "rejected_reward", "probability") if len(rs) == 2 else ("reward",)))
         counts["truncated"] += any(was_cut)
-        counts["blank"] += not all(r.strip() for r in rs)
+        counts["blank"] += blank
         items.append(mine)
     pairs = [TokenPair(*m, shared_length(*m), 0) for m in items if len(m) == 2]
     of_pairs = iter(pair_rewards(model, pairs, options.micro_tokens).tolist() if pairs else [])

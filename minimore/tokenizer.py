@@ -6,6 +6,8 @@ text; only the markers that a chat template writes are special.
 
 import functools
 import json
+import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Sequence
 
@@ -96,10 +98,14 @@ class Tokenizer:
             raise InputError(f"{self.directory / self._name()}: cannot encode these texts ({one_line(error)}); use the model's own tokenizer") from None
         return [i if rendered and self.bos and i[:len(self.bos)] == self.bos else self.bos + i for i in ids]
 
+    @property
+    def bos_text(self) -> str | None:
+        """The BOS that is added in front of every text, as text."""
+        return self.file.id_to_token(self.bos[0]) if self.bos else None
+
     def is_doubled(self, text: str) -> bool:
         """Whether a user's text begins with the very BOS that is added in front of it."""
-        bos = self.special.get("bos_token") or (self.file.id_to_token(self.bos[0]) if self.bos else None)
-        return bool(self.bos and bos and text.startswith(bos))
+        return bool(self.bos_text) and text.startswith(self.bos_text)
 
     # ---- chat ------------------------------------------------------------------------------------------------------------
 
@@ -113,22 +119,20 @@ class Tokenizer:
             given = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}.get("default")
         return given if isinstance(given, str) else None
 
-    @property
-    def dated(self) -> bool:
-        """Whether the template writes today's date, so that rewards change from day to day."""
-        return self.template is not None and ("strftime_now" in self.template or "date_string" in self.template)
-
     @functools.cached_property
     def _compiled(self):
+        if "strftime_now" in self.template or "date_string" in self.template:
+            print(f"{self.directory}: the chat template may write a date, so rewards may change from day to day", file=sys.stderr)
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _strftime
         return environment.from_string(self.template)
 
+    @functools.cached_property
     def markers(self) -> list[str]:
         """The texts that would be read as special tokens in a rendered conversation."""
-        return [t.content for t in self.file.get_added_tokens_decoder().values() if t.special]
+        return [t.content for t in self.file.get_added_tokens_decoder().values() if t.special and t.content]
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """A conversation as text: by the chat template in a sandbox, or plainly, "\\n\\nHuman: ...\\n\\nAssistant: ...".
@@ -155,5 +159,4 @@ def _raise(message):
 
 
 def _strftime(form):
-    from datetime import datetime
     return datetime.now().strftime(form)

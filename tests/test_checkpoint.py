@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import struct
-
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,8 @@ import minimore.checkpoint
 from minimore.attention import pack
 from minimore.checkpoint import Checkpoint, pad_id, save_checkpoint
 from minimore.options import InputError
-from minimore.tokenizer import Tokenizer
 from minimore.reward import RewardModel
+from minimore.tokenizer import Tokenizer
 
 NORM = "model.norm.weight"                       # some tensor of the stored Llama, (24,)
 

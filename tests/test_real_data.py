@@ -32,7 +32,7 @@ def normalised(name):
 
 
 def usable(pairs):
-    return {p for p in pairs if p.chosen.strip() and p.rejected.strip() and p.chosen != p.rejected}
+    return {p[:3] for p in pairs if p.chosen.strip() and p.rejected.strip() and p.chosen != p.rejected}
 
 
 def test_implicit_prompts_of_hh_are_cut_where_they_should():
@@ -56,6 +56,14 @@ def test_tokenizers_give_the_published_ids(name):
     texts = (vectors / f"{stem}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     expected = [[int(i) for i in line.split()] for line in (vectors / f"{stem}.out").read_text().split("\n")]
     assert tokenizer.encode(texts) == expected[:len(texts)]
+
+
+def test_opt_in_two_files_reads_as_gpt2_does():
+    """The same merges in the same order: the tokens have the same texts under other ids."""
+    opt, gpt2 = (Tokenizer(DATA / "tokenizers" / name) for name in ("opt", "gpt2"))
+    texts = [r["prompt"] + r["chosen"] for _, r in read_records(str(DATA / "pairs" / "oasst1.test.jsonl.gz"))][:100]
+    for a, b in zip(opt.encode(texts), gpt2.encode(texts)):
+        assert [opt.file.id_to_token(i) for i in a] == [gpt2.file.id_to_token(i) for i in b]
 
 
 @pytest.mark.parametrize("name", SOURCES)

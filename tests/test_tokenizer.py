@@ -1,0 +1,119 @@
+"""Special tokens, BOS and chat templates."""
+
+import json
+import shutil
+
+import pytest
+from conftest import GOLDENS, edit_json
+
+from minimore.options import InputError
+from minimore.pairs import load_source, record_pairs
+from minimore.tokenizer import Tokenizer
+
+CHATML = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA = ("{{ bos_token }}{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('Only user and assistant') }}{% endif %}"
+         "{% if m['role'] == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}")
+USER, GOOD, BAD = ({"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}, {"role": "assistant", "content": "three"})
+
+
+@pytest.fixture
+def open_with(tmp_path):
+    """open_with(template, **tokenizer_config): the stored Llama tokenizer, which adds BOS, with ChatML's markers as special tokens."""
+    def make(template=None, **config):
+        directory = tmp_path / "tokenizer"
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        file = json.loads((GOLDENS / "llama" / "tokenizer.json").read_text("utf-8"))
+        for i, text in enumerate(("<|im_start|>", "<|im_end|>"), 290):
+            file["added_tokens"].append({"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True})
+        (directory / "tokenizer.json").write_text(json.dumps(file))
+        (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template} | config))
+        return Tokenizer(directory)
+    return make
+
+
+def source_of(tokenizer, tmp_path, *records):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return load_source("s", str(tmp_path / "pairs.jsonl"), tokenizer, 200)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA])
+def test_rendering_and_ids_are_those_of_transformers(transformers, open_with, template):
+    ours = open_with(template)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(ours.directory / "tokenizer.json"), bos_token="<s>", eos_token="</s>")
+    theirs.chat_template = template
+    for messages in ([USER], [USER, GOOD], [USER, GOOD, {"role": "user", "content": "  Grüße\n"}, BAD]):
+        for prompt in (False, True):
+            expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            assert ours.render(messages, prompt) == expected
+        plain = theirs(ours.render(messages), add_special_tokens=False)["input_ids"]
+        assert ours.encode([ours.render(messages)], rendered=True) == [plain if plain[0] == 1 else [1] + plain]
+
+
+def test_markers_of_a_template_parse_and_markers_in_a_users_text_stay_text(open_with):
+    tokenizer = open_with(CHATML)
+    rendered, = tokenizer.encode([tokenizer.render([USER])], rendered=True)
+    plain, = tokenizer.encode(["<|im_start|>user"])
+    assert rendered[:2] == [1, 290] and 291 in rendered
+    assert plain[0] == 1 and 290 not in plain and tokenizer.file.decode(plain[1:], skip_special_tokens=False) == "<|im_start|>user"
+
+
+def test_conversations_become_pairs(open_with, tmp_path):
+    tokenizer = open_with(CHATML)
+    whole = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    apart = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    texts = {"prompt": USER["content"], "chosen": [GOOD], "rejected": "three"}
+    pairs = [record_pairs(r, "", tokenizer)[0][0] for r in (whole, apart, texts)]
+    assert pairs[0] == pairs[1] == pairs[2] and pairs[0].rendered
+    assert pairs[0].prompt.endswith("<|im_start|>assistant\n") and pairs[0].chosen == "2<|im_end|>\n"
+    several = record_pairs(apart | {"rejected": [[BAD], [{"role": "assistant", "content": "4"}]]}, "", tokenizer)[0]
+    assert [p.rejected for p in several] == ["three<|im_end|>\n", "4<|im_end|>\n"]
+    assert [p.rejected for p in record_pairs({"prompt": "q", "chosen": "a", "rejected": ["b", "c"]}, "")[0]] == ["b", "c"]
+    mixed = source_of(tokenizer, tmp_path, whole, {"prompt": "q", "chosen": "<|im_end|>", "rejected": "b"}, apart | {"chosen": [GOOD | {"content": " "}]})
+    assert (len(mixed.pairs), mixed.blank) == (3, 1) and 291 not in mixed.pairs[1].chosen.tolist()
+    assert mixed.pairs[0].chosen.tolist() == tokenizer.encode([tokenizer.render([USER, GOOD])], rendered=True)[0]
+
+
+def test_without_a_template_the_rendering_is_plain(open_with):
+    tokenizer = open_with(None)
+    assert tokenizer.render([USER, GOOD]) == "\n\nHuman: 1 + 1?\n\nAssistant: 2"
+    pair = record_pairs({"chosen": [USER, GOOD | {"content": "<|im_end|>"}], "rejected": [USER, BAD]}, "", tokenizer)[0][0]
+    assert pair.prompt == "\n\nHuman: 1 + 1?\n\nAssistant:" and not pair.rendered
+
+
+def test_a_marker_in_a_message_is_refused(open_with, tmp_path):
+    with pytest.raises(InputError, match=r"pairs.jsonl:1: .chosen.\[0\]: the content holds '<.im_start.>'"):
+        source_of(open_with(CHATML), tmp_path, {"prompt": [USER], "chosen": [GOOD | {"content": "2<|im_end|>\n<|im_start|>user"}], "rejected": [BAD]})
+
+
+def test_a_doubled_bos_is_refused(open_with, tmp_path):
+    with pytest.raises(InputError, match="begins with '<s>', which the tokenizer adds itself"):
+        source_of(open_with(), tmp_path, {"prompt": "<s>q", "chosen": "a", "rejected": "b"})
+    assert source_of(open_with(add_bos_token=False), tmp_path, {"prompt": "<s>q", "chosen": "a", "rejected": "b"}).pairs
+    tokenizer = open_with(LLAMA)
+    assert tokenizer.encode([tokenizer.render([USER])], rendered=True)[0].count(1) == 1
+
+
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% include '/etc/passwd' %}", "{{ 1 / 0 }}", "{% if %}",
+                                      "{{ raise_exception('no') }}", "{{ cycler.__init__.__globals__.os.system('touch ran') }}"])
+def test_templates_run_in_a_sandbox_and_fail_in_one_line(open_with, tmp_path, monkeypatch, template):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="the chat template refuses these messages"):
+        open_with(template).render([USER])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_template_that_writes_a_date_is_warned_about(open_with, capsys):
+    open_with("{{ strftime_now('%Y') }}").render([USER])
+    assert "rewards may change from day to day" in capsys.readouterr().err
+
+
+def test_templates_come_from_their_own_file_or_by_name(open_with):
+    assert open_with([{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]).template == CHATML
+    tokenizer = open_with("x")
+    (tokenizer.directory / "chat_template.jinja").write_text(LLAMA)
+    again = Tokenizer(tokenizer.directory)
+    assert again.template == LLAMA and "chat_template.jinja" in again.files
+    edit_json(tokenizer.directory / "tokenizer_config.json", {"chat_template": ...})
+    assert Tokenizer(tokenizer.directory).template == LLAMA

@@ -69,7 +69,7 @@ def _report(run, paths, options):
 
 def true_pairs(path: Path) -> list[Pair]:
     """The pairs of a file as texts, label ties left out."""
-    return [pair for line, record in read_records(str(path)) for pair in record_pairs(record, f"{path}:{line}")[0]]
+    return [pair for where, record in read_records(str(path)) for pair in record_pairs(record, where)[0]]
 
 
 def _print(world, paths, reports, weights):

@@ -96,31 +96,56 @@ class PairBatch:
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-def read_records(path: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) for each line of a JSON lines file, plain or .gz; blank lines are passed over.
+def read_records(path: str) -> Iterator[tuple[str, dict]]:
+    """("file:line", object) for each line of a JSON lines file, plain or .gz; blank lines are passed over.
 
-    Raises InputError, naming file and line, for anything that is not UTF-8 JSON objects.
+    A file that begins with [ is one JSON list, and "file:item" is yielded. A directory stands for the data files in it, in order
+    of name. Raises InputError, naming file and line, for anything that is not UTF-8 JSON objects.
     """
+    if os.path.isdir(path):
+        for file in _data_files(path):
+            yield from read_records(file)
+        return
     line = 0
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             for line, raw in enumerate(file, 1):
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+                if line == 1 and text.lstrip().startswith("["):
+                    yield from _list_items(text + file.read().decode("utf-8"), path)
+                    return
                 if text.strip():
-                    yield line, _object(text, f"{path}:{line}")
+                    yield f"{path}:{line}", _object(_parse(text, f"{path}:{line}", "one object a line"), f"{path}:{line}")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{line}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
+        raise InputError(f"{path}:{line}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
 
 
-def _object(text, where):
+def _data_files(directory):
+    names = sorted(n for n in os.listdir(directory) if n.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")))
+    if not names:
+        raise InputError(f"{directory}: a directory without a .jsonl or .json file (.gz too)")
+    if any("train" in n for n in names) and any("test" in n for n in names):
+        raise InputError(f"{directory}: holds training and test files ({', '.join(names[:4])}); name the files")
+    return [os.path.join(directory, n) for n in names]
+
+
+def _list_items(text, path):
+    for item, value in enumerate(_parse(text, path, "a list of objects, or one object a line"), 1):
+        yield f"{path}:{item}", _object(value, f"{path}:{item}")
+
+
+def _parse(text, where, expected):
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error}); expected one object a line") from None
+        raise InputError(f"{where}: not JSON ({error}); expected {expected}") from None
+
+
+def _object(value, where):
     if not isinstance(value, dict):
         raise InputError(f"{where}: a JSON {type(value).__name__}; expected an object")
     return value
@@ -241,19 +266,19 @@ def prompt_end(texts: Sequence[str]) -> int:
 def load_source(name: str, path: str, tokenizer: Tokenizer, max_length: int) -> Source:
     """Read, check and tokenise a file of pairs. Raises InputError if no usable pair is left."""
     source, waiting, records = Source(name), [], 0
-    for line, record in read_records(path):
+    for where, record in read_records(path):
         records += 1
-        pairs, ties = record_pairs(record, f"{path}:{line}", tokenizer)
+        pairs, ties = record_pairs(record, where, tokenizer)
         source.label_ties += ties
         for pair in pairs:
-            refuse_doubled_bos(pair.prompt + pair.chosen, pair.rendered, f"{path}:{line}", tokenizer)
+            refuse_doubled_bos(pair.prompt + pair.chosen, pair.rendered, where, tokenizer)
         waiting += pairs
         if len(waiting) >= CHUNK:
             _tokenise(source, waiting, tokenizer, max_length)
             waiting = []
     _tokenise(source, waiting, tokenizer, max_length)
     if not source.pairs:
-        why = "is empty" if not records else (f"has no usable pair: of {records} lines, {source.label_ties} label ties, "
+        why = "is empty" if not records else (f"has no usable pair: of {records} records, {source.label_ties} label ties, "
                                               f"{source.identical} identical and {source.dropped} dropped pairs")
         raise InputError(f"{path}: {why}; source {name!r} needs at least one pair")
     return source

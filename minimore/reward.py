@@ -172,8 +172,7 @@ def _json_line(record):
 def _scored(model, checkpoint, chunk, options, limit, counts):
     """The records of one chunk with their rewards."""
     responses = []                               # per record: prompt, its one or two responses, whether rendered, whether blank
-    for line, record in chunk:
-        where = f"{options.input}:{line}"
+    for where, record in chunk:
         if "response" in record and "chosen" not in record:
             prompt, response = record.get("prompt"), record["response"]
             if is_conversation(prompt) or is_conversation(response):
@@ -192,15 +191,15 @@ def _scored(model, checkpoint, chunk, options, limit, counts):
         else:
             raise InputError(f'{where}: expected "chosen" and "rejected", or "prompt" and "response"; '
                              f'found keys: {", ".join(map(str, record)) or "none"}')
-    for (line, _), (prompt, rs, rendered, _) in zip(chunk, responses):
-        refuse_doubled_bos(prompt + rs[0], rendered, f"{options.input}:{line}", checkpoint.tokenizer)
+    for (where, _), (prompt, rs, rendered, _) in zip(chunk, responses):
+        refuse_doubled_bos(prompt + rs[0], rendered, where, checkpoint.tokenizer)
     ids, cut = encode([prompt + r for prompt, rs, _, _ in responses for r in rs], checkpoint.tokenizer, limit,
                       [rendered for _, rs, rendered, _ in responses for _ in rs])
     items, start = [], 0
-    for (line, record), (_, rs, _, blank) in zip(chunk, responses):
+    for (where, record), (_, rs, _, blank) in zip(chunk, responses):
         mine, was_cut, start = ids[start:start + len(rs)], cut[start:start + len(rs)], start + len(rs)
         if not all(map(len, mine)):
-            raise InputError(f"{options.input}:{line}: prompt and response are empty and the tokenizer adds no BOS: nothing to score")
+            raise InputError(f"{where}: prompt and response are empty and the tokenizer adds no BOS: nothing to score")
         counts["lines"] += 1
         counts["replaced"] += any(k in record for k in (("chosen_reward", "rejected_reward", "probability") if len(rs) == 2 else ("reward",)))
         counts["truncated"] += any(was_cut)

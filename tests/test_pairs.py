@@ -86,7 +86,25 @@ def test_sharing_leaves_each_side_a_token(a, b, shared):
 def test_gzip_blank_lines_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "p.jsonl.gz"
     path.write_bytes(gzip.compress(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}'))
-    assert list(read_records(str(path))) == [(1, {"a": 1}), (4, {"a": 2})]
+    assert list(read_records(str(path))) == [(f"{path}:1", {"a": 1}), (f"{path}:4", {"a": 2})]
+
+
+def test_json_lists_and_directories(tmp_path):
+    (tmp_path / "b.json").write_text('[{"a": 1},\n  {"a": 2}]\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"a": 0}'))
+    (tmp_path / "notes.txt").write_text("not data")
+    assert [r["a"] for _, r in read_records(str(tmp_path))] == [0, 1, 2]
+    assert list(read_records(str(tmp_path)))[2][0] == f"{tmp_path}/b.json:2"
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "test.jsonl").touch()
+    with pytest.raises(InputError, match="holds training and test files"):
+        list(read_records(str(tmp_path)))
+    (tmp_path / "empty").mkdir()
+    for wrong, content in (("empty", None), ("c.json", '[{"a": 1}, 2]'), ("d.json", '[{"a": 1}'), ("e.json", "[1]\n{}")):
+        if content is not None:
+            (tmp_path / wrong).write_text(content)
+        with pytest.raises(InputError, match=wrong):
+            list(read_records(str(tmp_path / wrong)))
 
 
 def test_pack_pairs_lays_out_the_stream(tmp_path, tokenizer):

@@ -11,7 +11,7 @@ from . import calibration, plots
 from .checkpoint import Checkpoint
 from .options import InputError, option, parse_sources, refuse_existing, write_json
 from .pairs import Source, load_source
-from .reward import ModelOptions, RewardModel, load_reward_model, max_length_of, pair_rewards
+from .reward import ReadingOptions, RewardModel, load_reward_model, pair_rewards
 
 RATES = ("accuracy", "ece", "ace", "mce", "brier", "nll", "mean_margin", "length_accuracy", "random_accuracy")
 
@@ -59,10 +59,9 @@ def table(report: dict) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ModelOptions):
+class EvaluateOptions(ReadingOptions):
     """What `evaluate` takes."""
     source: tuple[str, ...] = option((), repeat=True, value="NAME=TEST.jsonl", help="once per source")
-    max_length: int | None = option(None, help="tokens a text, cut on the left (default: the run's own, else 512)")
     json: str | None = option(None, value="OUT.json", help="write the report here; must not exist")
     figures: str | None = option(None, value="DIR", help="draw reliability diagrams and margin histograms into this directory (needs the extra plots)")
 
@@ -77,8 +76,8 @@ def evaluate(options: EvaluateOptions):
     if options.figures and not plots.available():
         raise InputError("--figures needs matplotlib: pip install 'minimore[plots]'")
     checkpoint = Checkpoint(options.model)
-    limit = max_length_of(checkpoint.directory, options.max_length)
-    sources = [load_source(name, path, checkpoint.tokenizer, limit) for name, path in paths.items()]
+    limit, truncate = options.limits(checkpoint)
+    sources = [load_source(name, path, checkpoint.tokenizer, limit, truncate) for name, path in paths.items()]
     for source in sources:
         print(source.line(), flush=True)
     model = load_reward_model(checkpoint, options)
@@ -86,7 +85,7 @@ def evaluate(options: EvaluateOptions):
     if options.figures:
         figure = plots.draw_margins(margins, Path(options.figures))
     if options.json:
-        write_json(options.json, report | {"model": options.model, "max_length": limit, "files": paths})
+        write_json(options.json, report | {"model": options.model, "max_length": limit, "truncate": truncate, "files": paths})
     print(table(report))
     if options.figures:
         print(f"figure: {figure}")

@@ -263,8 +263,8 @@ def prompt_end(texts: Sequence[str]) -> int:
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
-def load_source(name: str, path: str, tokenizer: Tokenizer, max_length: int) -> Source:
-    """Read, check and tokenise a file of pairs. Raises InputError if no usable pair is left."""
+def load_source(name: str, path: str, tokenizer: Tokenizer, max_length: int, truncate: str = "each") -> Source:
+    """Read, check and tokenise a file of pairs; truncate: "each" or "together". Raises InputError if no usable pair is left."""
     source, waiting, records = Source(name), [], 0
     for where, record in read_records(path):
         records += 1
@@ -274,9 +274,9 @@ def load_source(name: str, path: str, tokenizer: Tokenizer, max_length: int) -> 
             refuse_doubled_bos(pair.prompt + pair.chosen, pair.rendered, where, tokenizer)
         waiting += pairs
         if len(waiting) >= CHUNK:
-            _tokenise(source, waiting, tokenizer, max_length)
+            _tokenise(source, waiting, tokenizer, max_length, truncate)
             waiting = []
-    _tokenise(source, waiting, tokenizer, max_length)
+    _tokenise(source, waiting, tokenizer, max_length, truncate)
     if not source.pairs:
         why = "is empty" if not records else (f"has no usable pair: of {records} records, {source.label_ties} label ties, "
                                               f"{source.identical} identical and {source.dropped} dropped pairs")
@@ -284,9 +284,9 @@ def load_source(name: str, path: str, tokenizer: Tokenizer, max_length: int) -> 
     return source
 
 
-def _tokenise(source, waiting, tokenizer, max_length):
+def _tokenise(source, waiting, tokenizer, max_length, truncate):
     texts = [p.prompt + response for p in waiting for response in (p.chosen, p.rejected)]
-    ids, cut = encode(texts, tokenizer, max_length, [p.rendered for p in waiting for _ in range(2)])
+    ids, cut = encode(texts, tokenizer, max_length, [p.rendered for p in waiting for _ in range(2)], truncate == "together")
     for i, pair in enumerate(waiting):
         chosen, rejected = ids[2 * i], ids[2 * i + 1]
         if not len(chosen) or not len(rejected):
@@ -306,11 +306,13 @@ def refuse_doubled_bos(text: str, rendered: bool, where: str, tokenizer: Tokeniz
         raise InputError(f"{where}: the text begins with {tokenizer.bos_text!r}, which the tokenizer adds itself; remove it")
 
 
-def encode(texts: list[str], tokenizer: Tokenizer, max_length: int, rendered: list[bool] | None = None) -> tuple[list[np.ndarray], list[bool]]:
+def encode(texts: list[str], tokenizer: Tokenizer, max_length: int, rendered: list[bool] | None = None,
+           together: bool = False) -> tuple[list[np.ndarray], list[bool]]:
     """Ids of each text, cut on the left to max_length tokens, BOS kept; and which texts were cut.
 
-    rendered: which texts were written by the chat template; by default none.
-    Differs from the authors' code, whose left truncation drops the BOS.
+    rendered: which texts were written by the chat template; by default none. together: texts come two by two, and both of a pair
+    lose as many tokens as the longer one must (the shorter keeps one), so that what they share stays aligned. Differs from the
+    authors' code, whose left truncation drops the BOS.
     """
     bos = len(tokenizer.bos)
     if max_length <= bos:
@@ -318,8 +320,10 @@ def encode(texts: list[str], tokenizer: Tokenizer, max_length: int, rendered: li
     rendered = rendered or [False] * len(texts)
     read = {flag: iter(tokenizer.encode([t for t, r in zip(texts, rendered) if r == flag], flag)) for flag in (False, True)}
     encoded = [next(read[flag]) for flag in rendered]
-    ids = [np.array(t if len(t) <= max_length else t[:bos] + t[bos - max_length:], dtype=np.int32) for t in encoded]
-    return ids, [len(t) > max_length for t in encoded]
+    excess = [max(0, len(t) - max_length) for t in encoded]
+    if together:
+        excess = [min(max(excess[i & ~1], excess[i | 1]), max(0, len(t) - bos - 1)) for i, t in enumerate(encoded)]
+    return [np.array(t[:bos] + t[bos + e:], dtype=np.int32) for t, e in zip(encoded, excess)], [e > 0 for e in excess]
 
 
 def shared_length(a: np.ndarray, b: np.ndarray) -> int:

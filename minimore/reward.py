@@ -24,6 +24,7 @@ from .pairs import (PairBatch, TokenPair, encode, is_conversation, messages_of, 
                     refuse_doubled_bos, shared_length, split_by_tokens, text_of)
 
 DEFAULT_MAX_LENGTH = 512                 # the paper's
+TRUNCATE = ("each", "together")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +89,30 @@ def load_reward_model(checkpoint: Checkpoint, options: ModelOptions) -> RewardMo
     return RewardModel(trunk, head)
 
 
-def max_length_of(model_directory: Path, asked: int | None) -> int:
-    """--max-length if given, else what the run was trained with, else 512."""
-    if asked is not None and asked < 1:
-        raise InputError(f"--max-length {asked}: expected at least 1")
-    run = model_directory.parent if model_directory.name.startswith("checkpoint-") else model_directory
-    path = run / "options.json"
-    stored = read_json(path).get("max_length") if asked is None and path.is_file() else None
-    return asked or (stored if type(stored) is int and stored > 0 else DEFAULT_MAX_LENGTH)
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(ModelOptions):
+    """What the commands that read pairs with a finished model take besides; None means as the run was trained."""
+    max_length: int | None = option(None, help="tokens a text, cut on the left (default: the run's own, else 512)")
+    truncate: str | None = option(None, choices=TRUNCATE, help="cut each side on its own or both alike (default: the run's own, else each)")
+
+    def limits(self, checkpoint: Checkpoint) -> tuple[int, str]:
+        """max_length and truncate: as asked, else the run's own, else 512 and "each"."""
+        if self.max_length is not None and self.max_length < 1:
+            raise InputError(f"--max-length {self.max_length}: expected at least 1")
+        directory = checkpoint.directory
+        path = (directory.parent if directory.name.startswith("checkpoint-") else directory) / "options.json"
+        stored = read_json(path) if path.is_file() else {}
+        length, truncate = stored.get("max_length"), stored.get("truncate")
+        length = self.max_length or (length if type(length) is int and length > 0 else DEFAULT_MAX_LENGTH)
+        check_length(checkpoint, length)
+        return length, self.truncate or (truncate if truncate in TRUNCATE else "each")
+
+
+def check_length(checkpoint: Checkpoint, max_length: int):
+    """Refuse texts longer than a learned position embedding."""
+    most = checkpoint.config.learned_positions - checkpoint.config.position_offset
+    if checkpoint.config.learned_positions and max_length > most:
+        raise InputError(f"--max-length {max_length}: {checkpoint.directory} has learned positions for {most} tokens only")
 
 
 @torch.no_grad()
@@ -128,11 +145,10 @@ def _finite(rewards: Tensor) -> Tensor:
 # ---- the verb --------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(ModelOptions):
+class ScoreOptions(ReadingOptions):
     """What `score` takes."""
     input: str = option(value="IN.jsonl", help="JSON lines (.gz too) of pairs, or of prompt and response")
     output: str = option(value="OUT.jsonl", help="JSON lines file to write; must not exist")
-    max_length: int | None = option(None, help="tokens a text, cut on the left (default: the run's own, else 512)")
 
 
 def score(options: ScoreOptions):
@@ -147,13 +163,13 @@ def score(options: ScoreOptions):
         raise InputError(f"{options.input}: is empty; expected at least one line")
     records = chain([first], records)
     model, checkpoint = open_reward_model(options)
-    limit = max_length_of(checkpoint.directory, options.max_length)
+    limit, truncate = options.limits(checkpoint)
     output, counts = Path(options.output), {"lines": 0, "truncated": 0, "blank": 0, "replaced": 0}
     unfinished = beside(output)
     try:
         with open(unfinished, "x", encoding="utf-8") as out:
             while chunk := list(islice(records, 256)):
-                for record in _scored(model, checkpoint, chunk, options, limit, counts):
+                for record in _scored(model, checkpoint, chunk, options, limit, truncate, counts):
                     out.write(_json_line(record) + "\n")
         os.replace(unfinished, output)
     finally:
@@ -169,7 +185,7 @@ def _json_line(record):
     return text if text.encode("utf-8", "replace").decode() == text else json.dumps(record)      # half a surrogate pair
 
 
-def _scored(model, checkpoint, chunk, options, limit, counts):
+def _scored(model, checkpoint, chunk, options, limit, truncate, counts):
     """The records of one chunk with their rewards."""
     responses = []                               # per record: prompt, its one or two responses, whether rendered, whether blank
     for where, record in chunk:
@@ -193,11 +209,13 @@ def _scored(model, checkpoint, chunk, options, limit, counts):
                              f'found keys: {", ".join(map(str, record)) or "none"}')
     for (where, _), (prompt, rs, rendered, _) in zip(chunk, responses):
         refuse_doubled_bos(prompt + rs[0], rendered, where, checkpoint.tokenizer)
-    ids, cut = encode([prompt + r for prompt, rs, _, _ in responses for r in rs], checkpoint.tokenizer, limit,
-                      [rendered for _, rs, rendered, _ in responses for _ in rs])
+    alone = [2 // len(rs) for _, rs, _, _ in responses for _ in rs]              # a lone text stands twice, as a pair with itself
+    repeat = lambda values: [v for v, n in zip(values, alone) for _ in range(n)]
+    ids, cut = encode(repeat([prompt + r for prompt, rs, _, _ in responses for r in rs]), checkpoint.tokenizer, limit,
+                      repeat([rendered for _, rs, rendered, _ in responses for _ in rs]), truncate == "together")
     items, start = [], 0
     for (where, record), (_, rs, _, blank) in zip(chunk, responses):
-        mine, was_cut, start = ids[start:start + len(rs)], cut[start:start + len(rs)], start + len(rs)
+        mine, was_cut, start = ids[start:start + len(rs)], cut[start:start + len(rs)], start + 2
         if not all(map(len, mine)):
             raise InputError(f"{where}: prompt and response are empty and the tokenizer adds no BOS: nothing to score")
         counts["lines"] += 1

@@ -28,7 +28,7 @@ from .evaluate import evaluate_sources, table
 from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients
 from .options import InputError, one_line, option, parse_sources, read_json, write_json, write_text
 from .pairs import Source, epoch_steps, load_source
-from .reward import ModelOptions, RewardModel, load_reward_model
+from .reward import TRUNCATE, ModelOptions, RewardModel, check_length, load_reward_model
 
 MAY_CHANGE = ("resume", "output", "log_steps", "save_dtype")         # options that a resumed run may give differently,
 ROUNDING = ("micro_tokens", "recompute")             # and these, which change a result by rounding only: what to try when memory runs out
@@ -52,6 +52,7 @@ class TrainOptions(ModelOptions):
     sampling: str = option("equal", choices=("equal", "proportional"), help="equal shares of every source in every step, or a random mix of everything")
     pairs_per_source: int | None = option(None, help="resample every source to this many pairs an epoch (default under equal sampling: all pairs / sources)")
     max_length: int = option(512, help="tokens a text, cut on the left")
+    truncate: str = option("each", choices=TRUNCATE, help="cut each side of a pair on its own (the paper), or both alike, so that long pairs share their prompt")
     epochs: int = option(1, help="passes over the sampled pairs")
     batch_size: int | None = option(None, help="pairs a step; a multiple of the sources under equal sampling (default: 16 x sources)")
     learning_rate: float = option(1e-6, help="peak learning rate")
@@ -276,10 +277,10 @@ def load_sources(options, tokenizer) -> tuple[list[Source], list[Source]]:
     """Training sources and the test sources that were given; every one is described on a line."""
     train_sources, test_sources = [], []
     for name, (train_path, test_path) in parse_sources(options.source).items():
-        train_sources.append(load_source(name, train_path, tokenizer, options.max_length))
+        train_sources.append(load_source(name, train_path, tokenizer, options.max_length, options.truncate))
         print(train_sources[-1].line(), flush=True)
         if test_path:
-            test_sources.append(load_source(name, test_path, tokenizer, options.max_length))
+            test_sources.append(load_source(name, test_path, tokenizer, options.max_length, options.truncate))
             print(f"  test {test_sources[-1].line()}", flush=True)
     if options.eval_steps and not test_sources:
         raise InputError("--eval-steps: no source has a TEST file; expected NAME=TRAIN.jsonl,TEST.jsonl")
@@ -294,6 +295,7 @@ def train(options: TrainOptions) -> int:
         return 0
     last = checkpoints(run)[-1:]
     checkpoint = Checkpoint(str(last[0]) if last else options.model)
+    check_length(checkpoint, options.max_length)
     sources, tests = load_sources(options, checkpoint.tokenizer)
     saved_config(checkpoint)                         # what cannot be saved in the end is refused now
     model = load_reward_model(checkpoint, options)

@@ -297,6 +297,17 @@ def test_max_length_is_the_runs_own_unless_asked(world, run, tmp_path, capsys):
     assert "0 truncated to 500 tokens" in capsys.readouterr().out
 
 
+def test_truncation_is_the_runs_own_unless_asked(world, tmp_path, capsys):
+    long = lines(tmp_path / "in.jsonl", {"prompt": "amber " * 100, "chosen": " basil", "rejected": " cedar" * 20}, {"prompt": "amber " * 100, "response": " basil"})
+    assert main(["train", "--model", str(world[0] / "model"), "--source", f"a={world[1]['ana'][0]}", "--output", str(tmp_path / "run"),
+                 "--max-length", "64", "--truncate", "together"]) == 0
+    found = {}
+    for name, extra in (("own", []), ("together", ["--truncate", "together"]), ("each", ["--truncate", "each"])):
+        assert main(["score", "--model", str(tmp_path / "run"), "--input", long, "--output", str(tmp_path / name), *extra]) == 0
+        found[name] = read(tmp_path / name)
+    assert found["own"] == found["together"] != found["each"] and found["own"][1] == found["each"][1]
+
+
 def test_an_untrained_head_is_said_to_be_one(world, tmp_path, capsys):
     path = lines(tmp_path / "in.jsonl", GOOD)
     assert main(["evaluate", "--model", str(world[0] / "model"), "--source", f"a={path}"]) == 0

@@ -78,6 +78,17 @@ def test_truncation_is_on_the_left_and_keeps_bos(tokenizer):
         tokenizer.bos = []
 
 
+def test_cutting_together_keeps_the_sides_aligned(tmp_path, tokenizer):
+    record = {"prompt": "a question about amber and basil " * 9, "chosen": " an answer", "rejected": " and a long answer about amber and basil"}
+    path = write(tmp_path / "p.jsonl", record, {"prompt": "", "chosen": "a", "rejected": "a question" * 50})
+    each, together = (load_source("s", path, tokenizer, 40, truncate).pairs for truncate in ("each", "together"))
+    whole = load_source("s", path, tokenizer, 4000).pairs
+    lost = len(whole[0].rejected) - 40
+    assert together[0].shared == whole[0].shared - lost > each[0].shared
+    assert len(together[0].rejected) == 40 and together[0].chosen.tolist() == whole[0].chosen.tolist()[lost:]
+    assert [len(side) for side in together[1][:2]] == [1, 40]                    # the shorter side keeps a token
+
+
 @pytest.mark.parametrize("a, b, shared", [([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 1), ([1], [1, 2], 0), ([5, 6], [7, 6], 0)])
 def test_sharing_leaves_each_side_a_token(a, b, shared):
     assert shared_length(np.array(a), np.array(b)) == shared == shared_length(np.array(b), np.array(a))

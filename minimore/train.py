@@ -354,18 +354,30 @@ def train(options: TrainOptions) -> int:
             if stop:
                 print(f"stopped after step {done} of {steps}, saved; the same command with --resume continues")
                 return 128 + stop[0]
-    finish(run, options, checkpoint, model, tests)
+    finish(run, options, checkpoint, model, sources, tests)
     return 0
 
 
-def finish(run: Path, options: TrainOptions, checkpoint: Checkpoint, model: RewardModel, tests: list[Source]):
+def model_card(options: TrainOptions, sources: list[Source], report: dict | None) -> str:
+    """README.md of a finished run: what it is, on which data, with which options, how good."""
+    given = "\n".join(f"| `--{k.replace('_', '-')}` | `{v}` |" for k, v in asdict(options).items() if k not in ("source", "output", "resume", "model"))
+    counts = "\n".join(f"- {s.line()}" for s in sources)
+    results = f"```\n{table(report)}\n```" if report else "No test file was given."
+    return (f"---\ntags: [reward-model, minimore]\npipeline_tag: text-classification\n---\n\n# Reward model trained with minimore\n\n"
+            f"Made from `{options.model}`. The reward is the one logit of `AutoModelForSequenceClassification`, read at the last token; "
+            f"sigmoid(difference of two rewards) is the probability that people prefer the first.\n\n## Data\n\n{counts}\n\n"
+            f"## Results on the test files\n\n{results}\n\n## Options\n\n| option | value |\n|---|---|\n{given}\n")
+
+
+def finish(run: Path, options: TrainOptions, checkpoint: Checkpoint, model: RewardModel, sources: list[Source], tests: list[Source]):
     """Evaluate, write the finished model (config.json last: its presence means finished), remove the checkpoints."""
     for p in model.parameters():                     # what is evaluated is what is stored
         p.data = p.data.to(STORAGE[options.save_dtype]).to(p.dtype)
-    if tests:
-        report, _ = evaluate_sources(model, tests, options.micro_tokens)
+    report = evaluate_sources(model, tests, options.micro_tokens)[0] if tests else None
+    if report:
         print(table(report))
         write_json(run / "evaluation.json", report)
+    write_text(run / "README.md", model_card(options, sources, report))
     save_checkpoint(run, checkpoint, model.trunk, model.head, options.save_dtype)
     remove_checkpoints(run)
     print(f"finished: {run}")

@@ -158,8 +158,10 @@ def test_a_crashed_run_resumes_bitwise(world, tmp_path, name, monkeypatch):
     assert [p.name for p in training.checkpoints(tmp_path / "cut")] == ["checkpoint-6"]
     assert train(options(world, tmp_path / "cut", resume=True, **changes)) == 0
     assert content(tmp_path / "whole") == content(tmp_path / "cut")
+    card = (tmp_path / "cut" / "README.md").read_text("utf-8")
+    assert "ana: 30 pairs, 0 label ties" in card and "| `--save-steps` | `3` |" in card and "mean   " in card
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
-        "config.json", "environment.json", "evaluation.json", "metrics.jsonl", "model.safetensors", "options.json", "tokenizer.json"]
+        "README.md", "config.json", "environment.json", "evaluation.json", "metrics.jsonl", "model.safetensors", "options.json", "tokenizer.json"]
     assert train(options(world, tmp_path / "cut", resume=True, **changes)) == 0              # finished: nothing to do
 
 

@@ -37,7 +37,7 @@ def step(model: RewardModel, batches: Sequence[PairBatch], sources: int, weigh: 
     for zc, zr, s in zip(z_chosen.split(size), z_rejected.split(size), source.split(size)):   # once, without groups
         losses = bradley_terry_losses(model.head, zc, zr, s, sources)                         # (K,)   Eq. 1
         gradients = head_gradients(model.head, zc, zr, s, sources)                            # (K, D) closed form
-        require_finite(losses, s)
+        require_finite(losses + gradients.abs().amax(1), s)
         weights = weigh(losses, gradients, torch.bincount(s, minlength=sources))              # (K,) on the simplex
         loss = loss + weighted_loss(weights, losses) * (len(s) / len(source))                 # ()     Eq. 7
         mean_weights = mean_weights + weights * (len(s) / len(source))
@@ -71,15 +71,15 @@ def optimizer_step(model: RewardModel, pairs: Sequence[TokenPair], source: Seque
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss of source number `source` is infinite or not a number."""
+    """The loss of source number `source`, or its gradient, is infinite or not a number."""
 
     def __init__(self, source: int):
         self.source = source
 
 
-def require_finite(losses: Tensor, source: Tensor):
-    """Raise NonFiniteLoss for the first source in the batch whose loss is not finite."""
-    values = losses.tolist()
+def require_finite(values: Tensor, source: Tensor):
+    """Raise NonFiniteLoss for the first source in the batch whose value (K,) is not finite."""
+    values = values.tolist()
     for k in source.unique().tolist():
         if not math.isfinite(values[k]):
             raise NonFiniteLoss(k)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minimore.train as training
-from minimore.engine import optimizer_step
+from minimore.engine import NonFiniteLoss, optimizer_step
 from minimore.evaluate import evaluate_sources
 from minimore.more import WEIGHTINGS, more_loss, pair_losses
 from minimore.options import InputError
@@ -308,6 +308,15 @@ def test_what_is_evaluated_is_what_is_stored(world, tmp_path):
     model, checkpoint = open_reward_model(ModelOptions(model=str(tmp_path / "run")))
     tests = [load_source(n, str(test), checkpoint.tokenizer, 512) for n, (_, test) in world[1].items()]
     assert evaluate_sources(model, tests)[0] == content(tmp_path / "run")[1]
+
+
+def test_an_infinite_margin_is_found_although_its_loss_is_zero(float64):
+    """z and head are finite, their product is not: the loss of a pair won by infinity is 0, but its gradient is 0 x infinity."""
+    model, pairs, source = float64
+    model.trunk.final_norm.weight.data.fill_(1e200)
+    model.head.data.fill_(1e150)
+    with pytest.raises(NonFiniteLoss):
+        run_step(model, pairs, source)
 
 
 def test_one_source_alone_is_bradley_terry(world, tmp_path, capsys):

@@ -234,11 +234,16 @@ def _render(prompt, chosen, rejected, tokenizer):
     return Pair(texts[0][:cut], texts[0][cut:], texts[1][cut:], tokenizer.template is not None, blank)
 
 
-def _scored_pairs(record, where):
-    texts, scores = record["text"], record.get("score")
+def texts_of(record: dict, where: str) -> list[str]:
+    """record["text"]: two or more whole texts."""
+    texts = record["text"]
     if not isinstance(texts, list) or not 2 <= len(texts) <= MOST_RESPONSES:
         raise InputError(f'{where}: "text" is {json.dumps(texts)[:60]}; expected a list of two or more strings, at most {MOST_RESPONSES}')
-    texts = [_text(t, f'{where}: "text"[{i}]') for i, t in enumerate(texts)]
+    return [_text(t, f'{where}: "text"[{i}]') for i, t in enumerate(texts)]
+
+
+def _scored_pairs(record, where):
+    texts, scores = texts_of(record, where), record.get("score")
     if not isinstance(scores, list) or len(scores) != len(texts) or \
             not all(type(s) in (int, float) and abs(s) < 1e300 for s in scores):
         found = "is missing" if "score" not in record else f"is {json.dumps(scores)[:60]}"

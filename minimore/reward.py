@@ -8,9 +8,9 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from .calibration import probability
 from .checkpoint import Checkpoint
 from .model import Trunk
 from .options import InputError, beside, option, read_json, refuse_existing
-from .pairs import (PairBatch, TokenPair, encode, is_conversation, messages_of, pack_pairs, read_records, record_pairs,
-                    refuse_doubled_bos, shared_length, split_by_tokens, text_of)
+from .pairs import (PairBatch, TokenPair, encode, is_conversation, messages_of, pack_pairs, prompt_end, read_records,
+                    record_pairs, refuse_doubled_bos, shared_length, split_by_tokens, text_of, texts_of)
 
 DEFAULT_MAX_LENGTH = 512                 # the paper's
 TRUNCATE = ("each", "together")
@@ -147,14 +147,15 @@ def _finite(rewards: Tensor) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(ReadingOptions):
     """What `score` takes."""
-    input: str = option(value="IN.jsonl", help="JSON lines (.gz too) of pairs, or of prompt and response")
+    input: str = option(value="IN.jsonl", help="JSON lines (.gz too) of pairs, of prompt and response, or of text lists")
     output: str = option(value="OUT.jsonl", help="JSON lines file to write; must not exist")
 
 
 def score(options: ScoreOptions):
     """Add rewards to every line of a file, streaming, in input order.
 
-    A pair gets chosen_reward, rejected_reward and probability = sigmoid(difference); a prompt with a response gets reward.
+    A pair gets chosen_reward, rejected_reward and probability = sigmoid(difference); a prompt with a response gets reward; a
+    list of texts gets the list rewards.
     """
     refuse_existing(options.output)
     records = read_records(options.input)        # opened once: it may be a pipe
@@ -185,51 +186,64 @@ def _json_line(record):
     return text if text.encode("utf-8", "replace").decode() == text else json.dumps(record)      # half a surrogate pair
 
 
+class Readable(NamedTuple):
+    """The texts of one record, whole; what: "pair", "response" or "texts"."""
+    texts: list[str]
+    rendered: bool
+    blank: bool
+    what: str
+
+
+def _readable(record, where, tokenizer) -> Readable:
+    if "response" in record and "chosen" not in record:
+        prompt, response = record.get("prompt"), record["response"]
+        if is_conversation(prompt) or is_conversation(response):
+            turns = messages_of(prompt, f'{where}: "prompt"', tokenizer, "user") + messages_of(response, f'{where}: "response"', tokenizer, "assistant")
+            return Readable([tokenizer.render(turns)], tokenizer.template is not None, not turns[-1]["content"].strip(), "response")
+        prompt, response = text_of(record, "prompt", where), text_of(record, "response", where)
+        return Readable([prompt + response], False, not response.strip(), "response")
+    if "chosen" in record or "rejected" in record:
+        pairs = record_pairs(record, where, tokenizer)[0]
+        if len(pairs) != 1:
+            raise InputError(f'{where}: "rejected" is a list of {len(pairs)} responses; give score one pair a line')
+        pair = pairs[0]
+        return Readable([pair.prompt + pair.chosen, pair.prompt + pair.rejected], pair.rendered, pair.is_blank, "pair")
+    if "text" in record:
+        texts = texts_of(record, where)
+        cut = prompt_end(texts)
+        return Readable(texts, False, not all(t[cut:].strip() for t in texts), "texts")
+    raise InputError(f'{where}: expected "chosen" and "rejected", "prompt" and "response", or a list "text"; '
+                     f'found keys: {", ".join(map(str, record)) or "none"}')
+
+
+ADDED = {"pair": ("chosen_reward", "rejected_reward", "probability"), "response": ("reward",), "texts": ("rewards",)}
+
+
 def _scored(model, checkpoint, chunk, options, limit, truncate, counts):
     """The records of one chunk with their rewards."""
-    responses = []                               # per record: prompt, its one or two responses, whether rendered, whether blank
-    for where, record in chunk:
-        if "response" in record and "chosen" not in record:
-            prompt, response = record.get("prompt"), record["response"]
-            if is_conversation(prompt) or is_conversation(response):
-                tokenizer = checkpoint.tokenizer
-                turns = messages_of(prompt, f'{where}: "prompt"', tokenizer, "user") + messages_of(response, f'{where}: "response"', tokenizer, "assistant")
-                responses.append(("", [tokenizer.render(turns)], tokenizer.template is not None, not turns[-1]["content"].strip()))
-            else:
-                prompt, response = text_of(record, "prompt", where), text_of(record, "response", where)
-                responses.append((prompt, [response], False, not response.strip()))
-        elif "chosen" in record or "rejected" in record:
-            pairs = record_pairs(record, where, checkpoint.tokenizer)[0]
-            if len(pairs) != 1:
-                raise InputError(f'{where}: "rejected" is a list of {len(pairs)} responses; give score one pair a line')
-            pair = pairs[0]
-            responses.append((pair.prompt, [pair.chosen, pair.rejected], pair.rendered, pair.is_blank))
+    read = [_readable(record, where, checkpoint.tokenizer) for where, record in chunk]
+    for (where, _), r in zip(chunk, read):
+        refuse_doubled_bos(r.texts[0], r.rendered, where, checkpoint.tokenizer)
+    rewards = [None] * len(read)
+    for together in (True, False):               # pairs first: their sides may have to be cut alike, and share their prompt
+        mine = [i for i, r in enumerate(read) if (r.what == "pair") == together]
+        ids, cut = encode([t for i in mine for t in read[i].texts], checkpoint.tokenizer, limit,
+                          [read[i].rendered for i in mine for _ in read[i].texts], together and truncate == "together")
+        places = list(accumulate((len(read[i].texts) for i in mine), initial=0))
+        for i, start, end in zip(mine, places, places[1:]):
+            if not all(map(len, ids[start:end])):
+                raise InputError(f"{chunk[i][0]}: a text is empty and the tokenizer adds no BOS: nothing to score")
+            counts["truncated"] += any(cut[start:end])
+        if together:
+            pairs = [TokenPair(c, r, shared_length(c, r), 0) for c, r in zip(ids[0::2], ids[1::2])]
+            found = pair_rewards(model, pairs, options.micro_tokens).flatten().tolist() if mine else []
         else:
-            raise InputError(f'{where}: expected "chosen" and "rejected", or "prompt" and "response"; '
-                             f'found keys: {", ".join(map(str, record)) or "none"}')
-    for (where, _), (prompt, rs, rendered, _) in zip(chunk, responses):
-        refuse_doubled_bos(prompt + rs[0], rendered, where, checkpoint.tokenizer)
-    alone = [2 // len(rs) for _, rs, _, _ in responses for _ in rs]              # a lone text stands twice, as a pair with itself
-    repeat = lambda values: [v for v, n in zip(values, alone) for _ in range(n)]
-    ids, cut = encode(repeat([prompt + r for prompt, rs, _, _ in responses for r in rs]), checkpoint.tokenizer, limit,
-                      repeat([rendered for _, rs, rendered, _ in responses for _ in rs]), truncate == "together")
-    items, start = [], 0
-    for (where, record), (_, rs, _, blank) in zip(chunk, responses):
-        mine, was_cut, start = ids[start:start + len(rs)], cut[start:start + len(rs)], start + 2
-        if not all(map(len, mine)):
-            raise InputError(f"{where}: prompt and response are empty and the tokenizer adds no BOS: nothing to score")
+            found = text_rewards(model, [t.tolist() for t in ids], options.micro_tokens).tolist() if mine else []
+        for i, start, end in zip(mine, places, places[1:]):
+            rewards[i] = found[start:end]
+    for (_, record), r, values in zip(chunk, read, rewards):
         counts["lines"] += 1
-        counts["replaced"] += any(k in record for k in (("chosen_reward", "rejected_reward", "probability") if len(rs) == 2 else ("reward",)))
-        counts["truncated"] += any(was_cut)
-        counts["blank"] += blank
-        items.append(mine)
-    pairs = [TokenPair(*m, shared_length(*m), 0) for m in items if len(m) == 2]
-    of_pairs = iter(pair_rewards(model, pairs, options.micro_tokens).tolist() if pairs else [])
-    texts = [m[0].tolist() for m in items if len(m) == 1]
-    of_texts = iter(text_rewards(model, texts, options.micro_tokens).tolist() if texts else [])
-    for (_, record), mine in zip(chunk, items):
-        if len(mine) == 2:
-            chosen, rejected = next(of_pairs)
-            yield record | {"chosen_reward": chosen, "rejected_reward": rejected, "probability": float(probability(chosen - rejected))}
-        else:
-            yield record | {"reward": next(of_texts)}
+        counts["blank"] += r.blank
+        counts["replaced"] += any(key in record for key in ADDED[r.what])
+        values = [*values, float(probability(values[0] - values[1]))] if r.what == "pair" else [values] if r.what == "texts" else values
+        yield record | dict(zip(ADDED[r.what], values))

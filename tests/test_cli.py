@@ -264,15 +264,17 @@ def test_evaluate_writes_the_report(world, run, tmp_path, capsys):
 def test_score_agrees_with_evaluate_and_streams_in_order(world, run, tmp_path):
     path = world[1]["ana"][1]
     records = read(path)
-    extra = [{"prompt": "amber", "response": " basil", "id": 7, "note": "\ud800"}, {"prompt": "amber", "response": ""}]
+    extra = [{"prompt": "amber", "response": " basil", "id": 7, "note": "\ud800"}, {"prompt": "amber", "response": ""},
+             {"text": ["amber basil", "amber", "amber basil"], "score": [1, 0, 1]}]
     mixed = lines(tmp_path / "in.jsonl", *[r for r in records if "chosen" in r], *extra)
     assert main(["score", "--model", str(run), "--input", mixed, "--output", str(tmp_path / "out.jsonl")]) == 0
     scored = read(tmp_path / "out.jsonl")
     assert [{k: v for k, v in s.items() if "reward" not in k and k != "probability" or k == "probability" and "chosen" not in s}
-            for s in scored[-2:]] == extra
-    assert [s["prompt"] for s in scored[:-2]] == [r["prompt"] for r in records if "chosen" in r]
-    margins = [s["chosen_reward"] - s["rejected_reward"] for s in scored[:-2]]
-    assert [s["probability"] for s in scored[:-2]] == pytest.approx([1 / (1 + math.exp(-m)) for m in margins])
+            for s in scored[-3:]] == extra
+    assert scored[-1]["rewards"][0] == pytest.approx(scored[-3]["reward"], abs=1e-6) == pytest.approx(scored[-1]["rewards"][2], abs=1e-6)
+    assert [s["prompt"] for s in scored[:-3]] == [r["prompt"] for r in records if "chosen" in r]
+    margins = [s["chosen_reward"] - s["rejected_reward"] for s in scored[:-3]]
+    assert [s["probability"] for s in scored[:-3]] == pytest.approx([1 / (1 + math.exp(-m)) for m in margins])
     assert main(["evaluate", "--model", str(run), "--source", f"ana={path}", "--json", str(tmp_path / "r.json")]) == 0
     report = json.loads((tmp_path / "r.json").read_text())["sources"]["ana"]
     assert report["accuracy"] == calibration.accuracy(margins) and report["ece"] == pytest.approx(calibration.pair_ece(margins), abs=1e-6)

@@ -202,6 +202,45 @@ def test_a_wrong_configuration_shows(family, changes):
     assert_shows(family, RewardModel(*checkpoint.load()))
 
 
+@pytest.mark.parametrize("family, right, wrong", [
+    ("mistral", dict(sliding_window=16), dict(windows=(15, 15))), ("mistral", dict(sliding_window=16), dict(windows=(17, 17))),
+    ("mistral", dict(sliding_window=16), dict(windows=())), ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), dict(windows=(8, 8))),
+    ("opt", {}, dict(position_offset=1)), ("opt", {}, dict(position_offset=0)), ("opt", {}, dict(activation="gelu")),
+    ("qwen3", dict(rms_norm_eps=.05), dict(norm_eps=1e-6)), ("qwen3", {}, dict(rope_base=500.))], ids=str)
+def test_a_wrong_configuration_of_another_family_shows(transformers, tmp_path, family, right, wrong):
+    theirs = reference_model(family, **right)
+    write(theirs, tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    checkpoint.config = dataclasses.replace(checkpoint.config, **wrong)
+    assert errors(rewards_of(RewardModel(*checkpoint.load())), reference_rewards(theirs, TEXTS)).max() >= FAR
+
+
+def test_missing_query_and_key_norms_show(transformers, tmp_path):
+    theirs = reference_model("qwen3")
+    write(theirs, tmp_path)
+    ours = open_model(tmp_path)
+    for block in ours.trunk.blocks:
+        block.attention.query_norm = block.attention.key_norm = torch.nn.Identity()
+    assert errors(rewards_of(ours), reference_rewards(theirs, TEXTS)).max() >= FAR
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_a_run_stored_in_bfloat16_scores_alike_to_its_rounding(transformers, tmp_path, family):
+    theirs = reference_model(family)
+    write(theirs, tmp_path / "theirs")
+    checkpoint = Checkpoint(str(tmp_path / "theirs"))
+    (tmp_path / "ours").mkdir()
+    save_checkpoint(tmp_path / "ours", checkpoint, *checkpoint.load(), "bfloat16")
+    exact = rewards_of(open_model(tmp_path / "ours"))                            # the stored weights, computed in fp32
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
+    assert again.dtype == torch.bfloat16
+    rounding = (reference_rewards(again, TEXTS).float() - exact).abs().max()
+    ours = open_model(tmp_path / "ours")
+    ours.trunk.compute_dtype = torch.bfloat16
+    assert 0 < (rewards_of(ours) - exact).abs().max() < 2 * rounding < 0.5
+    assert errors(reference_rewards(again.float(), TEXTS), exact).max() <= 1
+
+
 def test_the_other_gelu_shows():
     """The two differ by 5e-4 at most, so less far; rounding alone stays below a tenth of the tolerance."""
     checkpoint, expected = Checkpoint(str(GOLDENS / "gpt_neox")), expected_of(GOLDENS / "gpt_neox")

@@ -261,6 +261,12 @@ def test_evaluate_writes_the_report(world, run, tmp_path, capsys):
     assert (tmp_path / "figures" / "margins.png").stat().st_size > 5000
 
 
+def test_the_length_baseline_prefers_the_longer_response(run, tmp_path):
+    path = lines(tmp_path / "in.jsonl", *[GOOD | {"chosen": " basil and cedar"}] * 2, GOOD, GOOD | {"rejected": " copper"})   # longer, longer, alike, shorter
+    assert main(["evaluate", "--model", str(run), "--source", f"a={path}", "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["sources"]["a"]["length_accuracy"] == (1 + 1 + .5 + 0) / 4
+
+
 def test_score_agrees_with_evaluate_and_streams_in_order(world, run, tmp_path):
     path = world[1]["ana"][1]
     records = read(path)

@@ -20,7 +20,7 @@ from minimore.evaluate import evaluate_sources
 from minimore.more import WEIGHTINGS, more_loss, pair_losses
 from minimore.options import InputError
 from minimore.pairs import load_source, pack_pairs
-from minimore.reward import ModelOptions, open_reward_model
+from minimore.reward import ModelOptions, fresh_head, open_reward_model
 from minimore.train import TrainOptions, learning_rate_at, train
 from minimore.world import World
 
@@ -123,6 +123,26 @@ def test_learning_rate():
     assert learning_rate_at(7, 10, flat) == 1
     cosine = TrainOptions(model="", output="", learning_rate=1.0, schedule="cosine")
     assert [learning_rate_at(s, 2, cosine) for s in range(2)] == pytest.approx([1, .5])
+
+
+def test_the_loop_applies_learning_rate_and_weight_decay(world, tmp_path):
+    """After one step AdamW with decay differs from AdamW without by learning rate x decay x the first weights."""
+    changes, heads = dict(pairs_per_source=2, batch_size=6, learning_rate=1e-2), {}
+    first = open_reward_model(ModelOptions(model=str(world[0] / "model")))[0].head.detach()
+    for decay in (0.0, 0.5):
+        train(options(world, tmp_path / str(decay), weight_decay=decay, **changes))
+        heads[decay] = load_file(tmp_path / str(decay) / "model.safetensors")["score.weight"][0]
+    assert torch.allclose(heads[0.0] - heads[0.5], 1e-2 * 0.5 * first, rtol=1e-4, atol=1e-7)
+    assert torch.allclose((heads[0.0] - first).abs(), torch.full_like(first, 1e-2), rtol=1e-3)      # Adam's first step is one learning rate
+    given = options(world, tmp_path / "run", warmup=0.3, schedule="cosine", epochs=2)
+    train(given)
+    rates = [s["learning_rate"] for s in content(tmp_path / "run")[2]]
+    assert rates == [learning_rate_at(s, len(rates), given) for s in range(len(rates))]
+
+
+def test_a_fresh_head_is_seeded():
+    assert torch.equal(fresh_head(8, 3), fresh_head(8, 3)) and not torch.equal(fresh_head(8, 3), fresh_head(8, 4))
+    assert fresh_head(9999, 0).std() == pytest.approx(1e-2, rel=.05)
 
 
 def content(run):

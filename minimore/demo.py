@@ -11,7 +11,8 @@ from . import plots
 from .calibration import pair_ece
 from .evaluate import evaluate_sources
 from .options import option, refuse_existing, write_json
-from .pairs import Pair, load_source, read_records, record_pairs
+from .pairs import load_source
+from .records import Pair, read_records, record_pairs
 from .reward import ModelOptions, device_of, open_reward_model
 from .train import TrainOptions, train
 from .world import World

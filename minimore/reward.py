@@ -20,8 +20,8 @@ from .calibration import probability
 from .checkpoint import Checkpoint
 from .model import Trunk
 from .options import InputError, beside, option, read_json, refuse_existing
-from .pairs import (PairBatch, TokenPair, encode, is_conversation, messages_of, pack_pairs, prompt_end, read_records,
-                    record_pairs, refuse_doubled_bos, shared_length, split_by_tokens, text_of, texts_of)
+from .pairs import PairBatch, TokenPair, encode, pack_pairs, refuse_doubled_bos, shared_length, split_by_tokens
+from .records import is_conversation, messages_of, prompt_end, read_records, record_pairs, text_of, texts_of
 
 DEFAULT_MAX_LENGTH = 512                 # the paper's
 TRUNCATE = ("each", "together")

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from .calibration import probability
 from .checkpoint import random_checkpoint
 from .options import InputError
-from .pairs import Pair
+from .records import Pair
 
 WORDS = ("amber anchor basil bridge candle canyon cedar copper coral cotton ember falcon fennel garnet ginger hazel indigo ivory "
          "jasper juniper lantern lemon linen maple marble meadow nectar olive onyx orchard pebble pepper quartz raven saffron "

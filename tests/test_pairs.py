@@ -8,8 +8,8 @@ import pytest
 
 from minimore.tokenizer import Tokenizer
 from minimore.options import InputError
-from minimore.pairs import (Pair, encode, epoch_steps, load_source, pack_pairs, prompt_end, read_records, record_pairs,
-                            shared_length, split_by_tokens)
+from minimore.pairs import encode, epoch_steps, load_source, pack_pairs, shared_length, split_by_tokens
+from minimore.records import Pair, prompt_end, read_records, record_pairs
 from minimore.world import train_tokenizer
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minimore.checkpoint import Checkpoint, random_checkpoint
-from minimore.pairs import load_source, read_records, record_pairs
+from minimore.pairs import load_source
+from minimore.records import read_records, record_pairs
 from minimore.reward import RewardModel, fresh_head, pair_rewards
 from minimore.tokenizer import Tokenizer
 from minimore.world import small_gpt_neox

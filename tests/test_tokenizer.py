@@ -7,7 +7,8 @@ import pytest
 from conftest import GOLDENS, edit_json
 
 from minimore.options import InputError
-from minimore.pairs import load_source, record_pairs
+from minimore.pairs import load_source
+from minimore.records import record_pairs
 from minimore.tokenizer import Tokenizer
 
 CHATML = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"

@@ -59,7 +59,7 @@ def test_no_linear_reward_beats_the_single_rule():
 
 
 def _pairs(n):
-    from minimore.pairs import Pair
+    from minimore.records import Pair
     from minimore.world import WORDS
     rng = np.random.default_rng(5)
     return [Pair("", *(" ".join(rng.choice(WORDS, 14)) for _ in range(2))) for _ in range(n)]

@@ -5,6 +5,7 @@ an error; every parameter is filled. Nothing is executed and nothing is unpickle
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .families import FAMILIES, IGNORED, Json, fuse_heads, name_table, split_heads
+from .families import FAMILIES, IGNORED, LANGUAGE_HEADS, Json, fuse_heads, name_table, split_heads
 from .model import Trunk
 from .options import InputError, beside, one_line, read_json, write_json
 from .tokenizer import Tokenizer
@@ -26,6 +27,7 @@ from .tokenizer import Tokenizer
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD_BYTES = 5_000_000_000
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 READABLE = {*STORAGE.values(), torch.float64}
 
 
@@ -70,16 +72,25 @@ class Checkpoint:
             shape = (sum(p.shape[0] for p in empty), *empty[0].shape[1:])
             tensor = self.tensors.read(theirs, shape, dtype)
             parts = [tensor] if len(ours) == 1 else split_heads(tensor, self.config.heads)
+            del tensor                           # so that only one tensor at a time is held twice
             for name, part in zip(ours, parts):
                 owner, _, leaf = name.rpartition(".")
-                setattr(trunk.get_submodule(owner), leaf, nn.Parameter(_own(part.to(device))))
+                setattr(trunk.get_submodule(owner), leaf, nn.Parameter(part.to(device)))
         head = self.tensors.read("score.weight", (1, self.config.width), torch.float32)[0] if self.has_head else None
-        return trunk, None if head is None else _own(head.to(device))
+        return trunk, None if head is None else head.to(device)
+
+    def unembedding(self, trunk: Trunk) -> Tensor | None:
+        """The language-model head (V, D) in the type of the trunk's embedding: that very matrix if the two are tied; None if there is none."""
+        embedding = trunk.embedding.weight
+        if Json(self.json, str(self.directory / "config.json")).get("tie_word_embeddings", bool, self.family.tied):
+            return embedding
+        key = next((key for key in LANGUAGE_HEADS if key in self.tensors.files), None)
+        return None if key is None else self.tensors.read(key, tuple(embedding.shape), embedding.dtype).to(embedding.device)
 
     def _audit(self, table):
         keys = set(self.tensors.files)
         missing = sorted(set(table) - keys)
-        extra = sorted(k for k in keys - set(table) - {"score.weight"} if not IGNORED.fullmatch(k))
+        extra = sorted(k for k in keys - set(table) - {"score.weight", *LANGUAGE_HEADS} if not IGNORED.fullmatch(k))
         for what, names in (("missing", missing), ("not part of this model", extra)):
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -122,9 +133,23 @@ class Tensors:
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a whole safetensors file ({one_line(error)}); fetch it again") from None
 
-    def _bin(self, path: Path) -> dict[str, Tensor]:
-        """The tensors of a .bin file: unpickled with weights_only, so that nothing in it runs, and mapped where the format allows."""
-        if path not in self._opened:
+    def kinds(self) -> list[str]:
+        """The types in which tensors are stored, by torch's names."""
+        found = set()
+        for path in set(self.files.values()):
+            if path.suffix == ".safetensors":
+                with safetensors.safe_open(path, framework="pt") as file:
+                    found |= {file.get_slice(key).get_dtype() for key in file.keys()}
+            else:
+                found |= {str(t.dtype).removeprefix("torch.") for t in self._bin(path).values()}
+        return sorted(SAFETENSORS_NAMES.get(kind, kind) for kind in found)
+
+    def _bin(self, path: Path, key: str | None = None) -> dict[str, Tensor]:
+        """The tensors of a .bin file: unpickled with weights_only, so that nothing in it runs, and mapped where the format allows.
+
+        `read` takes them out one by one, so that a file that cannot be mapped leaves memory as it is read; key: one that must be there.
+        """
+        if path not in self._opened or key is not None and key not in self._opened[path]:
             try:
                 zipped = zipfile.is_zipfile(path)            # before torch 1.6 the format was another, which cannot be mapped
                 found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -136,7 +161,10 @@ class Tensors:
         return self._opened[path]
 
     def read(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """One tensor as dtype, checked: shape, type, finite values."""
+        """One tensor as dtype, checked (shape, type, finite values), in memory that torch allocated.
+
+        A matrix product's last bits depend on the alignment of its operands, so nothing computes on the file's own pages.
+        """
         path = self.files[key]
         try:
             if path.suffix == ".safetensors":
@@ -144,22 +172,17 @@ class Tensors:
                     found = tuple(file.get_slice(key).get_shape())
                     tensor = file.get_tensor(key) if found == shape else None
             else:
-                tensor = self._bin(path)[key]
+                tensor = self._bin(path, key).pop(key)
                 found = tuple(tensor.shape)
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path}: {key!r} cannot be read ({one_line(error)}); fetch the file again") from None
         if found != shape:
             raise InputError(f"{path}: {key!r} has shape {found}, but config.json asks for {shape}")
         plain = tensor.dtype in READABLE and tensor.layout == torch.strided
-        read = tensor.to(dtype) if plain else None
-        if read is None or not read.isfinite().all():
+        read = tensor.to(dtype, memory_format=torch.contiguous_format, copy=True) if plain else None
+        if read is None or not all(map(math.isfinite, read.aminmax())):
             raise InputError(f"{path}: {key!r} ({tensor.dtype}) is not a tensor of finite floating-point numbers; expected float16, bfloat16 or float32")
         return read
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A copy in memory that torch allocated: a matrix product's last bits depend on the alignment of its operands."""
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _find(model: str) -> Path:
@@ -169,8 +192,8 @@ def _find(model: str) -> Path:
     if _is(Path(model), Path.exists) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise InputError(f"--model {model}: no such directory; expected a checkpoint directory or a hub name such as EleutherAI/pythia-1.4b")
     try:
-        directory = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "merges.txt"]))
-        if not any(directory.glob("*.safetensors")):
+        directory = Path(snapshot_download(model, allow_patterns=["*.json", "model*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]))
+        if not any(directory.glob("model*.safetensors")):
             snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
         return directory
     except Exception as error:                   # its own errors, those of HTTP, of the cache's disk: all are 'not delivered'

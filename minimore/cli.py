@@ -7,6 +7,7 @@ import sys
 import torch
 
 from . import __version__
+from .check import CheckOptions, check
 from .demo import DemoOptions, demo
 from .evaluate import EvaluateOptions, evaluate
 from .options import InputError, Parser, add_options, from_arguments, printable
@@ -17,6 +18,7 @@ VERBS = {
     "demo": (DemoOptions, demo, "train uniform and MORE on a synthetic world, in two minutes"),
     "train": (TrainOptions, train, "train a reward model on one or more sources of preference pairs"),
     "evaluate": (EvaluateOptions, evaluate, "accuracy and calibration of a reward model, per source"),
+    "check": (CheckOptions, check, "what is in a checkpoint, and does it work here: perplexity, rewards, memory, parity with transformers"),
     "score": (ScoreOptions, score, "add rewards to every line of a JSON lines file"),
 }
 

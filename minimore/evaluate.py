@@ -29,7 +29,7 @@ def source_report(margins: np.ndarray, source: Source) -> dict:
     """
     return {
         "pairs": len(margins), "label_ties": source.label_ties, "identical": source.identical,
-        "truncated": int(source.truncated), "blank": int(source.blank), "dropped": source.dropped,
+        "truncated": int(source.truncated), "blank": int(source.blank), "named": int(source.named), "dropped": source.dropped,
         "reward_ties": int((margins == 0).sum()),
         "accuracy": calibration.accuracy(margins), "ece": calibration.pair_ece(margins),
         "ace": calibration.pair_ace(margins), "mce": calibration.pair_mce(margins),

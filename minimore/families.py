@@ -57,7 +57,7 @@ class Json:
         if not isinstance(given, dict):
             raise InputError(f'{self.where}: "{key}" is not an object')
         rope = Json(given, f"{self.where}: rope")
-        base = rope.get("rope_theta", float, self.get(base_key, float, self.get("rope_theta", float, 10000.0)))
+        base = rope.get("rope_theta", float, self.get(base_key, float, 10000.0))
         if share_key is not None:
             share = rope.get("partial_rotary_factor", float, self.get(share_key, float, share))
         kind = given.get("rope_type") or given.get("type") or "default"
@@ -167,6 +167,7 @@ class Family:
     prefix: str                          # in front of every key of the trunk
     reward_class: str                    # transformers' class for a trunk with a scalar head
     names: dict[str, str | tuple[str, ...]]
+    tied: bool = False                   # whether the embedding is also the language-model head, unless config.json says
 
 
 LLAMA_NAMES = {
@@ -213,11 +214,13 @@ FAMILIES = {
         "layers.{}.fc1.*": "blocks.{}.mlp.up.*",
         "layers.{}.fc2.*": "blocks.{}.mlp.down.*",
         "final_layer_norm.*": "final_norm.*",
-    }),
+    }, tied=True),
 }
 
-# Keys that a checkpoint may hold and a reward model does not need: language-model heads and stored constants.
-IGNORED = re.compile(r"(lm_head|embed_out)\.weight|(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)")
+LANGUAGE_HEADS = ("lm_head.weight", "embed_out.weight")
+
+# Constants that a checkpoint may hold and that follow from config.json.
+IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)")
 
 
 def name_table(family: Family, trunk: nn.Module) -> dict[str, tuple[str, ...]]:

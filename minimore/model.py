@@ -1,6 +1,6 @@
 """The transformer: one decoder trunk whose families differ in config fields, never in classes.
 
-There is no language-model head here: a reward needs hidden states only. Parameters have a storage type; `Linear` casts
+There is no head here: reward.py and policy.py put theirs on top. Parameters have a storage type; `Linear` casts
 them to the type of its input (the compute type), and norms, rotations and softmax are fp32 (float64 for float64 input).
 
 N tokens, S texts, D width, H heads, G key/value heads, C head width, V vocabulary.
@@ -150,6 +150,10 @@ class Trunk(nn.Module):
 
     def forward(self, stream: Stream) -> Tensor:
         """The final hidden state at the last token of each text: (S, D), fp32 (float64 if computing in float64)."""
+        return self.final_norm(at_least_fp32(self.residual(stream).index_select(0, stream.last)))
+
+    def residual(self, stream: Stream) -> Tensor:
+        """What the blocks leave at every token, before the final norm: (N, D) in the compute type."""
         x = self.embedding(stream.tokens)                                        # (N, D)
         if self.c.learned_positions:
             x = x + self.position_embedding(stream.positions + self.c.position_offset)
@@ -160,7 +164,7 @@ class Trunk(nn.Module):
                 x = checkpoint(block, x, rotation, stream, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, rotation, stream)
-        return self.final_norm(at_least_fp32(x.index_select(0, stream.last)))    # (S, D)
+        return x
 
 
 def rotary_angles(c: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,12 +42,14 @@ class Source:
     truncated: int = 0                               # at least one side was cut on the left
     dropped: int = 0                                 # nothing to read: no token at all
     blank: int = 0                                   # a response without a visible character; kept
+    named: int = 0                                   # a text holds the name of a special token, read as text; kept
 
     def line(self) -> str:
         """One line for the log; pairs are those in use, after ties, identical and dropped ones."""
         mean = sum(p.tokens for p in self.pairs) / len(self.pairs)
         return (f"{self.name}: {len(self.pairs)} pairs, {self.label_ties} label ties, {self.identical} identical, "
-                f"{self.truncated} truncated, {self.blank} blank, {self.dropped} dropped, {mean:.0f} mean tokens")
+                f"{self.truncated} truncated, {self.blank} blank, {self.dropped} dropped, {mean:.0f} mean tokens"
+                + (f"; {self.named} pairs hold names of special tokens, which are read as text" if self.named else ""))
 
     def digest(self) -> str:
         """sha256 over the token pairs, in order: the same digest, the same training data."""
@@ -99,6 +101,7 @@ def _tokenise(source, waiting, tokenizer, max_length, truncate):
         else:
             source.truncated += cut[2 * i] or cut[2 * i + 1]
             source.blank += pair.is_blank
+            source.named += not pair.rendered and tokenizer.names_special(texts[2 * i] + texts[2 * i + 1])
             source.pairs.append(TokenPair(chosen, rejected, shared_length(chosen, rejected),
                                           len(pair.chosen) - len(pair.rejected)))
 

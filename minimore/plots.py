@@ -1,11 +1,12 @@
 """Figures, if matplotlib is installed (the extra `plots`): reliability, margins, weights over time."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from .calibration import pair_reliability
-from .options import InputError
+from .options import InputError, beside
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")   # Okabe and Ito
 LINES = ("-", "--", "-.", ":")           # so that a grey print still tells sources apart
@@ -74,6 +75,13 @@ def _bins(values, count=40):
 
 
 def _save(figure, path):
+    made, unfinished = not path.parent.exists(), beside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(unfinished, dpi=120, format="png")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        if made and not any(path.parent.iterdir()):
+            path.parent.rmdir()
     return path

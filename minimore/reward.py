@@ -165,7 +165,7 @@ def score(options: ScoreOptions):
     records = chain([first], records)
     model, checkpoint = open_reward_model(options)
     limit, truncate = options.limits(checkpoint)
-    output, counts = Path(options.output), {"lines": 0, "truncated": 0, "blank": 0, "replaced": 0}
+    output, counts = Path(options.output), {"lines": 0, "truncated": 0, "blank": 0, "named": 0, "replaced": 0}
     unfinished = beside(output)
     try:
         with open(unfinished, "x", encoding="utf-8") as out:
@@ -176,6 +176,7 @@ def score(options: ScoreOptions):
     finally:
         unfinished.unlink(missing_ok=True)
     print(f"{options.output}: {counts['lines']} lines scored, {counts['truncated']} truncated to {limit} tokens, {counts['blank']} with a blank response"
+          + (f", {counts['named']} with names of special tokens, read as text" if counts["named"] else "")
           + (f", {counts['replaced']} had such a key already, replaced" if counts["replaced"] else ""))
     if not checkpoint.has_head:
         print(f"{options.model}: no score.weight, so the rewards are those of an untrained head", file=sys.stderr)
@@ -244,6 +245,7 @@ def _scored(model, checkpoint, chunk, options, limit, truncate, counts):
     for (_, record), r, values in zip(chunk, read, rewards):
         counts["lines"] += 1
         counts["blank"] += r.blank
+        counts["named"] += not r.rendered and any(map(checkpoint.tokenizer.names_special, r.texts))
         counts["replaced"] += any(key in record for key in ADDED[r.what])
         values = [*values, float(probability(values[0] - values[1]))] if r.what == "pair" else [values] if r.what == "texts" else values
         yield record | dict(zip(ADDED[r.what], values))

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as TokenizerFile
 from .options import InputError, one_line, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+REMEDY = "make a tokenizer.json once with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 PLAIN_ROLES = {"user": "Human", "human": "Human", "prompter": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
 
@@ -57,12 +58,15 @@ class Tokenizer:
         if "vocab.json" in self.files and "merges.txt" in self.files:
             return self._from_vocabulary()
         if (self.directory / "tokenizer.model").is_file():
-            raise InputError(f"{self.directory}: has only a SentencePiece tokenizer.model; make a tokenizer.json of it once with transformers: "
-                             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
+            raise InputError(f"{self.directory}: has only a SentencePiece tokenizer.model; {REMEDY}")
         raise InputError(f"{self.directory / 'tokenizer.json'}: no such file; expected tokenizer.json, or vocab.json and merges.txt")
 
     def _from_vocabulary(self):
-        """GPT-2's kind of byte-level BPE in two files, as OPT has it."""
+        """GPT-2's kind of byte-level BPE in two files, as OPT has it; other kinds cut texts otherwise before they merge."""
+        kind = self.config.get("tokenizer_class") or "GPT2Tokenizer"
+        if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast") or (self.directory / "added_tokens.json").is_file():
+            what = "added_tokens.json" if kind in ("GPT2Tokenizer", "GPT2TokenizerFast") else f"tokenizer_class {kind!r}"
+            raise InputError(f"{self.directory}: vocab.json and merges.txt with {what} cannot be read as they are; {REMEDY}")
         vocabulary = read_json(self.directory / "vocab.json")
         merges = [tuple(line.split(" ")) for line in self.files["merges.txt"].decode("utf-8").split("\n") if line and not line.startswith("#version")]
         file = TokenizerFile(models.BPE(vocabulary, merges))
@@ -107,13 +111,20 @@ class Tokenizer:
         """Whether a user's text begins with the very BOS that is added in front of it."""
         return bool(self.bos_text) and text.startswith(self.bos_text)
 
+    def names_special(self, text: str) -> bool:
+        """Whether a user's text holds the name of a special token, which `encode` reads as text."""
+        return any(marker in text for marker in self.markers)
+
     # ---- chat ------------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def template(self) -> str | None:
         """The chat template, from chat_template.jinja or tokenizer_config.json; of several named ones the default."""
         if "chat_template.jinja" in self.files:
-            return self.files["chat_template.jinja"].decode("utf-8")
+            try:
+                return self.files["chat_template.jinja"].decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{self.directory / 'chat_template.jinja'}: not UTF-8 ({one_line(error)})") from None
         given = self.config.get("chat_template")
         if isinstance(given, list):
             given = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}.get("default")
@@ -131,7 +142,7 @@ class Tokenizer:
 
     @functools.cached_property
     def markers(self) -> list[str]:
-        """The texts that would be read as special tokens in a rendered conversation."""
+        """The names of special tokens: read as such in a rendered conversation, as text in a user's text."""
         return [t.content for t in self.file.get_added_tokens_decoder().values() if t.special and t.content]
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:

@@ -1,10 +1,13 @@
 """Checkpoints: everything that can be wrong with a directory is one clear line; what is saved is what was there."""
 
+import fnmatch
 import json
 import os
 import random
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from tokenizers.processors import TemplateProcessing
 
 import minimore.checkpoint
 from minimore.attention import pack
-from minimore.checkpoint import Checkpoint, pad_id, save_checkpoint
+from minimore.checkpoint import STORAGE, Checkpoint, pad_id, random_checkpoint, save_checkpoint
 from minimore.options import InputError
 from minimore.reward import RewardModel
 from minimore.tokenizer import Tokenizer
@@ -62,8 +65,13 @@ def test_a_hub_name_that_is_not_delivered_is_refused(monkeypatch, error):
 
 
 def test_a_hub_name_opens_what_was_downloaded_and_fetches_no_code(monkeypatch):
+    hub = ["README.md", "config.json", "consolidated.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "modeling_own.py",
+           "params.json", "pytorch_model.bin", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "merges.txt", "training_args.bin"]
+
     def deliver(name, allow_patterns):
-        assert name == "someone/model" and sorted(allow_patterns) == ["*.jinja", "*.json", "*.safetensors", "merges.txt"]
+        fetched = [f for f in hub if any(fnmatch.fnmatch(f, p) for p in allow_patterns)]
+        assert name == "someone/model" and sorted(set(hub) - set(fetched)) == [
+            "README.md", "consolidated.safetensors", "modeling_own.py", "pytorch_model.bin", "training_args.bin"]
         return str(GOLDENS / "llama")
     monkeypatch.setattr(minimore.checkpoint, "snapshot_download", deliver)
     assert Checkpoint("someone/model").directory == GOLDENS / "llama"
@@ -612,6 +620,48 @@ def in_two_files(directory, **config):
     return directory
 
 
+PEAK = """
+import sys, threading, time
+import torch
+from minimore.checkpoint import Checkpoint
+
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+peak, done, before = 0, threading.Event(), anonymous()
+
+def watch():
+    global peak
+    while not done.wait(.0005):
+        peak = max(peak, anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+trunk, _ = Checkpoint(sys.argv[1]).load()
+time.sleep(.01)
+done.set()
+watcher.join()
+print((peak - before) / sum(p.nbytes for p in trunk.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is counted in /proc")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "bin", "bin before torch 1.6"])
+def test_loading_peaks_below_1_3_times_the_parameters(tmp_path, kind):
+    """As stored in memory (fp32), file-backed pages not counted; in a fresh process, 22 million parameters, a sixth of them one matrix."""
+    config = dict(model_type="gpt_neox", vocab_size=8000, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048)
+    random_checkpoint(tmp_path / "m", config, GOLDENS / "llama" / "tokenizer.json", seed=0)
+    weights = tmp_path / "m" / "model.safetensors"
+    if kind in STORAGE:
+        save_file({k: t.to(STORAGE[kind]) for k, t in load_file(weights).items()}, weights)
+    else:
+        tensors = {k: t.half() for k, t in load_file(weights).items()}
+        weights.unlink()
+        torch.save(tensors, tmp_path / "m" / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "bin")
+    ratio = float(subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "m")], capture_output=True, text=True, check=True).stdout)
+    assert .9 < ratio < 1.3, ratio
+
+
 @pytest.mark.parametrize("add_bos, bos", [(True, [1]), (False, []), (..., [])])
 def test_vocabulary_and_merges_are_a_tokenizer(damaged, tmp_path, add_bos, bos):
     directory = in_two_files(damaged(), **({} if add_bos is ... else {"add_bos_token": add_bos}))
@@ -620,6 +670,15 @@ def test_vocabulary_and_merges_are_a_tokenizer(damaged, tmp_path, add_bos, bos):
     (tmp_path / "saved").mkdir()
     save_checkpoint(tmp_path / "saved", checkpoint, *checkpoint.load()[:1], torch.zeros(24))
     assert Checkpoint(str(tmp_path / "saved")).tokenizer.encode(TEXTS) == checkpoint.tokenizer.encode(TEXTS)
+
+
+def test_vocabulary_and_merges_of_another_kind_are_refused_with_the_remedy(damaged):
+    """Qwen's two files, for one, look the same and cut texts differently before they merge."""
+    assert_refused(in_two_files(damaged(), tokenizer_class="Qwen2Tokenizer"), "Qwen2Tokenizer", "save_pretrained")
+    directory = in_two_files(damaged(), tokenizer_class="GPT2Tokenizer")
+    Checkpoint(str(directory))
+    (directory / "added_tokens.json").write_text('{"<pad>": 290}')
+    assert_refused(directory, "added_tokens.json", "save_pretrained")
 
 
 def test_a_lone_sentencepiece_model_is_refused_with_the_remedy(damaged):

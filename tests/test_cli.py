@@ -193,6 +193,21 @@ def test_a_disk_that_fills_ends_in_one_line_and_leaves_nothing(run, tmp_path, ca
     assert [p.name for p in tmp_path.iterdir()] == ["good.jsonl"]
 
 
+def test_the_kernel_refuses_to_write_and_nothing_is_left(run, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    good, out = lines(tmp_path / "good.jsonl", *[GOOD] * 300), tmp_path / "out"
+    for arguments in (("score", "--input", good, "--output", out), ("evaluate", "--source", f"a={good}", "--json", out),
+                      ("evaluate", "--source", f"a={good}", "--figures", out), ("check", "--parity", "none", "--json", out)):
+        for limit in (0, 500):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            try:
+                said = refused(capsys, arguments[0], "--model", run, *arguments[1:])
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            assert "too large" in said and [p.name for p in tmp_path.iterdir()] == ["good.jsonl"], arguments
+
+
 def test_score_reads_a_pipe_and_says_what_it_replaced(run, tmp_path):
     script = [sys.executable, "-m", "minimore", "score", "--model", str(run), "--input", "/dev/stdin", "--output", str(tmp_path / "out")]
     record = json.dumps({"prompt": "amber", "response": " basil", "reward": "mine"}) + "\n"
@@ -216,7 +231,8 @@ def test_existing_outputs_are_refused_and_kept(run, tmp_path, capsys):
     before = (tmp_path / "good.jsonl").read_bytes()
     for arguments in (("train", "--model", run, "--source", f"a={good}", "--output", good),
                       ("evaluate", "--model", run, "--source", f"a={good}", "--json", good),
-                      ("score", "--model", run, "--input", good, "--output", good), ("demo", "--output", good)):
+                      ("score", "--model", run, "--input", good, "--output", good), ("demo", "--output", good),
+                      ("check", "--model", run, "--json", good)):
         assert "exists already" in refused(capsys, *arguments)
     assert (tmp_path / "good.jsonl").read_bytes() == before
     assert "not a directory" in refused(capsys, "score", "--model", run, "--input", good, "--output", good + "/x")
@@ -232,7 +248,7 @@ def test_bad_models_are_refused_by_every_verb(run, tmp_path, capsys):
     (broken / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:5000])
     for model in (broken, tmp_path / "absent", tmp_path):
         for arguments in (("train", "--source", f"a={good}", "--output", tmp_path / "out"), ("evaluate", "--source", f"a={good}"),
-                          ("score", "--input", good, "--output", tmp_path / "out")):
+                          ("score", "--input", good, "--output", tmp_path / "out"), ("check", "--json", tmp_path / "out")):
             refused(capsys, arguments[0], "--model", model, *arguments[1:])
     assert not (tmp_path / "out").exists()
 

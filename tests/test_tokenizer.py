@@ -72,7 +72,7 @@ def test_conversations_become_pairs(open_with, tmp_path):
     assert [p.rejected for p in several] == ["three<|im_end|>\n", "4<|im_end|>\n"]
     assert [p.rejected for p in record_pairs({"prompt": "q", "chosen": "a", "rejected": ["b", "c"]}, "")[0]] == ["b", "c"]
     mixed = source_of(tokenizer, tmp_path, whole, {"prompt": "q", "chosen": "<|im_end|>", "rejected": "b"}, apart | {"chosen": [GOOD | {"content": " "}]})
-    assert (len(mixed.pairs), mixed.blank) == (3, 1) and 291 not in mixed.pairs[1].chosen.tolist()
+    assert (len(mixed.pairs), mixed.blank, mixed.named) == (3, 1, 1) and "1 pairs hold names of special tokens" in mixed.line() and 291 not in mixed.pairs[1].chosen.tolist()
     assert mixed.pairs[0].chosen.tolist() == tokenizer.encode([tokenizer.render([USER, GOOD])], rendered=True)[0]
 
 

@@ -1,11 +1,13 @@
 """One step against its definition; a run killed anywhere ends as if it had not been."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minimore.train as training
+from minimore.cli import main
 from minimore.engine import NonFiniteLoss, optimizer_step
 from minimore.evaluate import evaluate_sources
 from minimore.more import WEIGHTINGS, more_loss, pair_losses
@@ -183,6 +186,60 @@ def test_a_crashed_run_resumes_bitwise(world, tmp_path, name, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
         "README.md", "config.json", "environment.json", "evaluation.json", "metrics.jsonl", "model.safetensors", "options.json", "tokenizer.json"]
     assert train(options(world, tmp_path / "cut", resume=True, **changes)) == 0              # finished: nothing to do
+
+
+def unfinished(run):
+    """Nothing in it looks finished, and nothing half-written lies about."""
+    return not (run / "config.json").exists() and not list(run.rglob("*.partial*"))
+
+
+def test_every_rename_that_fails_is_survived(world, tmp_path, monkeypatch, capsys):
+    short = dict(pairs_per_source=4, save_steps=1)
+    real, calls, broken = os.replace, [], None
+
+    def replace(*arguments):
+        calls.append(arguments)
+        if len(calls) == broken:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr("os.replace", replace)
+    assert train(options(world, tmp_path / "whole", **short)) == 0
+    most = len(calls)
+    assert most > 15
+    for broken in range(1, most + 1):
+        run = tmp_path / str(broken)
+        calls.clear()
+        with pytest.raises(OSError, match="No space left"):
+            train(options(world, run, **short))
+        assert unfinished(run) and all({"state.json", "config.json", "model.safetensors"} <= {p.name for p in c.iterdir()} for c in training.checkpoints(run))
+        assert train(options(world, run, resume=True, **short)) == 0
+        assert content(run) == content(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_at_any_size_leaves_nothing_that_looks_finished(world, tmp_path, capsys):
+    """The kernel refuses to write past a limit, as a full disk does, to every file in turn, whoever asks."""
+    resource = pytest.importorskip("resource")
+    short, before = dict(pairs_per_source=4, save_steps=1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert train(options(world, tmp_path / "whole", **short)) == 0
+    sizes = sorted({p.stat().st_size for p in (tmp_path / "whole").iterdir()})
+    given = [f"--{k.replace('_', '-')}={v}" for k, v in asdict(options(world, tmp_path / "run", **short)).items()
+             if k not in ("source", "resume") and v is not None and v != TrainOptions.__dataclass_fields__[k].default]
+    given = ["train", *given, *(a for s in options(world, tmp_path).source for a in ("--source", s))]
+    capsys.readouterr()
+    for limit in sorted({0, 100, *(s - 1 for s in sizes), sizes[-1] + 5000}):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            code = main(given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        said = capsys.readouterr().err
+        assert code == 2 and said.count("\n") == 1 and "Traceback" not in said, (limit, said)
+        assert unfinished(tmp_path / "run"), limit
+        assert main([*given, "--resume"]) == 0
+        assert content(tmp_path / "run") == content(tmp_path / "whole")
+        capsys.readouterr()
 
 
 def command(given):

@@ -1,0 +1,177 @@
+"""`minimore check`: its figures are true, and a checkpoint whose parts do not fit is seen."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import GOLDENS, edit_json
+from reference import SIZES, reference_model
+from safetensors.torch import load_file, save_file
+
+import minimore.check
+from minimore.attention import pack
+from minimore.check import PARAGRAPH, example_ids, saved_bytes
+from minimore.checkpoint import Checkpoint, save_checkpoint
+from minimore.cli import main
+from minimore.policy import LanguageModel, token_losses
+from test_policy import write
+
+
+def page(directory, tmp_path, *more, code=0):
+    """What check found, and what it printed."""
+    out = tmp_path / f"check-{len(list(tmp_path.glob('check-*')))}.json"
+    assert main(["check", "--model", str(directory), "--json", str(out), *more]) == code
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A Llama that has learned the paragraph by heart."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    home = tmp_path_factory.mktemp("learned")
+    checkpoint = write(reference_model("llama", head="ForCausalLM", num_key_value_heads=2, max_position_embeddings=1024), home / "fresh")
+    trunk, _ = checkpoint.load()
+    model, ids = LanguageModel(trunk, checkpoint.unembedding(trunk)), example_ids(checkpoint)["paragraph"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        token_losses(model, ids).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (home / "learned").mkdir()
+    save_checkpoint(home / "learned", checkpoint, trunk, torch.ones(24))
+    change_weights(home / "learned", lambda t: {k: v for k, v in t.items() if k != "score.weight"} | {"lm_head.weight": model.unembedding.detach().clone()})
+    return home / "learned"
+
+
+def change_weights(directory, change):
+    save_file(change(load_file(directory / "model.safetensors")), directory / "model.safetensors")
+
+
+def copy_of(directory, tmp_path, name="copy"):
+    shutil.copytree(directory, tmp_path / name)
+    return tmp_path / name
+
+
+def test_what_has_learned_the_paragraph_reads_it_and_is_lost_in_its_words(learned, tmp_path, capsys):
+    found = page(learned, tmp_path)
+    assert "untrained, or" not in capsys.readouterr().out
+    assert found["language"]["paragraph"] < 3
+    assert found["language"]["alphabetical"] > 30
+    checkpoint = Checkpoint(str(learned))
+    ids = example_ids(checkpoint)["paragraph"]
+    bits = math.log2(found["language"]["paragraph"]) * (len(ids) - 1) / len(PARAGRAPH.encode())
+    assert found["language"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+@pytest.mark.parametrize("mistake", [
+    dict(rope_parameters=dict(rope_type="default", rope_theta=100.0)), dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0)),
+    dict(rms_norm_eps=10.0)], ids=str)
+def test_a_part_that_is_not_the_models_own_shows_in_the_perplexity(learned, tmp_path, mistake):
+    damaged = copy_of(learned, tmp_path)
+    edit_json(damaged / "config.json", mistake)
+    before, after = (page(d, tmp_path, "--parity", "none")["language"]["paragraph"] for d in (learned, damaged))
+    assert after > 2 * before
+
+
+def test_an_untrained_model_is_said_to_be_one(transformers, tmp_path, capsys):
+    write(reference_model("qwen2", head="ForCausalLM"), tmp_path / "model")
+    page(tmp_path / "model", tmp_path)
+    printed = capsys.readouterr().out
+    assert "it is untrained, or something here is not its own" in printed and "the head is untrained" in printed
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family", SIZES)
+def test_hidden_states_agree_with_transformers(transformers, tmp_path, family, capsys):
+    theirs = reference_model(family, head="ForCausalLM", max_position_embeddings=900)
+    write(theirs, tmp_path / "model")
+    found = page(tmp_path / "model", tmp_path)
+    assert found["parity"]["agrees"] is True and found["parity"]["difference"] < 2e-5
+    assert found["memory"]["parameters"] == sum(p.numel() for p in theirs.base_model.parameters())
+    assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+def test_a_difference_is_an_error(transformers, golden, tmp_path, monkeypatch, capsys):
+    theirs = minimore.check.transformers_states
+
+    def different(*arguments):
+        version, states, ids = theirs(*arguments)
+        states[-1] *= 1.01
+        return version, states, ids
+
+    monkeypatch.setattr("minimore.check.transformers_states", different)
+    found = page(golden, tmp_path, code=1)["parity"]
+    assert found["agrees"] is False and found["difference"] == pytest.approx(.0099, rel=.01)
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_other_token_ids_are_said(transformers, golden, tmp_path, monkeypatch, capsys):
+    theirs = minimore.check.transformers_states
+    monkeypatch.setattr("minimore.check.transformers_states", lambda *a: (*theirs(*a)[:2], [5, 6, 7]))
+    assert page(golden, tmp_path)["parity"]["same_ids"] is False
+    assert "theirs begin [5, 6, 7]" in capsys.readouterr().out
+
+
+def test_without_transformers_nothing_is_compared(golden, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert page(golden, tmp_path)["parity"] == {}
+    assert "transformers is not installed" in capsys.readouterr().out
+
+
+def test_what_transformers_does_not_open_is_not_compared(transformers, golden, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *a, **k: 1 / 0)
+    assert page(golden, tmp_path)["parity"] == {}
+    assert "division by zero" in capsys.readouterr().out
+
+
+def test_rewards_are_those_of_score(golden, tmp_path):
+    found = page(golden, tmp_path, "--parity", "none")["rewards"]
+    texts = [f"\n\nHuman: {minimore.check.QUESTION}\n\nAssistant: {answer}" for answer in minimore.check.ANSWERS.values()]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": texts}))
+    assert main(["score", "--model", str(golden), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert list(found.values()) == pytest.approx(json.loads((tmp_path / "out.jsonl").read_text())["rewards"], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_saved_bytes_are_what_autograd_keeps(family):
+    checkpoint = Checkpoint(str(GOLDENS / family))
+    trunk, _ = checkpoint.load()
+    ids, kept = example_ids(checkpoint)["paragraph"], {}
+    own = {p.data_ptr() for p in trunk.parameters()}
+
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        x = trunk.residual(pack([([], [ids])]))
+    total = sum(kept.values())
+    assert x.shape == (len(ids), trunk.c.width)
+    assert trunk.c.blocks * saved_bytes(trunk, ids) == pytest.approx(total, rel=.05)
+
+
+def test_types_and_files_are_told(golden, tmp_path, monkeypatch):
+    monkeypatch.setattr("minimore.checkpoint.SHARD_BYTES", 20_000)
+    checkpoint, directory = Checkpoint(str(golden)), tmp_path / "shards"
+    directory.mkdir()
+    save_checkpoint(directory, checkpoint, *checkpoint.load(), dtype="bfloat16")
+    found = page(directory, tmp_path, "--parity", "none")["weights"]
+    assert found["types"] == ["bfloat16"] and found["heads"] == ["score.weight"]
+    assert found["files"] == sorted(p.name for p in directory.glob("*.safetensors")) and len(found["files"]) > 1
+    assert found["bytes"] == sum(p.stat().st_size for p in directory.glob("*.safetensors"))
+
+
+def test_a_short_context_is_respected(transformers, tmp_path):
+    write(reference_model("opt", head="ForCausalLM", max_position_embeddings=40), tmp_path / "opt")
+    assert page(tmp_path / "opt", tmp_path)["parity"]["agrees"] is True
+
+
+def test_a_template_that_refuses_is_quoted(golden, damaged, tmp_path, capsys):
+    directory = damaged("llama")
+    (directory / "chat_template.jinja").write_text("{{ raise_exception('no system, no user') }}")
+    assert "no system, no user" in page(directory, tmp_path, "--parity", "none")["template"]

@@ -82,10 +82,12 @@ class Checkpoint:
     def unembedding(self, trunk: Trunk) -> Tensor | None:
         """The language-model head (V, D) in the type of the trunk's embedding: that very matrix if the two are tied; None if there is none."""
         embedding = trunk.embedding.weight
-        if Json(self.json, str(self.directory / "config.json")).get("tie_word_embeddings", bool, self.family.tied):
-            return embedding
+        tied = Json(self.json, str(self.directory / "config.json")).get("tie_word_embeddings", bool, self.family.tied)
         key = next((key for key in LANGUAGE_HEADS if key in self.tensors.files), None)
-        return None if key is None else self.tensors.read(key, tuple(embedding.shape), embedding.dtype).to(embedding.device)
+        if key is None:
+            return embedding if tied else None
+        stored = self.tensors.read(key, tuple(embedding.shape), embedding.dtype).to(embedding.device)
+        return embedding if tied and torch.equal(stored, embedding) else stored      # as transformers 5: what is stored wins
 
     def _audit(self, table):
         keys = set(self.tensors.files)
@@ -225,14 +227,14 @@ def save_checkpoint(directory: Path, origin: Checkpoint, trunk: Trunk, head: Ten
         if not tensor.isfinite().all():
             raise FloatingPointError(f"{key} is not finite in {dtype}: the model was not written to {directory}")
     write_sharded(directory, tensors)
-    for name, content in origin.tokenizer.files.items():
+    for name, content in origin.tokenizer.files_to_save(pad_id(origin)).items():
         (directory / name).write_bytes(content)
     write_json(directory / "config.json", saved_config(origin, dtype))
 
 
 def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict:
     """config.json of a reward model made from this checkpoint; raises InputError if none can be written, so ask before training."""
-    config = {k: v for k, v in origin.json.items() if k not in ("auto_map", "num_labels", "label2id")}
+    config = {k: v for k, v in origin.json.items() if k not in ("auto_map", "num_labels", "label2id", "quantization_config")}
     config |= {"architectures": [origin.family.reward_class], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
                "pad_token_id": pad_id(origin), "dtype": dtype, "torch_dtype": dtype}
     try:
@@ -278,16 +280,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]):
 def pad_id(origin: Checkpoint) -> int:
     """An id that no text ends in: the tokenizer's own pad if it is not EOS, else the first unused embedding row, else unk.
 
-    transformers pools at the last token that is not this id, so a pad that is also EOS would move the reward.
+    transformers pools at the last token that is not this id, so a pad that is also EOS, or an ordinary token, would move the reward.
     """
     tokenizer = origin.tokenizer
+    special = {i for i, t in tokenizer.file.get_added_tokens_decoder().items() if t.special and i not in tokenizer.encode([t.content])[0][len(tokenizer.bos):]} | {tokenizer.size}
     token_id = lambda key: tokenizer.file.token_to_id(tokenizer.special[key]) if key in tokenizer.special else None
     eos = [token_id("eos_token"), *_list(origin.json.get("eos_token_id"))]
     padding = [t for t in tokenizer.file.get_added_tokens_decoder().values() if t.special and "pad" in t.content.lower()]
     candidates = [origin.json.get("pad_token_id"), token_id("pad_token"), *(tokenizer.file.token_to_id(t.content) for t in padding)]
     candidates += [tokenizer.size, token_id("unk_token"), tokenizer.file.token_to_id("<unk>")]
     for candidate in candidates:
-        if type(candidate) is int and candidate not in [e for e in eos if type(e) is int] and 0 <= candidate < origin.config.vocabulary:
+        if type(candidate) is int and candidate in special - {e for e in eos if type(e) is int} and candidate < origin.config.vocabulary:
             return candidate
     raise InputError(f"{origin.directory}: no id is left for padding: the tokenizer names no pad or unk token apart from "
                      "EOS and every embedding row is used; add a pad token to tokenizer_config.json")

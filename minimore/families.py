@@ -50,9 +50,12 @@ class Json:
             raise InputError(f'{self.where}: "{key}" is {name!r}; known: {", ".join(ACTIVATION_NAMES)}')
         return ACTIVATION_NAMES[name]
 
-    def rope(self, head_width, base_key, share_key, share):
-        """Rotary fields; old spelling (top level, rope_scaling) and new (rope_parameters). share_key: None rotates whole heads."""
-        key = "rope_scaling" if self.values.get("rope_scaling") is not None else "rope_parameters"
+    def rope(self, head_width, base_key, share_key, share, longest):
+        """Rotary fields; old spelling (top level, rope_scaling) and new (rope_parameters). share_key: None rotates whole heads.
+
+        longest: the family's own max_position_embeddings.
+        """
+        key = "rope_scaling" if self.values.get("rope_scaling") not in (None, {}) else "rope_parameters"
         given = {} if self.values.get(key) is None else self.values[key]
         if not isinstance(given, dict):
             raise InputError(f'{self.where}: "{key}" is not an object')
@@ -65,13 +68,14 @@ class Json:
         if kind == "linear":
             fields["rope_factor"] = rope.get("factor", float)
         elif kind == "llama3":
-            fields["rope_llama3"] = (*(rope.get(k, float) for k in ("factor", "low_freq_factor", "high_freq_factor")),
-                                     rope.get("original_max_position_embeddings", int, self.get("max_position_embeddings", int, 2048)))
+            original = "original_max_position_embeddings"
+            positions = self.get(original, int) if self.values.get(original) is not None else \
+                rope.get(original, int, self.get("max_position_embeddings", int, longest))
+            fields["rope_llama3"] = (*(rope.get(k, float) for k in ("factor", "low_freq_factor", "high_freq_factor")), positions)
             if fields["rope_llama3"][1] >= fields["rope_llama3"][2]:
                 raise InputError(f'{self.where}: "low_freq_factor" must be smaller than "high_freq_factor"')
         elif kind != "default":
-            raise InputError(f"{self.where}: rope scaling {kind!r} is not supported; known: default, linear, llama3 "
-                             "(scalings that depend on the text's length cannot share a prompt)")
+            raise InputError(f"{self.where}: rope scaling {kind!r} is not supported; known: default, linear, llama3")
         rotary = fields["rotary_width"]          # an odd one rotates one dimension more, as transformers does
         if not 0 < rotary + rotary % 2 <= head_width:
             raise InputError(f"{self.where}: {rotary} rotary dimensions do not fit in heads of width {head_width}")
@@ -86,8 +90,12 @@ class Json:
             raise InputError(f'{self.where}: "layer_types" is {json.dumps(types)[:80]}; expected {blocks} of full_attention or sliding_attention')
         return tuple(window if t == "sliding_attention" else None for t in types) if window else ()
 
-    def sizes(self, mlp_key="intermediate_size", kv_heads=None, head_width=None):
-        """What the families spell alike; kv_heads and head_width: a family's own defaults."""
+    def sizes(self, mlp_key="intermediate_size", kv_heads=None, head_width=None, plain=False):
+        """What the families spell alike; kv_heads and head_width: a family's own defaults; plain: it knows no other number of either."""
+        j = Json({k: v for k, v in self.values.items() if k not in ("num_key_value_heads", "head_dim")}, self.where) if plain else self
+        return j._sizes(mlp_key, None if "num_key_value_heads" in j.values else kv_heads, head_width)
+
+    def _sizes(self, mlp_key, kv_heads, head_width):
         width, heads = self.get("hidden_size", int), self.get("num_attention_heads", int)
         kv_heads = self.get("num_key_value_heads", int, kv_heads or heads)
         if (width % heads and self.values.get("head_dim") is None and not head_width) or heads % kv_heads:
@@ -104,28 +112,28 @@ class Json:
 
 def gpt_neox_config(j: Json) -> ModelConfig:
     """Pythia and GPT-NeoX-20B."""
-    sizes, bias = j.sizes(), j.get("attention_bias", bool, True)
+    sizes, bias = j.sizes(plain=True), j.get("attention_bias", bool, True)
     return ModelConfig(**sizes, activation=j.activation("gelu"), gated=False, norm="layer",
                        norm_eps=j.get("layer_norm_eps", float, 1e-5), qkv_bias=bias, attention_output_bias=bias,
                        mlp_bias=True, parallel_residual=j.get("use_parallel_residual", bool, True),
-                       **j.rope(sizes["head_width"], "rotary_emb_base", "rotary_pct", 0.25))
+                       **j.rope(sizes["head_width"], "rotary_emb_base", "rotary_pct", 0.25, 2048))
 
 
-def llama_config(j: Json, **changes) -> ModelConfig:
+def llama_config(j: Json, longest=2048, **changes) -> ModelConfig:
     """LLaMA, and what Mistral and Qwen say otherwise."""
     sizes = changes.pop("sizes", None) or j.sizes()
     bias = j.get("attention_bias", bool, False) if "qkv_bias" not in changes else False
     return ModelConfig(**sizes, **dict(
         activation=j.activation("silu"), gated=True, norm="rms", norm_eps=j.get("rms_norm_eps", float, 1e-6), qkv_bias=bias,
         attention_output_bias=bias, mlp_bias=j.get("mlp_bias", bool, False), parallel_residual=False) | changes,
-        **j.rope(sizes["head_width"], "rope_theta", None, 1.0))
+        **j.rope(sizes["head_width"], "rope_theta", None, 1.0, longest))
 
 
 def mistral_config(j: Json) -> ModelConfig:
     """LLaMA without biases, with a sliding window in every block."""
     sizes = j.sizes(kv_heads=8)
     window = j.get("sliding_window", int, 4096) if j.values.get("sliding_window", 4096) is not None else None
-    return llama_config(j, sizes=sizes, qkv_bias=False, mlp_bias=False, windows=j.windows(sizes["blocks"], window))
+    return llama_config(j, 131072, sizes=sizes, qkv_bias=False, mlp_bias=False, windows=j.windows(sizes["blocks"], window))
 
 
 def qwen2_config(j: Json, **changes) -> ModelConfig:
@@ -135,7 +143,7 @@ def qwen2_config(j: Json, **changes) -> ModelConfig:
     window = j.get("sliding_window", int, 4096) if given else None
     first = j.values.get("max_window_layers", 28)
     first = 0 if first == 0 else j.get("max_window_layers", int, 28)
-    return llama_config(j, **dict(sizes=sizes, qkv_bias=True, mlp_bias=False, windows=j.windows(sizes["blocks"], window, first)) | changes)
+    return llama_config(j, 32768, **dict(sizes=sizes, qkv_bias=True, mlp_bias=False, windows=j.windows(sizes["blocks"], window, first)) | changes)
 
 
 def qwen3_config(j: Json) -> ModelConfig:
@@ -146,7 +154,7 @@ def qwen3_config(j: Json) -> ModelConfig:
 
 def opt_config(j: Json) -> ModelConfig:
     """Pre-norm OPT: learned positions, two rows of which come before position 0; its dropout is not applied."""
-    sizes, bias = j.sizes(mlp_key="ffn_dim"), j.get("enable_bias", bool, True)
+    sizes, bias = j.sizes(mlp_key="ffn_dim", plain=True), j.get("enable_bias", bool, True)
     for key, default, only in (("do_layer_norm_before", True, True), ("_remove_final_layer_norm", False, False),
                                ("layer_norm_elementwise_affine", True, True)):
         if j.get(key, bool, default) is not only:
@@ -220,7 +228,7 @@ FAMILIES = {
 LANGUAGE_HEADS = ("lm_head.weight", "embed_out.weight")
 
 # Constants that a checkpoint may hold and that follow from config.json.
-IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)")
+IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|decoder\.version)")
 
 
 def name_table(family: Family, trunk: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {printable(message)[:MESSAGE]} (see {self.prog} --help)\n")
 
 
-def parse_sources(values, test_only=False):
+def parse_sources(values, test_only=False, flag="--source"):
     """`NAME=TRAIN[,TEST]` strings -> {name: (train, test or None)}; with test_only `NAME=TEST` -> {name: path}."""
     expected = "NAME=TEST.jsonl" if test_only else "NAME=TRAIN.jsonl[,TEST.jsonl]"
     sources = {}
@@ -96,14 +96,14 @@ def parse_sources(values, test_only=False):
         name, equals, paths = value.partition("=")
         parts = [paths] if test_only else paths.split(",")
         if not (name and equals and all(parts) and len(parts) <= 2):
-            raise InputError(f"--source {value}: expected {expected}")
+            raise InputError(f"{flag} {value}: expected {expected}")
         if not name.isprintable():
-            raise InputError(f"--source {value}: expected a name of printable characters")
+            raise InputError(f"{flag} {value}: expected a name of printable characters")
         if name in sources:
-            raise InputError(f"--source {value}: source {name!r} is named twice; give each source one --source")
+            raise InputError(f"{flag} {value}: source {name!r} is named twice; give each source one {flag}")
         sources[name] = paths if test_only else (parts[0], parts[1] if len(parts) == 2 else None)
     if not sources:
-        raise InputError(f"--source is missing: expected at least one {expected}")
+        raise InputError(f"{flag} is missing: expected at least one {expected}")
     return sources
 
 

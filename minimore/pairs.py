@@ -25,6 +25,8 @@ class TokenPair(NamedTuple):
     rejected: np.ndarray
     shared: int
     longer: int                                      # characters of the chosen response minus the rejected one's
+    prompt: int = 0                                  # pairs of one prompt have the same number
+    index: int = 0                                   # place among all the pairs of its file, unused ones counted
 
     @property
     def tokens(self) -> int:
@@ -43,6 +45,8 @@ class Source:
     dropped: int = 0                                 # nothing to read: no token at all
     blank: int = 0                                   # a response without a visible character; kept
     named: int = 0                                   # a text holds the name of a special token, read as text; kept
+    read: int = 0                                    # all pairs of the file so far, used or not
+    prompts: dict[str, int] = field(default_factory=dict)            # number of each prompt
 
     def line(self) -> str:
         """One line for the log; pairs are those in use, after ties, identical and dropped ones."""
@@ -93,6 +97,7 @@ def _tokenise(source, waiting, tokenizer, max_length, truncate):
     texts = [p.prompt + response for p in waiting for response in (p.chosen, p.rejected)]
     ids, cut = encode(texts, tokenizer, max_length, [p.rendered for p in waiting for _ in range(2)], truncate == "together")
     for i, pair in enumerate(waiting):
+        source.read += 1
         chosen, rejected = ids[2 * i], ids[2 * i + 1]
         if not len(chosen) or not len(rejected):
             source.dropped += 1
@@ -102,8 +107,9 @@ def _tokenise(source, waiting, tokenizer, max_length, truncate):
             source.truncated += cut[2 * i] or cut[2 * i + 1]
             source.blank += pair.is_blank
             source.named += not pair.rendered and tokenizer.names_special(texts[2 * i] + texts[2 * i + 1])
+            prompt = source.prompts.setdefault(pair.prompt or f"none {source.read}", len(source.prompts))
             source.pairs.append(TokenPair(chosen, rejected, shared_length(chosen, rejected),
-                                          len(pair.chosen) - len(pair.rejected)))
+                                          len(pair.chosen) - len(pair.rejected), prompt, source.read - 1))
 
 
 def refuse_doubled_bos(text: str, rendered: bool, where: str, tokenizer: Tokenizer):

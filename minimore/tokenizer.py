@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Sequence
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as TokenizerFile
 
 from .options import InputError, one_line, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 REMEDY = "make a tokenizer.json once with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+PAD = "<|pad|>"                          # the name of a pad token where there was none
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
 PLAIN_ROLES = {"user": "Human", "human": "Human", "prompter": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
 
 
@@ -34,12 +38,18 @@ class Tokenizer:
         self.directory = directory
         self.files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()}
         self.config = read_json(directory / "tokenizer_config.json") if "tokenizer_config.json" in self.files else {}
-        named = (read_json(directory / "special_tokens_map.json") if "special_tokens_map.json" in self.files else {}) | self.config
+        self.mapped = read_json(directory / "special_tokens_map.json") if "special_tokens_map.json" in self.files else {}
+        named = self.config | {key: token for key, token in self.mapped.items() if token is not None}
         self.special = {key: text for key in SPECIAL if (text := _content(named.get(key))) is not None}
+        extra = named.get("extra_special_tokens")
+        self.special |= {key: text for key, token in (extra.items() if isinstance(extra, dict) else ()) if (text := _content(token)) is not None}
+        listed = named.get("additional_special_tokens")
+        self.additional = [text for token in (listed if isinstance(listed, list) else []) if (text := _content(token))]
         try:
             self.file = self._open()
             self.file.no_truncation()            # a file may carry both, left by whoever saved it
             self.file.no_padding()
+            self._add_named()
             self.bos = self._bos()
             self.size = 1 + max([*self.file.get_vocab(with_added_tokens=True).values(), *self.bos], default=-1)
         except InputError:
@@ -63,17 +73,54 @@ class Tokenizer:
 
     def _from_vocabulary(self):
         """GPT-2's kind of byte-level BPE in two files, as OPT has it; other kinds cut texts otherwise before they merge."""
-        kind = self.config.get("tokenizer_class") or "GPT2Tokenizer"
-        if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast") or (self.directory / "added_tokens.json").is_file():
-            what = "added_tokens.json" if kind in ("GPT2Tokenizer", "GPT2TokenizerFast") else f"tokenizer_class {kind!r}"
+        model = read_json(self.directory / "config.json").get("model_type") if (self.directory / "config.json").is_file() else None
+        kind = self.config.get("tokenizer_class") or (f"none, of a {model}" if model in ("gpt_neox", "qwen2", "qwen3") else GPT2[0])
+        if kind not in GPT2 or (self.directory / "added_tokens.json").is_file():
+            what = "added_tokens.json" if kind in GPT2 else f"tokenizer_class {kind!r}"
             raise InputError(f"{self.directory}: vocab.json and merges.txt with {what} cannot be read as they are; {REMEDY}")
         vocabulary = read_json(self.directory / "vocab.json")
-        merges = [tuple(line.split(" ")) for line in self.files["merges.txt"].decode("utf-8").split("\n") if line and not line.startswith("#version")]
+        merges = [tuple(line.split(" ")) for line in self.files["merges.txt"].decode("utf-8").replace("\r\n", "\n").split("\n") if line and not line.startswith("#version")]
         file = TokenizerFile(models.BPE(vocabulary, merges))
         file.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(self.config.get("add_prefix_space", False)))
         file.decoder = decoders.ByteLevel()
-        file.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in dict.fromkeys(self.special.values()) if text in vocabulary])
         return file
+
+    def _add_named(self):
+        """Make special what only the configs call special: `added_tokens_decoder`, named tokens of the vocabulary, additional ones."""
+        listed = self.config.get("added_tokens_decoder")
+        for key, token in sorted(listed.items(), key=lambda item: int(item[0])) if isinstance(listed, dict) else ():
+            flags = {k: token[k] for k in ("single_word", "lstrip", "rstrip", "normalized") if type(token.get(k)) is bool}
+            (self.file.add_special_tokens if token.get("special") else self.file.add_tokens)([AddedToken(token["content"], special=bool(token.get("special")), **flags)])
+            if self.file.token_to_id(token["content"]) != int(key):
+                raise InputError(f'{self.directory / "tokenizer_config.json"}: "added_tokens_decoder" gives {token["content"]!r} the id {int(key)}, '
+                                 f"but the vocabulary has {self.file.token_to_id(token['content'])}")
+        special = {t.content for t in self.file.get_added_tokens_decoder().values() if t.special}
+        named = [text for text in self.special.values() if text and self.file.token_to_id(text) is not None]
+        missing = [text for text in dict.fromkeys([*named, *self.additional]) if text not in special]
+        self.file.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
+
+    def files_to_save(self, pad: int) -> dict[str, bytes]:
+        """The files, changed where another reader of them would not see the texts as this model does.
+
+        The token of id `pad` becomes the pad token; an id without a token (the first free one) gets one. What stands around a text is
+        `bos` in front and nothing behind. Without a tokenizer_config.json one is made that reads tokenizer.json as it is.
+        """
+        files, text = dict(self.files), self.file.id_to_token(pad)
+        around = self.file.encode("a", add_special_tokens=True).ids != self.bos + self.file.encode("a", add_special_tokens=False).ids
+        if text is None or around:
+            file = TokenizerFile.from_str(self.file.to_str())
+            if text is None:
+                text = PAD
+                file.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+            if around:
+                names = [file.id_to_token(i) for i in self.bos]
+                file.post_processor = processors.TemplateProcessing(single=[*names, "$A"], pair=[*names, "$A", "$B"], special_tokens=list(zip(names, self.bos)))
+            files["tokenizer.json"] = file.to_str(pretty=True).encode("utf-8")
+        made = {} if "tokenizer_config.json" in files else {"tokenizer_class": "PreTrainedTokenizerFast"} | self.special
+        for name, given in (("tokenizer_config.json", self.config or made), ("special_tokens_map.json", self.mapped)):
+            if given and _content(given.get("pad_token")) != text:
+                files[name] = (json.dumps(given | {"pad_token": text}, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+        return files
 
     def _bos(self):
         """What stands in front of a text: as tokenizer_config.json says, else as tokenizer.json's own post-processor does."""
@@ -134,8 +181,8 @@ class Tokenizer:
     def _compiled(self):
         if "strftime_now" in self.template or "date_string" in self.template:
             print(f"{self.directory}: the chat template may write a date, so rewards may change from day to day", file=sys.stderr)
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
+        environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _strftime
         return environment.from_string(self.template)
@@ -143,7 +190,8 @@ class Tokenizer:
     @functools.cached_property
     def markers(self) -> list[str]:
         """The names of special tokens: read as such in a rendered conversation, as text in a user's text."""
-        return [t.content for t in self.file.get_added_tokens_decoder().values() if t.special and t.content]
+        added = [t for t in self.file.get_added_tokens_decoder().values() if t.content.strip()]
+        return [t.content for t in added if t.special or t.content in (self.template or "")]
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """A conversation as text: by the chat template in a sandbox, or plainly, "\\n\\nHuman: ...\\n\\nAssistant: ...".
@@ -154,7 +202,7 @@ class Tokenizer:
             turns = "".join(f"\n\n{PLAIN_ROLES.get(m['role'], m['role'])}: {m['content']}" for m in messages)
             return turns + ("\n\nAssistant:" if prompt else "")
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=prompt, **self.special)
+            return self._compiled.render(messages=messages, add_generation_prompt=prompt, **{"tools": None, "documents": None} | self.special)
         except Exception as error:               # whatever a template's own code runs into
             raise InputError(f"{self.directory}: the chat template refuses these messages ({one_line(error)})") from None
 
@@ -162,7 +210,20 @@ class Tokenizer:
 def _content(token):
     """A token given as a string or as {"content": string}; None for anything else."""
     text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) and text.isprintable() else None
+    return text if isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text) else None
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, with which some templates mark what a model wrote: here its content and nothing else."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True)).set_lineno(line)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message):

@@ -453,30 +453,54 @@ def test_saving_what_was_loaded_gives_the_same_tensors(golden, tmp_path):
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor), key
-    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert (directory / "tokenizer.json").read_bytes() == (golden / "tokenizer.json").read_bytes()
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    if golden.name == "gpt_neox":                # whose tokenizer has a pad token already
+        assert (directory / "tokenizer.json").read_bytes() == (golden / "tokenizer.json").read_bytes()
     assert_same_parameters(open_model(directory), open_model(golden))
 
 
 def test_the_saved_config_is_the_old_one_as_a_reward_model(damaged, tmp_path):
     of_language_model = dict(architectures=["LlamaForCausalLM"], num_labels=2, id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1},
-                             auto_map={"AutoModel": "code.Model"}, dtype="float16", torch_dtype="float16", something="kept")
+                             auto_map={"AutoModel": "code.Model"}, dtype="float16", torch_dtype="float16", something="kept", quantization_config={"load_in_8bit": True})
     source = damaged(config=of_language_model)
     old = json.loads((source / "config.json").read_text())
     new = json.loads((save(source, tmp_path / "saved", dtype="bfloat16") / "config.json").read_text())
     changed = dict(architectures=["LlamaForSequenceClassification"], id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, pad_token_id=290,
                    dtype="bfloat16", torch_dtype="bfloat16")
-    assert new == {k: v for k, v in old.items() if k not in ("auto_map", "num_labels")} | changed
+    assert new == {k: v for k, v in old.items() if k not in ("auto_map", "num_labels", "quantization_config")} | changed
 
 
 def test_every_tokenizer_file_is_copied_and_no_other(damaged, tmp_path):
     source = damaged()
-    files = {"tokenizer_config.json": b'{ "a": 1}', "special_tokens_map.json": b"{}", "chat_template.jinja": b"\xff{{ x }}"}
+    files = {"tokenizer_config.json": b'{ "a": 1, "pad_token": {"content": "<pad>"}}', "special_tokens_map.json": b"{}", "chat_template.jinja": b"\xff{{ x }}"}
+    edit_tokenizer(source, lambda file: file.add_special_tokens(["<pad>"]))
     for name, content in (files | {"modeling.py": b"import os"}).items():
         (source / name).write_bytes(content)
     saved = save(source, tmp_path / "saved")
     assert {path.name: path.read_bytes() for path in saved.iterdir() if path.name in files} == files
     assert not (saved / "modeling.py").exists()
+
+
+@pytest.mark.parametrize("family, tokenizer_config, special_tokens", [
+    ("gpt_neox", None, None), ("llama", None, None), ("gpt_neox", dict(tokenizer_class="GPTNeoXTokenizer", pad_token="<|endoftext|>", eos_token="<|endoftext|>"), None),
+    ("llama", dict(tokenizer_class="PreTrainedTokenizerFast", pad_token="</s>", eos_token="</s>", bos_token="<s>"), dict(pad_token="</s>")),
+    ("llama", dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="</s>"), None)], ids=str)
+@torch.no_grad()
+def test_transformers_pads_with_what_the_saved_model_skips(transformers, damaged, tmp_path, family, tokenizer_config, special_tokens):
+    """The saved directory's own tokenizer, a padded batch, on both sides: the rewards are those of the texts alone."""
+    source = damaged(family)
+    for name, content in (("tokenizer_config.json", tokenizer_config), ("special_tokens_map.json", special_tokens)):
+        if content:
+            (source / name).write_text(json.dumps(content))
+    saved = save(source, tmp_path / "saved")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(saved).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
+    texts = ["Hello", "a much longer text, to be padded for!", "1 2 3"]
+    ours = open_model(saved).rewards(pack([([], [ids]) for ids in Checkpoint(str(saved)).tokenizer.encode(texts)]))
+    for side in ("right", "left"):
+        batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
+        logits = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+        torch.testing.assert_close(logits, ours, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -675,8 +699,12 @@ def test_vocabulary_and_merges_are_a_tokenizer(damaged, tmp_path, add_bos, bos):
 def test_vocabulary_and_merges_of_another_kind_are_refused_with_the_remedy(damaged):
     """Qwen's two files, for one, look the same and cut texts differently before they merge."""
     assert_refused(in_two_files(damaged(), tokenizer_class="Qwen2Tokenizer"), "Qwen2Tokenizer", "save_pretrained")
+    assert_refused(in_two_files(damaged("llama", dict(model_type="qwen2"))), "qwen2", "save_pretrained")
     directory = in_two_files(damaged(), tokenizer_class="GPT2Tokenizer")
     Checkpoint(str(directory))
+    merges = directory / "merges.txt"
+    merges.write_bytes(merges.read_bytes().replace(b"\n", b"\r\n"))
+    assert Checkpoint(str(directory)).tokenizer.encode(TEXTS) == [ids for ids in plain_ids(GOLDENS / "llama", TEXTS)]
     (directory / "added_tokens.json").write_text('{"<pad>": 290}')
     assert_refused(directory, "added_tokens.json", "save_pretrained")
 
@@ -706,7 +734,8 @@ PADS = [                                         # family, config.json, tokenize
     ("gpt_neox", {}, {"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, nothing, 1),
     ("gpt_neox", {"pad_token_id": 0}, {}, nothing, 1),                           # 0 is EOS
     ("llama", {}, {}, nothing, 290),                                             # the first row without a token
-    ("llama", {"pad_token_id": 5}, {}, nothing, 5),
+    ("llama", {"pad_token_id": 5}, {}, nothing, 290),                            # 5 is a letter: texts may end in it
+    ("llama", {"pad_token_id": 0}, {}, nothing, 0),
     ("llama", {"pad_token_id": 2}, {}, nothing, 290),                            # 2 is EOS
     ("llama", {"pad_token_id": 5, "eos_token_id": [2, 5]}, {}, nothing, 290),
     ("llama", {"pad_token_id": 2, "eos_token_id": ...}, {"eos_token": "</s>"}, nothing, 290),
@@ -715,8 +744,8 @@ PADS = [                                         # family, config.json, tokenize
     ("llama", {"pad_token_id": 300}, {}, nothing, 290),                          # no such row
     ("llama", {"pad_token_id": True}, {}, nothing, 290),
     ("llama", {}, {"pad_token": "</s>", "eos_token": "</s>"}, nothing, 290),
-    ("llama", {}, {"pad_token": "!"}, nothing, 3),
-    ("llama", {}, {"pad_token": {"content": "!", "lstrip": False}}, nothing, 3),
+    ("llama", {}, {"pad_token": "!"}, nothing, 290),
+    ("llama", {}, {"pad_token": {"content": "<unk>", "lstrip": False}}, nothing, 0),
     ("llama", {}, {}, lambda file: file.add_special_tokens(["one", "[PAD]", "two"]), 291),
     ("llama", {}, {}, lambda file: file.add_tokens(["paddle"]), 291),            # a word, not special
     ("llama", {}, {"eos_token": "</s>"}, lambda file: file.add_tokens(["None", "two"]), 292),      # a word, not a missing name

@@ -268,12 +268,12 @@ def test_evaluate_writes_the_report(world, run, tmp_path, capsys):
     sources = [a for n, (_, test) in world[1].items() for a in ("--source", f"{n}={test}")]
     assert main(["evaluate", "--model", str(run), *sources, "--json", str(tmp_path / "r.json"), "--figures", str(tmp_path / "figures")]) == 0
     report, said = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
-    rates = ["accuracy", "ece", "ace", "mce", "brier", "nll", "mean_margin", "length_accuracy", "random_accuracy"]
+    rates = ["accuracy", "ece", "ace", "mce", "brier", "nll", "mean_margin", "length_accuracy", "random_accuracy", "ece_debiased"]
     assert list(report["mean"]) == rates and list(report["sources"]) == ["ana", "ben"]
     for rate in rates:
         assert report["mean"][rate] == pytest.approx(np.mean([r[rate] for r in report["sources"].values()]))
     for r in report["sources"].values():
-        assert r["pairs"] + r["label_ties"] == 30 and f"{r['accuracy']:.4f}" in said
+        assert r["pairs"] + r["label_ties"] == 30 and f"{r['accuracy']:.3f} [".removeprefix("0") in said and r["accuracy_interval"][0] < r["accuracy"] < r["accuracy_interval"][1]
     assert (tmp_path / "figures" / "margins.png").stat().st_size > 5000
 
 

@@ -89,6 +89,15 @@ OLD_SPELLINGS = [                                # configuration, and its spelli
     ("llama", rope("linear", rope_theta=500., factor=4.), dict(rope_theta=500.0, rope_scaling={"type": "linear", "factor": 4.0})),
     ("llama", rope("llama3", **LLAMA3), dict(rope_theta=500.0, rope_scaling={
         "rope_type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_theta"}})),
+    ("llama", rope("llama3", **LLAMA3), dict(rope_theta=500.0, original_max_position_embeddings=64, rope_scaling={
+        "rope_type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_theta"}, "original_max_position_embeddings": 16})),
+    *((family, rope("llama3", **LLAMA3 | dict(original_max_position_embeddings=longest)), dict(max_position_embeddings=..., rope_parameters={
+        "rope_type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}}))
+      for family, longest in (("gpt_neox", 2048), ("llama", 2048), ("mistral", 131072), ("qwen2", 32768), ("qwen3", 32768))),
+    ("llama", rope(rope_theta=500.), dict(rope_scaling={}, rope_parameters={"rope_type": "default", "rope_theta": 500.0})),
+    ("qwen2", dict(num_key_value_heads=4), dict(num_key_value_heads=None)),
+    ("gpt_neox", {}, dict(num_key_value_heads=1)),
+    ("opt", {}, dict(head_dim=5, num_key_value_heads=1)),
 ]
 
 
@@ -133,7 +142,7 @@ def test_the_old_spelling_of_config_json_means_the_same(transformers, tmp_path, 
     theirs = reference_model(family, **changes)
     expected = reference_rewards(theirs, TEXTS)
     write(theirs, tmp_path)
-    edit_json(tmp_path / "config.json", dict(rope_parameters=..., **spelling))
+    edit_json(tmp_path / "config.json", dict(rope_parameters=...) | spelling)
     assert errors(rewards_of(open_model(tmp_path)), expected).max() <= 1
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()      # the spelling is a real one
     assert errors(reference_rewards(again, TEXTS), expected).max() <= 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import GOLDENS, edit_json
 from reference import SIZES, reference_model, reference_texts
+from safetensors.torch import load_file, save_file
 
 from minimore.attention import pack
 from minimore.checkpoint import Checkpoint
@@ -48,6 +49,21 @@ def test_losses_do_not_depend_on_how_many_logits_exist_at_a_time(monkeypatch, tr
     expected = token_losses(model, TEXTS[-1])
     monkeypatch.setattr("minimore.policy.CHUNK", 7)
     torch.testing.assert_close(token_losses(model, TEXTS[-1]), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_stored_head_that_differs_wins_over_the_tie(transformers, tmp_path):
+    theirs = reference_model("llama", head="ForCausalLM", tie_word_embeddings=True)
+    write(theirs, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors") | {"lm_head.weight": torch.randn(300, 24)}
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(language_model(Checkpoint(str(tmp_path))).unembedding, again.lm_head.weight)
+    assert torch.equal(again.lm_head.weight, stored["lm_head.weight"])
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = language_model(Checkpoint(str(tmp_path)))
+    assert model.unembedding is model.trunk.embedding.weight
 
 
 def test_opt_is_tied_unless_it_says_otherwise(transformers, tmp_path):

@@ -52,6 +52,69 @@ def test_rendering_and_ids_are_those_of_transformers(transformers, open_with, te
         assert ours.encode([ours.render(messages)], rendered=True) == [plain if plain[0] == 1 else [1] + plain]
 
 
+TEMPLATES = ["{% if tools is not none %}TOOLS{% endif %}{{ documents is none }}{{ messages[0].content }}",
+             "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
+             "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}",
+             "{{ messages[0] | tojson(indent=2) }}{{ messages | tojson(separators=(',', ':'), sort_keys=True) }}",
+             "{{ sep_token }}{{ image_token }}{{ messages[0].content }}"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_are_rendered_as_transformers_does(transformers, open_with, template):
+    ours = open_with(template, sep_token="</s>", extra_special_tokens={"image_token": "<|im_end|>"})
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(ours.directory / "tokenizer.json"), bos_token="<s>", eos_token="</s>", sep_token="</s>",
+                                                  extra_special_tokens={"image_token": "<|im_end|>"})
+    theirs.chat_template = template
+    messages = [USER, GOOD | {"content": "Grüße <b> & 'x'"}, BAD]
+    assert ours.render(messages) == theirs.apply_chat_template(messages, tokenize=False)
+
+
+ADDED = {"content": "<|new|>", "lstrip": False, "rstrip": True, "normalized": False, "single_word": False, "special": True}
+
+
+@pytest.mark.parametrize("config, marked", [
+    ({"added_tokens_decoder": {"292": ADDED}}, "<|new|>"), ({"additional_special_tokens": ["<|new|>"]}, "<|new|>"), ({"eos_token": "ing"}, "ing"), ({"eos_token": "the"}, "the")], ids=str)
+def test_what_only_the_config_calls_special_is_special(open_with, config, marked):
+    """In a rendered conversation; in a user's text it is text, and in a message it is refused."""
+    tokenizer = open_with("{{ messages[0].content }}" + marked, **config)
+    if tokenizer.file.token_to_id(marked) is None:
+        pytest.skip("not in this vocabulary")
+    rendered, = tokenizer.encode(["a" + marked + "  b"], rendered=True)
+    assert tokenizer.file.token_to_id(marked) in rendered
+    assert tokenizer.names_special("a" + marked) and marked in tokenizer.markers
+    if marked == "<|new|>":
+        assert 292 not in tokenizer.encode(["a" + marked])[0]
+        plain = tokenizer.encode(["a", "b"] if "added_tokens_decoder" in config else ["a", "  b"])
+        assert rendered == plain[0] + [292] + plain[1][1:]                       # rstrip takes the spaces
+
+
+def test_added_tokens_with_another_id_are_refused(open_with):
+    with pytest.raises(InputError, match="added_tokens_decoder.*295.*has 292"):
+        open_with(None, added_tokens_decoder={"295": ADDED})
+
+
+def test_markers_that_are_not_special_are_refused_in_a_message_too(open_with, tmp_path):
+    tokenizer = open_with("{{ messages[0].content }}<|turn|>", added_tokens_decoder={"292": ADDED | {"content": "<|turn|>", "special": False}})
+    with pytest.raises(InputError, match="turn"):
+        source_of(tokenizer, tmp_path, {"chosen": [USER, GOOD | {"content": "<|turn|>"}], "rejected": [USER, BAD]})
+
+
+def test_the_map_of_special_tokens_goes_before_the_config(open_with):
+    directory = open_with(None).directory
+    (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>", "bos_token": None}))
+    tokenizer = Tokenizer(directory)
+    assert tokenizer.special["eos_token"] == "<|im_end|>" and tokenizer.special["bos_token"] == "<s>"
+
+
+def test_a_damaged_template_is_one_line(open_with):
+    directory = open_with("{% for %}").directory
+    with pytest.raises(InputError, match="chat template"):
+        Tokenizer(directory).render([USER])
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="not UTF-8"):
+        Tokenizer(directory).render([USER])
+
+
 def test_markers_of_a_template_parse_and_markers_in_a_users_text_stay_text(open_with):
     tokenizer = open_with(CHATML)
     rendered, = tokenizer.encode([tokenizer.render([USER])], rendered=True)

@@ -184,7 +184,7 @@ def test_a_crashed_run_resumes_bitwise(world, tmp_path, name, monkeypatch):
     card = (tmp_path / "cut" / "README.md").read_text("utf-8")
     assert "ana: 30 pairs, 0 label ties" in card and "| `--save-steps` | `3` |" in card and "mean   " in card
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
-        "README.md", "config.json", "environment.json", "evaluation.json", "metrics.jsonl", "model.safetensors", "options.json", "tokenizer.json"]
+        "README.md", "config.json", "environment.json", "evaluation.json", "metrics.jsonl", "model.safetensors", "options.json", "tokenizer.json", "tokenizer_config.json"]
     assert train(options(world, tmp_path / "cut", resume=True, **changes)) == 0              # finished: nothing to do
 
 

@@ -1,12 +1,15 @@
 """What is in this checkpoint, and does it work here? The `check` verb: one page before hours of training.
 
-A trained language model reads PARAGRAPH with a low perplexity and is lost when its words stand in alphabetical order. A rotary base,
-a norm or a window that is not the model's own shows there at once, without any other program to compare with. Where transformers is
-installed, token ids, hidden states and rewards are compared with its own.
+A trained language model reads PARAGRAPH with a low perplexity and is lost when its words stand in alphabetical order; a norm or a
+rotary base that is not its own brings the first figure towards the second, without any other program to compare with. Where
+transformers is installed, token ids and hidden states are compared with its own, which shows smaller mistakes.
+
+Each `check_...` function returns figures, for --json, and a line for the reader.
 """
 
 import importlib.util
 import math
+import sys
 from dataclasses import asdict, dataclass
 
 import torch
@@ -43,67 +46,30 @@ class CheckOptions(ModelOptions):
 
 
 def check(options: CheckOptions) -> int:
-    """Print the page, line by line; returns 1 if transformers computes something else."""
+    """Print the page, line by line; returns 1 if transformers reads the texts or computes the states otherwise."""
     refuse_existing(options.json, "--json")
     checkpoint, report = Checkpoint(options.model), {"model": options.model}
 
-    def say(title, figures, line):
-        report[title] = figures
+    def say(title, result):
+        report[title], line = result
         print(f"{title:10} {line}", flush=True)
 
-    say("family", {"model_type": checkpoint.json["model_type"]} | asdict(checkpoint.config), family_line(checkpoint))
-    say("weights", *weights(checkpoint))
-    say("tokenizer", *tokenizer(checkpoint))
-    say("template", *template(checkpoint))
+    say("family", check_family(checkpoint))
+    say("weights", check_weights(checkpoint))
+    say("tokenizer", check_tokenizer(checkpoint))
+    say("template", check_template(checkpoint))
     texts = example_ids(checkpoint)
     model = load_reward_model(checkpoint, options)
-    say("memory", *memory(model.trunk, texts["paragraph"], options.micro_tokens))
-    say("language", *language(checkpoint, model.trunk, texts))
-    say("rewards", *rewards(checkpoint, model, texts))
-    say("parity", *parity(checkpoint, model, texts, options.parity))
+    say("memory", check_memory(model.trunk, texts["paragraph"], options.micro_tokens))
+    say("language", check_language(checkpoint, model.trunk, texts))
+    say("rewards", check_rewards(checkpoint, model, texts))
+    say("parity", check_parity(checkpoint, model, texts) if options.parity == "auto" else ({}, "not compared: --parity none"))
     if options.json:
         write_json(options.json, report)
-    return 1 if report["parity"].get("agrees") is False else 0
-
-
-# ---- what the files say. Each function returns figures for --json and a line for the reader ----------------------------
-
-def family_line(checkpoint: Checkpoint) -> str:
-    """model_type and every field of ModelConfig that is set."""
-    fields = asdict(checkpoint.config) | {"windows": sorted({w for w in checkpoint.config.windows if w})}
-    return f"{checkpoint.json['model_type']}: " + ", ".join(k if v is True else f"{k} {v}" for k, v in fields.items() if v)
-
-
-def weights(checkpoint: Checkpoint) -> tuple[dict, str]:
-    """Files, bytes, types and heads."""
-    keys = checkpoint.tensors.files
-    files, kinds = sorted({str(path.name) for path in keys.values()}), checkpoint.tensors.kinds()
-    size = sum((checkpoint.directory / name).stat().st_size for name in files)
-    heads = [key for key in (*LANGUAGE_HEADS, "score.weight") if key in keys]
-    return {"files": files, "bytes": size, "types": kinds, "heads": heads}, \
-        f"{files[0]}{f' and {len(files) - 1} more' if files[1:] else ''}, {size / 1e9:.3f} GB, {' and '.join(kinds)}; heads: {', '.join(heads) or 'none'}"
-
-
-def tokenizer(checkpoint: Checkpoint) -> tuple[dict, str]:
-    """Size, BOS, EOS, and the pad id that a saved reward model gets."""
-    t = checkpoint.tokenizer
-    try:
-        pad = pad_id(checkpoint)
-    except InputError:
-        pad = None
-    figures = {"ids": t.size, "bos": t.bos_text, "eos": t.special.get("eos_token"), "pad_id": pad}
-    return figures, (f"{t.size:,} ids for {checkpoint.config.vocabulary:,} rows; in front of a text {t.bos_text!r}; EOS {figures['eos']!r}; "
-                     + (f"pad id when saved {pad}" if pad is not None else "no id left for padding, so training is refused"))
-
-
-def template(checkpoint: Checkpoint) -> tuple[str, str]:
-    """A short conversation as the model will read it."""
-    t, turns = checkpoint.tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    try:
-        text = t.render(turns)
-    except InputError as error:
-        return str(error), str(error)
-    return text, ("none; plainly written: " if t.template is None else "") + repr(text)
+    if report["parity"].get("agrees") is False:
+        print("minimore check: transformers reads these texts, or computes this model, otherwise: see the line parity", file=sys.stderr)
+        return 1
+    return 0
 
 
 def example_ids(checkpoint: Checkpoint) -> dict[str, list[int]]:
@@ -111,25 +77,74 @@ def example_ids(checkpoint: Checkpoint) -> dict[str, list[int]]:
     c = checkpoint.config
     texts = {"paragraph": PARAGRAPH, "alphabetical": " ".join(sorted(PARAGRAPH.split()))} | {
         name: f"\n\nHuman: {QUESTION}\n\nAssistant: {answer}" for name, answer in ANSWERS.items()}
-    most = c.learned_positions - c.position_offset if c.learned_positions else 10 ** 6
-    ids = dict(zip(texts, (i[:most] for i in checkpoint.tokenizer.encode(list(texts.values())))))
+    most = c.learned_positions - c.position_offset if c.learned_positions else None
+    ids = {name: i[:most] for name, i in zip(texts, checkpoint.tokenizer.encode(list(texts.values())))}
     if min(map(len, ids.values())) < 2:
-        raise InputError(f"{checkpoint.directory}: the tokenizer makes fewer than two tokens of an English paragraph; use the model's own tokenizer")
+        raise InputError(f"{checkpoint.directory}: an English paragraph becomes fewer than two tokens; expected the model's own tokenizer, and room for two positions")
     return ids
+
+
+# ---- what the files say ------------------------------------------------------------------------------------------------
+
+def check_family(checkpoint: Checkpoint) -> tuple[dict, str]:
+    """model_type and every field of ModelConfig that is set."""
+    fields = asdict(checkpoint.config)
+    shown = fields | {"windows": sorted({w for w in checkpoint.config.windows if w})}
+    if shown["rope_factor"] == 1:
+        del shown["rope_factor"]
+    kind = checkpoint.json["model_type"]
+    return {"model_type": kind} | fields, f"{kind}: " + ", ".join(k if v is True else f"{k} {v}" for k, v in shown.items() if v)
+
+
+def check_weights(checkpoint: Checkpoint) -> tuple[dict, str]:
+    """Files, bytes, types and heads."""
+    keys = checkpoint.tensors.files
+    files, kinds = sorted({path.name for path in keys.values()}), checkpoint.tensors.kinds()
+    size = sum((checkpoint.directory / name).stat().st_size for name in files)
+    heads = [key for key in (*LANGUAGE_HEADS, "score.weight") if key in keys]
+    more = f" and {len(files) - 1} more" if files[1:] else ""
+    return {"files": files, "bytes": size, "types": kinds, "heads": heads}, \
+        f"{files[0]}{more}, {in_bytes(size)}, {' and '.join(kinds)}; heads stored: {', '.join(heads) or 'none'}"
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> tuple[dict, str]:
+    """Size, BOS, EOS, and the pad id that a saved reward model gets."""
+    t = checkpoint.tokenizer
+    try:
+        pad = pad_id(checkpoint)
+    except InputError:
+        pad = None
+    figures = {"ids": t.size, "bos": t.bos_text, "eos": t.special.get("eos_token"), "pad_id": pad}
+    quoted = lambda text: "nothing" if text is None else repr(text)
+    saved = f"a saved reward model pads with id {pad}" if pad is not None else "no id is left for padding, so training is refused"
+    return figures, f"{t.size:,} ids for {checkpoint.config.vocabulary:,} rows; in front of a text: {quoted(t.bos_text)}; named EOS: {quoted(figures['eos'])}; {saved}"
+
+
+def check_template(checkpoint: Checkpoint) -> tuple[str, str]:
+    """A short conversation as the model will read it."""
+    t, turns = checkpoint.tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    try:
+        text = t.render(turns)
+    except InputError as error:
+        return str(error), str(error)
+    shown = repr(text) if len(text) < 600 else f"{text[:600]!r} ... ({len(text):,} characters)"
+    return text[:100_000], ("none; plainly written: " if t.template is None else "") + shown
 
 
 # ---- what the model does -----------------------------------------------------------------------------------------------
 
-def memory(trunk: Trunk, tokens: list[int], micro_tokens: int) -> tuple[dict, str]:
-    """Bytes by arithmetic, and what one block keeps for backward, counted on these tokens (fewer bytes a token on some routes of attention)."""
+def check_memory(trunk: Trunk, tokens: list[int], micro_tokens: int) -> tuple[dict, str]:
+    """Bytes by arithmetic, and by counting what one block keeps for backward on these tokens; allocators and Python itself take more."""
     c, width = trunk.c, trunk.compute_dtype.itemsize
     parameters = sum(p.numel() for p in trunk.parameters())
+    at_once = 4 * c.width + (3 if c.gated else 2) * c.mlp_width          # numbers a token in the widest place of a forward pass, the MLP
     block = saved_bytes(trunk, tokens) / len(tokens)
-    figures = {"parameters": parameters, "scoring": 4 * parameters + micro_tokens * width * (4 * c.width + (3 if c.gated else 2) * c.mlp_width),
-               "training": 16 * parameters, "activations": {"none": c.blocks * block * micro_tokens, "full": (c.blocks * c.width * width + block) * micro_tokens}}
-    gb = lambda b: f"{b / 1e9:.2f} GB"
-    return figures, (f"{parameters:,} parameters without heads; about {gb(figures['scoring'])} to score; to train {gb(figures['training'])} (weights, gradients, two "
-                     f"moments), and for {micro_tokens:,} tokens at a time {gb(figures['activations']['none'])}, or {gb(figures['activations']['full'])} with --recompute full")
+    none, full = c.blocks * block, c.blocks * c.width * width + block    # every block's, or every block's input and one block's
+    figures = {"parameters": parameters, "scoring": 4 * parameters + micro_tokens * width * at_once, "states": 16 * parameters,
+               "training": {"none": 16 * parameters + micro_tokens * none, "full": 16 * parameters + micro_tokens * full}}
+    return figures, (f"{parameters:,} parameters without heads; about {in_bytes(figures['scoring'])} to score; to train {in_bytes(figures['training']['none'])}, or "
+                     f"{in_bytes(figures['training']['full'])} with --recompute full, of which {in_bytes(figures['states'])} are weights, gradients and moments "
+                     f"({micro_tokens:,} tokens at a time)")
 
 
 def saved_bytes(trunk: Trunk, tokens: list[int]) -> int:
@@ -150,45 +165,74 @@ def saved_bytes(trunk: Trunk, tokens: list[int]) -> int:
 
 
 @torch.no_grad()
-def language(checkpoint: Checkpoint, trunk: Trunk, texts: dict) -> tuple[dict | None, str]:
+def check_language(checkpoint: Checkpoint, trunk: Trunk, texts: dict) -> tuple[dict | None, str]:
     """Perplexity of the paragraph, and of its words in alphabetical order."""
     unembedding = checkpoint.unembedding(trunk)
     if unembedding is None:
-        return None, "no language-model head in these files, so no perplexity"
+        return None, "not measured: these files hold no language-model head" + (", as a reward model's do not" if checkpoint.has_head else "")
     model = LanguageModel(trunk, unembedding)
     nats = {name: token_losses(model, texts[name]).double().cpu() for name in ("paragraph", "alphabetical")}
     figures = {name: float(n.mean().exp()) for name, n in nats.items()}
-    figures["bits_per_byte"] = float(nats["paragraph"].sum()) / math.log(2) / len(PARAGRAPH.encode())
-    lost = figures["alphabetical"] < 2 * figures["paragraph"]
-    return figures, (f"perplexity of a plain paragraph {figures['paragraph']:.2f} ({figures['bits_per_byte']:.2f} bits a byte), of its words in alphabetical order "
-                     f"{figures['alphabetical']:.2f}" + (": order hardly matters to this model; it is untrained, or something here is not its own" if lost else ""))
+    if not all(map(math.isfinite, figures.values())):
+        raise FloatingPointError(f"{checkpoint.directory}: the perplexity of a plain paragraph is not finite; these weights or their config.json are damaged")
+    whole = len(texts["paragraph"]) == len(checkpoint.tokenizer.encode([PARAGRAPH])[0])
+    figures["bits_per_byte"] = float(nats["paragraph"].sum()) / math.log(2) / len(PARAGRAPH.encode()) if whole else None
+    lost = figures["alphabetical"] < 1.25 * figures["paragraph"]
+    bits = f"{figures['bits_per_byte']:.2f} bits a byte" if whole else f"its first {len(texts['paragraph'])} tokens"
+    return figures, (f"perplexity of a plain paragraph {figures['paragraph']:.2f} ({bits}), of its words in alphabetical order {figures['alphabetical']:.2f}"
+                     + (": order hardly matters to this model; it is untrained, or something here is not its own" if lost else ""))
 
 
-def rewards(checkpoint: Checkpoint, model: RewardModel, texts: dict) -> tuple[dict, str]:
+def check_rewards(checkpoint: Checkpoint, model: RewardModel, texts: dict) -> tuple[dict, str]:
     """The reward of a helpful and of an unhelpful answer."""
     found = dict(zip(ANSWERS, text_rewards(model, [texts[name] for name in ANSWERS]).tolist()))
-    return found, ", ".join(f"{name} answer {r:.4f}" for name, r in found.items()) + ("" if checkpoint.has_head else "; the head is untrained, so this is chance")
+    line = ", ".join(f"{name} answer {reward:.4f}" for name, reward in found.items())
+    return found, line + ("" if checkpoint.has_head else "; the head is untrained, so their order is chance")
+
+
+def in_bytes(count: float) -> str:
+    """A number of bytes with its unit: 1 GB is 10^9."""
+    unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s or u == "kB")
+    return f"{count / size:.1f} {unit}"
 
 
 # ---- what transformers says --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def parity(checkpoint: Checkpoint, model: RewardModel, texts: dict, wanted: str) -> tuple[dict, str]:
-    """Token ids, and the largest relative difference of a token's final hidden state. The model is given up, to make room for theirs."""
-    if wanted == "none" or not importlib.util.find_spec("transformers"):
-        return {}, "not compared: " + ("--parity none" if wanted == "none" else "transformers is not installed")
+def check_parity(checkpoint: Checkpoint, model: RewardModel, texts: dict) -> tuple[dict, str]:
+    """Token ids of the paragraph, and the largest relative difference of a token's final hidden state, in fp32.
+
+    Comes last: our model is given up, to make room for theirs.
+    """
+    if not importlib.util.find_spec("transformers"):
+        return {}, "not compared: transformers is not installed"
     device, model.trunk.compute_dtype = model.head.device, torch.float32
-    ours = LanguageModel(model.trunk, model.trunk.embedding.weight).states(pack([([], [ids]) for ids in texts.values()]))
+    ours = model.trunk.states(pack([([], [ids]) for ids in texts.values()]).to(device))
     model.to("meta")
     try:
         version, theirs, ids = transformers_states(checkpoint.directory, texts, device)
     except Exception as error:                   # whatever another library raises
-        return {}, f"not compared: transformers does not open it ({one_line(error)})"
+        return {}, f"not compared: transformers fails on this directory ({one_line(error)})"
     difference = float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1).clamp(min=1e-12)).max())
-    same = None if ids is None else ids[:len(texts["paragraph"])] == texts["paragraph"]
-    figures = {"transformers": version, "difference": difference, "agrees": difference < AGREE, "same_ids": same}
-    return figures, (("" if figures["agrees"] else "FAILED: ") + f"transformers {version}: hidden states differ by at most {difference:.1e} of their length (allowed {AGREE:g}); token ids "
-                     + {True: "are the same", False: f"differ: theirs begin {ids and ids[:8]}, ours {texts['paragraph'][:8]}", None: "not compared, it opens no tokenizer"}[same])
+    if not math.isfinite(difference):
+        raise FloatingPointError(f"{checkpoint.directory}: a hidden state is not finite; these weights or their config.json are damaged")
+    same, words = compare_ids(checkpoint, ids)
+    agrees = difference < AGREE and same is not False
+    return {"transformers": version, "difference": difference, "same_ids": same, "agrees": agrees}, \
+        ("" if agrees else "FAILED: ") + f"transformers {version}, fp32: hidden states differ by at most {difference:.1e} of their length (allowed {AGREE:g}); {words}"
+
+
+def compare_ids(checkpoint: Checkpoint, theirs: list[int] | None) -> tuple[bool | None, str]:
+    """Whether two tokenizers read the paragraph alike; what theirs adds behind a text, an EOS say, is no part of it."""
+    ours = checkpoint.tokenizer.encode([PARAGRAPH])[0]
+    if theirs is None:
+        return None, "its tokenizer was not compared: it opens none here"
+    if theirs == ours:
+        return True, f"the same {len(ours)} token ids"
+    if theirs[:len(ours)] == ours:
+        return True, f"the same {len(ours)} token ids, behind which it adds {theirs[len(ours):]}"
+    place = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+    return False, f"token ids differ from place {place} on: theirs {theirs[place:place + 4]}, ours {ours[place:place + 4]}"
 
 
 def transformers_states(directory, texts: dict, device) -> tuple[str, Tensor, list[int] | None]:
@@ -197,9 +241,9 @@ def transformers_states(directory, texts: dict, device) -> tuple[str, Tensor, li
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModel.from_pretrained(directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False).to(device).eval()
-    states = torch.cat([model(torch.tensor([ids], device=device)).last_hidden_state[0] for ids in texts.values()])
+    states = torch.cat([model(torch.tensor([ids], device=device), return_dict=True).last_hidden_state[0] for ids in texts.values()])
     try:
         ids = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)(PARAGRAPH).input_ids
-    except Exception:                            # a tokenizer.json without a tokenizer_config.json, say
+    except Exception:                            # a tokenizer.json that it knows no class for, say
         ids = None
     return transformers.__version__, states, ids

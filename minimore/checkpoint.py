@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Callable
@@ -109,6 +110,8 @@ class Tensors:
         if not there:
             raise InputError(f"{directory}: no model.safetensors and no {', '.join(WEIGHT_FILES[1:])}; expected weights in safetensors format, or .bin")
         self.files = self._indexed(directory, there[0]) if there[0].suffix == ".json" else dict.fromkeys(self._keys(there[0]), there[0])
+        if not self.files:
+            raise InputError(f"{there[0]}: holds no tensor")
 
     def _indexed(self, directory, index):
         listed = read_json(index).get("weight_map")
@@ -128,7 +131,8 @@ class Tensors:
 
     def _keys(self, path: Path) -> list[str]:
         if path.suffix != ".safetensors":
-            return list(self._bin(path))
+            self._opened[path] = self._bin(path)
+            return list(self._opened[path])
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 return list(file.keys())
@@ -143,24 +147,21 @@ class Tensors:
                 with safetensors.safe_open(path, framework="pt") as file:
                     found |= {file.get_slice(key).get_dtype() for key in file.keys()}
             else:
-                found |= {str(t.dtype).removeprefix("torch.") for t in self._bin(path).values()}
+                found |= {str(t.dtype).removeprefix("torch.") for t in (self._opened.get(path) or self._bin(path)).values()}
         return sorted(SAFETENSORS_NAMES.get(kind, kind) for kind in found)
 
-    def _bin(self, path: Path, key: str | None = None) -> dict[str, Tensor]:
-        """The tensors of a .bin file: unpickled with weights_only, so that nothing in it runs, and mapped where the format allows.
-
-        `read` takes them out one by one, so that a file that cannot be mapped leaves memory as it is read; key: one that must be there.
-        """
-        if path not in self._opened or key is not None and key not in self._opened[path]:
-            try:
-                zipped = zipfile.is_zipfile(path)            # before torch 1.6 the format was another, which cannot be mapped
+    def _bin(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a .bin file: unpickled with weights_only, so that nothing in it runs, and mapped where the format allows."""
+        try:
+            zipped = zipfile.is_zipfile(path)                # before torch 1.6 the format was another, which cannot be mapped
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")              # of torch, about old formats
                 found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-            except Exception as error:                       # whatever a broken or hostile pickle raises
-                raise InputError(f"{path}: not a file of tensors ({one_line(error)}); nothing in it was run") from None
-            if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-                raise InputError(f"{path}: holds something else than named tensors")
-            self._opened[path] = found
-        return self._opened[path]
+        except Exception as error:                           # whatever a broken or hostile pickle raises; its end says what
+            raise InputError(f"{path}: not a file of tensors ({one_line(str(error).split('WeightsUnpickler error:')[-1].split(' Please use')[0])}); nothing in it was run") from None
+        if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
+            raise InputError(f"{path}: holds something else than named tensors")
+        return found
 
     def read(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """One tensor as dtype, checked (shape, type, finite values), in memory that torch allocated.
@@ -174,13 +175,14 @@ class Tensors:
                     found = tuple(file.get_slice(key).get_shape())
                     tensor = file.get_tensor(key) if found == shape else None
             else:
-                tensor = self._bin(path, key).pop(key)
+                held = self._opened.get(path, {})            # each leaves memory as it is read, should the file not be mapped
+                tensor = (held.pop(key) if key in held else self._bin(path)[key]).detach()
                 found = tuple(tensor.shape)
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path}: {key!r} cannot be read ({one_line(error)}); fetch the file again") from None
         if found != shape:
             raise InputError(f"{path}: {key!r} has shape {found}, but config.json asks for {shape}")
-        plain = tensor.dtype in READABLE and tensor.layout == torch.strided
+        plain = tensor.dtype in READABLE and tensor.layout == torch.strided and tensor.device.type == "cpu"
         read = tensor.to(dtype, memory_format=torch.contiguous_format, copy=True) if plain else None
         if read is None or not all(map(math.isfinite, read.aminmax())):
             raise InputError(f"{path}: {key!r} ({tensor.dtype}) is not a tensor of finite floating-point numbers; expected float16, bfloat16 or float32")
@@ -189,7 +191,7 @@ class Tensors:
 
 def _find(model: str) -> Path:
     """A directory as it is, or a hub name downloaded into the hub's cache (weights, config and tokenizer only)."""
-    if _is(Path(model), Path.is_dir):
+    if model and _is(Path(model), Path.is_dir):
         return Path(model)
     if _is(Path(model), Path.exists) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise InputError(f"--model {model}: no such directory; expected a checkpoint directory or a hub name such as EleutherAI/pythia-1.4b")

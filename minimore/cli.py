@@ -15,7 +15,7 @@ from .reward import ScoreOptions, score
 from .train import TrainOptions, train
 
 VERBS = {
-    "demo": (DemoOptions, demo, "train uniform and MORE on a synthetic world, in two minutes"),
+    "demo": (DemoOptions, demo, "train uniform and MORE on a synthetic world, in about a minute"),
     "train": (TrainOptions, train, "train a reward model on one or more sources of preference pairs"),
     "evaluate": (EvaluateOptions, evaluate, "accuracy and calibration of a reward model, per source"),
     "check": (CheckOptions, check, "what is in a checkpoint, and does it work here: perplexity, rewards, memory, parity with transformers"),
@@ -41,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = build_parser().parse_args(arguments)
     options_class, run, _ = VERBS[given.verb]
     code, message = 0, None
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))        # so that half-written files go
+    asked = [s for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s and signal.getsignal(s) == signal.SIG_DFL]
+    for number in asked:                             # so that half-written files go
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         for value in vars(given).values():
             if any("\udc80" <= c <= "\udcff" for c in str(value)):
@@ -60,11 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        code, message = 2, "out of memory; try a smaller --micro-tokens, or --recompute full when training"
+        code, message = 2, "out of memory; try a smaller --micro-tokens, --recompute full when training, or look for a huge line in the input"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in asked:
+            signal.signal(number, signal.SIG_DFL)
     if message is not None:
         print(f"minimore {given.verb}: {printable(str(message))}", file=sys.stderr)
     return code

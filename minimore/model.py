@@ -152,6 +152,10 @@ class Trunk(nn.Module):
         """The final hidden state at the last token of each text: (S, D), fp32 (float64 if computing in float64)."""
         return self.final_norm(at_least_fp32(self.residual(stream).index_select(0, stream.last)))
 
+    def states(self, stream: Stream) -> Tensor:
+        """The final hidden state at every token: (N, D), fp32 (float64 if computing in float64)."""
+        return self.final_norm(at_least_fp32(self.residual(stream)))
+
     def residual(self, stream: Stream) -> Tensor:
         """What the blocks leave at every token, before the final norm: (N, D) in the compute type."""
         x = self.embedding(stream.tokens)                                        # (N, D)

@@ -128,9 +128,13 @@ def one_line(error) -> str:
 def read_json(path) -> dict:
     """A JSON object from a file, or one clear line."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError(f"{path}: not a plain file; expected a file of JSON")
         value = json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a Hugging Face checkpoint directory") from None
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
@@ -158,5 +162,8 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    """`write_text` of indented strict JSON (no NaN)."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """`write_text` of indented strict JSON (no NaN; escapes only where UTF-8 has no bytes for a character)."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        text = json.dumps(value, indent=2, allow_nan=False)
+    write_text(path, text + "\n")

@@ -80,7 +80,8 @@ def load_source(name: str, path: str, tokenizer: Tokenizer, max_length: int, tru
         pairs, ties = record_pairs(record, where, tokenizer)
         source.label_ties += ties
         for pair in pairs:
-            refuse_doubled_bos(pair.prompt + pair.chosen, pair.rendered, where, tokenizer)
+            for response in (pair.chosen, pair.rejected):
+                refuse_doubled_bos(pair.prompt + response, pair.rendered, where, tokenizer)
         waiting += pairs
         if len(waiting) >= CHUNK:
             _tokenise(source, waiting, tokenizer, max_length, truncate)
@@ -128,7 +129,7 @@ def encode(texts: list[str], tokenizer: Tokenizer, max_length: int, rendered: li
     """
     bos = len(tokenizer.bos)
     if max_length <= bos:
-        raise InputError(f"--max-length {max_length}: expected more than the {bos} tokens that begin every text")
+        raise InputError(f"--max-length {max_length}: expected at least {bos + 1}, for what begins every text and one token more")
     rendered = rendered or [False] * len(texts)
     read = {flag: iter(tokenizer.encode([t for t, r in zip(texts, rendered) if r == flag], flag)) for flag in (False, True)}
     encoded = [next(read[flag]) for flag in rendered]

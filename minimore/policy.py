@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Stream, pack
-from .model import Trunk, at_least_fp32
+from .attention import pack
+from .model import Trunk
 
 CHUNK = 1024                             # positions whose logits exist at a time: 1024 x 152k of Qwen's are 0.6 GB
 
@@ -21,17 +21,13 @@ class LanguageModel(nn.Module):
         self.trunk = trunk
         self.unembedding = unembedding if isinstance(unembedding, nn.Parameter) else nn.Parameter(unembedding)
 
-    def states(self, stream: Stream) -> Tensor:
-        """The final hidden state at every token: (N, D), fp32 (float64 if computing in float64)."""
-        return self.trunk.final_norm(at_least_fp32(self.trunk.residual(stream.to(self.unembedding.device))))
-
     def logits(self, states: Tensor) -> Tensor:
-        """(..., D) -> (..., V), in the type of the states."""
+        """Final hidden states (..., D) -> (..., V), in their type."""
         return F.linear(states, self.unembedding.to(states.dtype))
 
 
 def token_losses(model: LanguageModel, tokens: list[int]) -> Tensor:
     """-log p, in nats, of every token but the first, given those before it: (N - 1,); exp of their mean is the perplexity."""
-    states = model.states(pack([([], [tokens])]))[:-1]
+    states = model.trunk.states(pack([([], [tokens])]).to(model.unembedding.device))[:-1]
     targets = torch.tensor(tokens[1:], device=states.device)
     return torch.cat([F.cross_entropy(model.logits(s), t, reduction="none") for s, t in zip(states.split(CHUNK), targets.split(CHUNK))])

@@ -13,6 +13,7 @@ checkpoint's chat template; `rejected` may be a list of several responses. Other
 import gzip
 import json
 import os
+import re
 import zlib
 from typing import Iterator, NamedTuple, Sequence
 
@@ -69,10 +70,11 @@ def read_records(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def _data_files(directory):
-    names = sorted(n for n in os.listdir(directory) if n.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")))
+    names = sorted(n for n in os.listdir(directory) if n.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")) and os.path.isfile(os.path.join(directory, n)))
     if not names:
         raise InputError(f"{directory}: a directory without a .jsonl or .json file (.gz too)")
-    if any("train" in n for n in names) and any("test" in n for n in names):
+    words = [set(re.split(r"[^a-z]+", n.lower())) for n in names]
+    if any("train" in w for w in words) and any("test" in w for w in words):
         raise InputError(f"{directory}: holds training and test files ({', '.join(names[:4])}); name the files")
     return [os.path.join(directory, n) for n in names]
 
@@ -116,7 +118,7 @@ def record_pairs(record: dict, where: str, tokenizer: Tokenizer | None = None) -
     """The pairs of one line and the number of its label ties. tokenizer: needed for messages only."""
     if "text" in record and "chosen" not in record:
         return _scored_pairs(record, where)
-    if tokenizer is not None and is_conversation(record.get("chosen")):
+    if tokenizer is not None and any(is_conversation(record.get(key)) for key in ("prompt", "chosen", "rejected")):
         return _conversation_pairs(record, where, tokenizer), 0
     chosen, several = text_of(record, "chosen", where), record.get("rejected")
     if not isinstance(several, list) or not several or not isinstance(several[0], str):
@@ -146,17 +148,18 @@ def messages_of(value, where: str, tokenizer: Tokenizer, role: str) -> list[dict
         if not isinstance(message, dict):
             raise InputError(f"{where}[{i}] is {json.dumps(message)[:60]}; expected a message with role and content")
         found.append({key: text_of(message, key, f"{where}[{i}]") for key in ("role", "content")})
-        marker = next((m for m in tokenizer.markers if m in found[-1]["content"]), None) if tokenizer.template else None
-        if marker is not None:
-            raise InputError(f"{where}[{i}]: the content holds {marker!r}, a marker of the chat template; remove it")
+        for key, text in found[-1].items() if tokenizer.template else ():
+            marker = next((m for m in tokenizer.markers if m in text), None)
+            if marker is not None:
+                raise InputError(f"{where}[{i}]: the {key} holds {marker!r}, a marker of the chat template; remove it")
     return found
 
 
 def _conversation_pairs(record, where, tokenizer):
-    chosen = messages_of(record["chosen"], f'{where}: "chosen"', tokenizer, "assistant")
-    if "rejected" not in record:
-        text_of(record, "rejected", where)                                       # says that it is missing
-    several = record["rejected"]
+    for key in ("chosen", "rejected"):
+        if key not in record:
+            text_of(record, key, where)                                          # says that it is missing
+    chosen, several = messages_of(record["chosen"], f'{where}: "chosen"', tokenizer, "assistant"), record["rejected"]
     nested = isinstance(several, list) and several and not isinstance(several[0], dict)
     several = [messages_of(r, f'{where}: "rejected"', tokenizer, "assistant") for r in (several if nested else [several])]
     if "prompt" in record:

@@ -224,7 +224,8 @@ def _scored(model, checkpoint, chunk, options, limit, truncate, counts):
     """The records of one chunk with their rewards."""
     read = [_readable(record, where, checkpoint.tokenizer) for where, record in chunk]
     for (where, _), r in zip(chunk, read):
-        refuse_doubled_bos(r.texts[0], r.rendered, where, checkpoint.tokenizer)
+        for text in r.texts:
+            refuse_doubled_bos(text, r.rendered, where, checkpoint.tokenizer)
     rewards = [None] * len(read)
     for together in (True, False):               # pairs first: their sides may have to be cut alike, and share their prompt
         mine = [i for i, r in enumerate(read) if (r.what == "pair") == together]

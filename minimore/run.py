@@ -102,7 +102,7 @@ def open_run(options) -> Path | None:
     """The directory of a new or continued run; None if it is finished already. Raises InputError for any other directory."""
     run, wanted = Path(options.output), json.loads(json.dumps(asdict(options)))
     stored = run / "options.json"
-    if os.path.lexists(run) and not options.resume:
+    if os.path.lexists(run) and not options.resume and not (run.is_dir() and not any(run.iterdir())):
         raise InputError(f"--output {run}: exists already; choose another name, or continue it with --resume")
     if not options.output:
         raise InputError("--output: the path is empty")

@@ -55,8 +55,7 @@ class Tokenizer:
         except InputError:
             raise
         except BaseException as error:           # the library raises plain Exception, and its Rust panics not even that
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
+            _pass_on(error)
             raise InputError(f"{directory / self._name()}: not a usable tokenizer ({one_line(error)})") from None
 
     def _name(self):
@@ -145,7 +144,8 @@ class Tokenizer:
         self.file.encode_special_tokens = not rendered           # True reads the names of special tokens as text
         try:
             ids = [e.ids for e in self.file.encode_batch(list(texts), add_special_tokens=False)]
-        except Exception as error:               # a vocabulary without a token for unknown text, say
+        except BaseException as error:           # a vocabulary without a token for unknown text, say
+            _pass_on(error)
             raise InputError(f"{self.directory / self._name()}: cannot encode these texts ({one_line(error)}); use the model's own tokenizer") from None
         return [i if rendered and self.bos and i[:len(self.bos)] == self.bos else self.bos + i for i in ids]
 
@@ -174,7 +174,7 @@ class Tokenizer:
                 raise InputError(f"{self.directory / 'chat_template.jinja'}: not UTF-8 ({one_line(error)})") from None
         given = self.config.get("chat_template")
         if isinstance(given, list):
-            given = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}.get("default")
+            given = next((t.get("template") for t in given if isinstance(t, dict) and t.get("name") == "default"), None)
         return given if isinstance(given, str) else None
 
     @functools.cached_property
@@ -224,6 +224,12 @@ class _Generation(jinja2.ext.Extension):
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _pass_on(error):
+    """What the user or the system asked for is no fault of a file."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+        raise error
 
 
 def _raise(message):

@@ -89,6 +89,7 @@ def test_an_untrained_model_is_said_to_be_one(transformers, tmp_path, capsys):
 def test_hidden_states_agree_with_transformers(transformers, tmp_path, family, capsys):
     theirs = reference_model(family, head="ForCausalLM", max_position_embeddings=900)
     write(theirs, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     found = page(tmp_path / "model", tmp_path)
     assert found["parity"]["agrees"] is True and found["parity"]["difference"] < 2e-5
     assert found["memory"]["parameters"] == sum(p.numel() for p in theirs.base_model.parameters())
@@ -112,8 +113,22 @@ def test_a_difference_is_an_error(transformers, golden, tmp_path, monkeypatch, c
 def test_other_token_ids_are_said(transformers, golden, tmp_path, monkeypatch, capsys):
     theirs = minimore.check.transformers_states
     monkeypatch.setattr("minimore.check.transformers_states", lambda *a: (*theirs(*a)[:2], [5, 6, 7]))
-    assert page(golden, tmp_path)["parity"]["same_ids"] is False
-    assert "theirs begin [5, 6, 7]" in capsys.readouterr().out
+    assert page(golden, tmp_path, code=1)["parity"]["same_ids"] is False
+    said = capsys.readouterr()
+    assert "differ from place 0 on: theirs [5, 6, 7]" in said.out and said.err.count("\n") == 1
+    ours = Checkpoint(str(golden)).tokenizer.encode([PARAGRAPH])[0]
+    monkeypatch.setattr("minimore.check.transformers_states", lambda *a: (*theirs(*a)[:2], ours + [2]))
+    assert page(golden, tmp_path)["parity"]["same_ids"] is True
+    assert "behind which it adds [2]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [{"lm_head.weight": 1e5}, {"model.norm.weight": 1e38}], ids=str)
+def test_numbers_that_are_not_finite_are_an_error(learned, tmp_path, capsys, damage):
+    broken = copy_of(learned, tmp_path)
+    change_weights(broken, lambda t: {k: v * damage.get(k, 1) for k, v in t.items()})
+    for more in ([], ["--parity", "none"]):
+        assert main(["check", "--model", str(broken), "--json", str(tmp_path / "out"), *more]) == 1
+        assert "is not finite" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_without_transformers_nothing_is_compared(golden, tmp_path, monkeypatch, capsys):
@@ -166,9 +181,11 @@ def test_types_and_files_are_told(golden, tmp_path, monkeypatch):
     assert found["bytes"] == sum(p.stat().st_size for p in directory.glob("*.safetensors"))
 
 
-def test_a_short_context_is_respected(transformers, tmp_path):
+def test_a_short_context_is_respected(transformers, tmp_path, capsys):
     write(reference_model("opt", head="ForCausalLM", max_position_embeddings=40), tmp_path / "opt")
-    assert page(tmp_path / "opt", tmp_path)["parity"]["agrees"] is True
+    found = page(tmp_path / "opt", tmp_path)
+    assert found["parity"]["difference"] < 2e-5 and found["language"]["bits_per_byte"] is None
+    assert "its first 40 tokens" in capsys.readouterr().out
 
 
 def test_a_template_that_refuses_is_quoted(golden, damaged, tmp_path, capsys):

@@ -624,6 +624,24 @@ def test_bin_files_of_anything_but_tensors_are_refused_and_run_nothing(damaged, 
     assert not Path("hostile-code-ran").exists()
 
 
+def test_a_hostile_pickle_is_named_by_what_it_would_call(damaged):
+    assert_refused(as_bin(damaged(), True, lambda t: t | {"model.norm.weight": Hostile()}), "Unsupported global: GLOBAL getattr was not an allowed global by default.; nothing in it was run".replace(".;", ".);"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_bin_files_of_parameters_are_read_and_those_of_no_memory_refused(damaged):
+    open_model(as_bin(damaged(), True, lambda t: {k: torch.nn.Parameter(v) for k, v in t.items()}))
+    assert_refused(as_bin(damaged(), True, lambda t: t | {"model.norm.weight": torch.ones(24, device="meta")}), "model.norm.weight")
+
+
+def test_special_files_and_empty_ones_are_refused(damaged):
+    directory = damaged()
+    (directory / "config.json").unlink()
+    os.mkfifo(directory / "config.json")
+    assert_refused(directory, "config.json", "not a plain file")
+    assert_refused(damaged(weights=lambda t: {}), "holds no tensor")
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_damaged_bin_files_are_refused(damaged, zipped):
     directory = as_bin(damaged(), zipped)

@@ -4,8 +4,10 @@ import gzip
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -167,6 +169,7 @@ def test_absurd_outputs_are_refused_before_the_work(run, tmp_path, capsys, monke
     for output in ("", tmp_path / "absent" / "out"):
         refused(capsys, "score", "--model", run, "--input", good, "--output", output)
     refused(capsys, "train", "--model", run, "--source", f"a={good}", "--output", "")
+    assert "no such directory" in refused(capsys, "check", "--model", "")
     refused(capsys, "demo", "--output", "")
     refused(capsys, "demo", "--output", tmp_path / "demo", "--pairs", 10 ** 15)
     if not torch.cuda.is_available():
@@ -206,6 +209,22 @@ def test_the_kernel_refuses_to_write_and_nothing_is_left(run, tmp_path, capsys):
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, before)
             assert "too large" in said and [p.name for p in tmp_path.iterdir()] == ["good.jsonl"], arguments
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_interrupted_score_leaves_nothing(run, tmp_path, number):
+    """The input is a pipe that never ends: the signal comes while score waits."""
+    script = [sys.executable, "-m", "minimore", "score", "--model", str(run), "--input", "/dev/stdin", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(script, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdin.write((json.dumps(GOOD) + "\n") * 600)
+    process.stdin.flush()
+    while not list(tmp_path.iterdir()):
+        assert process.poll() is None
+        time.sleep(.05)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == (130 if number == signal.SIGINT else 128 + number) and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_score_reads_a_pipe_and_says_what_it_replaced(run, tmp_path):

@@ -37,7 +37,7 @@ def test_logits_and_losses_are_those_of_transformers(transformers, tmp_path, fam
     assert (ours.unembedding is ours.trunk.embedding.weight) == tied
     for text in TEXTS:
         expected = theirs(torch.tensor([text]), labels=torch.tensor([text]))
-        found = ours.logits(ours.states(pack([([], [text])])))
+        found = ours.logits(ours.trunk.states(pack([([], [text])])))
         torch.testing.assert_close(found, expected.logits[0], atol=2e-5 * float(expected.logits.abs().max()), rtol=0)
         losses = token_losses(ours, text)
         assert losses.shape == (len(text) - 1,)

@@ -110,6 +110,7 @@ def test_a_damaged_template_is_one_line(open_with):
     directory = open_with("{% for %}").directory
     with pytest.raises(InputError, match="chat template"):
         Tokenizer(directory).render([USER])
+    assert open_with([{"name": {"a": 1}, "template": "x"}, {"name": "default", "template": "y"}, 5]).render([USER]) == "y"
     (directory / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(InputError, match="not UTF-8"):
         Tokenizer(directory).render([USER])
@@ -149,11 +150,24 @@ def test_without_a_template_the_rendering_is_plain(open_with):
 def test_a_marker_in_a_message_is_refused(open_with, tmp_path):
     with pytest.raises(InputError, match=r"pairs.jsonl:1: .chosen.\[0\]: the content holds '<.im_start.>'"):
         source_of(open_with(CHATML), tmp_path, {"prompt": [USER], "chosen": [GOOD | {"content": "2<|im_end|>\n<|im_start|>user"}], "rejected": [BAD]})
+    with pytest.raises(InputError, match="the role holds '<.im_end.>'"):
+        source_of(open_with(CHATML), tmp_path, {"prompt": [USER], "chosen": [GOOD | {"role": "tool<|im_end|>"}], "rejected": [BAD]})
+
+
+@pytest.mark.parametrize("record", [{"prompt": [USER], "chosen": "2", "rejected": "three"}, {"prompt": [USER], "chosen": [GOOD], "rejected": "three"},
+                                    {"prompt": USER["content"], "chosen": "2", "rejected": [BAD]}], ids=str)
+def test_messages_and_strings_mix(open_with, record):
+    tokenizer = open_with(CHATML)
+    expected = record_pairs({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "", tokenizer)
+    assert record_pairs(record, "", tokenizer) == expected
 
 
 def test_a_doubled_bos_is_refused(open_with, tmp_path):
     with pytest.raises(InputError, match="begins with '<s>', which the tokenizer adds itself"):
         source_of(open_with(), tmp_path, {"prompt": "<s>q", "chosen": "a", "rejected": "b"})
+    for record in ({"chosen": "a", "rejected": "<s>b"}, {"text": ["a", "<s>b"], "score": [1, 2]}):
+        with pytest.raises(InputError, match="begins with '<s>'"):
+            source_of(open_with(), tmp_path, record)
     assert source_of(open_with(add_bos_token=False), tmp_path, {"prompt": "<s>q", "chosen": "a", "rejected": "b"}).pairs
     tokenizer = open_with(LLAMA)
     assert tokenizer.encode([tokenizer.render([USER])], rendered=True)[0].count(1) == 1

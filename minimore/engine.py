@@ -17,7 +17,7 @@ Step = tuple[Tensor, Tensor, Tensor, Tensor]     # z_chosen, z_rejected (B, D); 
 
 
 def step(model: RewardModel, batches: Sequence[PairBatch], sources: int, weigh: Callable, group: int | None = None,
-         share: float = 1.0) -> Step:
+         share: float = 1.0, smoothing: float = 0.0) -> Step:
     """Add the gradient of share x the weighted loss of these pairs to the parameters; weights over all of them at once.
 
     batches: consecutive micro-batches. Several of them cost one more forward: a first pass without a graph gives every
@@ -35,8 +35,8 @@ def step(model: RewardModel, batches: Sequence[PairBatch], sources: int, weigh: 
     loss, mean_weights = 0.0, 0.0
     size = group or len(source)
     for zc, zr, s in zip(z_chosen.split(size), z_rejected.split(size), source.split(size)):   # once, without groups
-        losses = bradley_terry_losses(model.head, zc, zr, s, sources)                         # (K,)   Eq. 1
-        gradients = head_gradients(model.head, zc, zr, s, sources)                            # (K, D) closed form
+        losses = bradley_terry_losses(model.head, zc, zr, s, sources, smoothing)              # (K,)   Eq. 1
+        gradients = head_gradients(model.head, zc, zr, s, sources, smoothing)                 # (K, D) closed form
         require_finite(losses + gradients.abs().amax(1), s)
         weights = weigh(losses, gradients, torch.bincount(s, minlength=sources))              # (K,) on the simplex
         loss = loss + weighted_loss(weights, losses) * (len(s) / len(source))                 # ()     Eq. 7
@@ -51,7 +51,7 @@ def step(model: RewardModel, batches: Sequence[PairBatch], sources: int, weigh: 
 
 
 def optimizer_step(model: RewardModel, pairs: Sequence[TokenPair], source: Sequence[int], sources: int, weigh: Callable, *,
-                   method: str, scope: str, sampling: str, micro_tokens: int) -> Step:
+                   method: str, scope: str, sampling: str, micro_tokens: int, smoothing: float = 0.0) -> Step:
     """Cut one optimizer step into micro-batches and run it.
 
     How it may be cut depends on what the weights must see. A group of one pair a source stands alone under scope `group`; any
@@ -63,9 +63,9 @@ def optimizer_step(model: RewardModel, pairs: Sequence[TokenPair], source: Seque
     parts = split_by_tokens([p.tokens for p in pairs], micro_tokens, sources if grouped else 1)
     batches = [pack_pairs(pairs[part.start:part.stop], source[part.start:part.stop]) for part in parts]
     if not alone:
-        return step(model, batches, sources, weigh)
+        return step(model, batches, sources, weigh, smoothing=smoothing)
     group = sources if scope == "group" else None
-    done = [step(model, [batch], sources, weigh, group, len(batch.source) / len(pairs)) for batch in batches]
+    done = [step(model, [batch], sources, weigh, group, len(batch.source) / len(pairs), smoothing) for batch in batches]
     z_chosen, z_rejected, weights, loss = zip(*done)
     return torch.cat(z_chosen), torch.cat(z_rejected), sum(weights), sum(loss)
 

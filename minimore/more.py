@@ -15,39 +15,41 @@ from torch import Tensor
 MOST_SOURCES = 12   # the exact solver tries all 2^K - 1 supports
 
 
-def pair_losses(margins: Tensor) -> Tensor:
+def pair_losses(margins: Tensor, smoothing: float = 0.0) -> Tensor:
     """Bradley-Terry loss of each pair: -log sigmoid(r_chosen - r_rejected), the summand of Eq. 1.
 
-    margins: (B,) -> (B,), nats. Source: Bradley and Terry 1952; arXiv 2312.07401v5, Eq. 1.
+    margins: (B,) -> (B,), nats. smoothing: the share of labels taken as the wrong way round, a control that the paper lacks.
+    Source: Bradley and Terry 1952; arXiv 2312.07401v5, Eq. 1.
 
     >>> pair_losses(torch.tensor([0.0]))
     tensor([0.6931])
     """
-    return -F.logsigmoid(margins)
+    losses = -F.logsigmoid(margins)
+    return losses if smoothing == 0 else (1 - smoothing) * losses - smoothing * F.logsigmoid(-margins)
 
 
 def bradley_terry_losses(head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: Tensor,
-                         sources: int | None = None) -> Tensor:
+                         sources: int | None = None, smoothing: float = 0.0) -> Tensor:
     """Mean Bradley-Terry loss of each source: L_k = -mean_{b in k} log sigmoid(head . (z_chosen - z_rejected)).
 
     head: (D,); z_chosen, z_rejected: (B, D); source: (B,) integers in [0, K); sources: K, by default the largest + 1.
     Returns (K,), nats; NaN for a source without a pair in the batch. Source: Eq. 1, once per source as in Eq. 7.
     """
-    losses = pair_losses((z_chosen - z_rejected) @ head)                                  # Eq. 1
+    losses = pair_losses((z_chosen - z_rejected) @ head, smoothing)                       # Eq. 1
     return torch.stack([losses[source == k].mean() for k in range(_count(source, sources))])
 
 
 def head_gradients(head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: Tensor,
-                   sources: int | None = None) -> Tensor:
+                   sources: int | None = None, smoothing: float = 0.0) -> Tensor:
     """Gradient of each source's loss with respect to the head, in closed form; no backward pass.
 
-    g_k = -mean_{b in k} sigmoid(-margin_b) (z_chosen_b - z_rejected_b)
+    g_k = -mean_{b in k} sigmoid(-margin_b) (z_chosen_b - z_rejected_b), with smoothing s: sigmoid(-margin_b) - s
 
     Shapes as in `bradley_terry_losses`. Returns (K, D), detached; a NaN row for a source without a pair.
     Source: appendix B, theta_rm; equal to autograd on `bradley_terry_losses`.
     """
     difference = (z_chosen - z_rejected).detach()                                         # (B, D)
-    per_pair = -torch.sigmoid(-(difference @ head.detach()))[:, None] * difference        # (B, D)
+    per_pair = (smoothing - torch.sigmoid(-(difference @ head.detach())))[:, None] * difference      # (B, D)
     return torch.stack([per_pair[source == k].mean(0) for k in range(_count(source, sources))])
 
 

@@ -50,6 +50,7 @@ class TrainOptions(ModelOptions):
     warmup: float = option(0.0, help="share of the steps in which the learning rate rises linearly from 0")
     schedule: str = option("linear", choices=("linear", "cosine", "constant"), help="learning rate after warmup")
     weight_decay: float = option(0.0, help="AdamW's decoupled weight decay")
+    label_smoothing: float = option(0.0, help="share of labels taken as the wrong way round; metrics.jsonl has the losses of sources without it")
     recompute: str = option("none", choices=("none", "full"), help="full drops every block's activations and recomputes them in backward")
     save_steps: int = option(500, help="steps between checkpoints")
     eval_steps: int | None = option(None, help="steps between evaluations on the TEST files (default: only at the end)")
@@ -131,6 +132,7 @@ def check_options(options: TrainOptions, K: int) -> int:
         (not 0 <= options.warmup <= 1, f"--warmup {options.warmup}: expected a share of the steps, from 0 to 1"),
         (options.method != "more" and (options.normalize != "l2" or options.gradient_average != 1), "--normalize and --gradient-average go with --method more"),
         (options.learning_rate <= 0, f"--learning-rate {options.learning_rate}: expected more than 0"),
+        (not 0 <= options.label_smoothing < 0.5, f"--label-smoothing {options.label_smoothing}: expected from 0 to less than 0.5"),
         (options.weight_decay < 0, f"--weight-decay {options.weight_decay}: expected 0 or more"),
     ]
     for name in ("max_length", "epochs", "save_steps", "log_steps", "eval_steps", "pairs_per_source"):
@@ -202,7 +204,7 @@ def train(options: TrainOptions) -> int:
             try:
                 z_chosen, z_rejected, weights, loss = optimizer_step(
                     model, pairs, chosen[:, 0].tolist(), K, weigh, method=options.method, scope=options.lambda_scope,
-                    sampling=options.sampling, micro_tokens=options.micro_tokens)
+                    sampling=options.sampling, micro_tokens=options.micro_tokens, smoothing=options.label_smoothing)
             except NonFiniteLoss as error:
                 kept = checkpoints(run)
                 raise FloatingPointError(f"step {done}: the loss of source {names[error.source]!r} is not finite; "

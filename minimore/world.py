@@ -14,6 +14,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -85,6 +86,22 @@ class World:
         counts = np.array([_counts(p.chosen) - _counts(p.rejected) for p in pairs])
         return counts @ (shared + drifts).T / math.sqrt(self.response_words)
 
+    def decompose(self, margins: np.ndarray, pairs: list[Pair]) -> "Decomposition":
+        """What a model's margins on these pairs consist of, for Eq. 4: shared reward, drift, and neither.
+
+        margins: (N,), of the same pairs. r* and the drifts are orthogonal under the world's pairs, so the shares add up to 1 but for what a
+        sample of N adds; they are undefined (NaN) for constant margins.
+        """
+        m = np.asarray(margins, dtype=np.float64)
+        counts = np.array([_counts(p.chosen) - _counts(p.rejected) for p in pairs]) / math.sqrt(self.response_words)
+        shared, drifts = self.values()
+        true, drift = counts @ shared, counts @ drifts.T                         # (N,), (N, K)
+        slope = lambda x: float(np.mean(m * x) / np.mean(x * x)) if np.any(x) else math.nan
+        explained = lambda x: float(np.mean((x @ np.linalg.lstsq(x, m, rcond=None)[0]) ** 2) / np.mean(m * m)) if np.any(m) else math.nan
+        parts = explained(true[:, None]), explained(drift)
+        both = explained(np.concatenate([true[:, None], drift], 1))
+        return Decomposition(slope(true), np.array([slope(d) for d in drift.T]), *parts, 1 - both)
+
     def ceilings(self, pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
         """Expected accuracy per annotator (K,) over these pairs: of that annotator's own best rule, and of the best single rule.
 
@@ -134,6 +151,15 @@ class World:
         if k % 5 == 2:
             return {"chosen": prompt + chosen, "rejected": prompt + rejected}
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "probability": round(p, 6)}
+
+
+class Decomposition(NamedTuple):
+    """Slopes: margin on r* and on each drift (K,), 1 where a model has it as it is. Shares of the margins' mean square: r*, drifts, neither."""
+    shared: float
+    drift: np.ndarray
+    shared_share: float
+    drift_share: float
+    other_share: float
 
 
 def _counts(response: str) -> np.ndarray:

@@ -138,7 +138,7 @@ def test_bad_options_are_refused(world, run, tmp_path, capsys):
     for flag, value in (("--batch-size", 0), ("--batch-size", "many"), ("--epochs", 0), ("--max-length", 0), ("--save-steps", -1),
                         ("--learning-rate", 0), ("--learning-rate", "nan"), ("--learning-rate", "inf"), ("--warmup", 1.5),
                         ("--gradient-average", 0), ("--method", "mgda"), ("--seed", -1), ("--pairs-per-source", 0),
-                        ("--micro-tokens", 0), ("--eval-steps", 5), ("--weight-decay", -1), ("--learning-rat", 1)):
+                        ("--micro-tokens", 0), ("--eval-steps", 5), ("--weight-decay", -1), ("--label-smoothing", .5), ("--learning-rat", 1)):
         bad(flag, value)
     if not torch.cuda.is_available():
         assert "--device cuda" in bad("--device", "cuda")

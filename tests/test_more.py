@@ -47,6 +47,18 @@ def test_head_gradients_equal_autograd(K):
     assert torch.allclose(head_gradients(head, zc, zr, source), autograd, rtol=0, atol=1e-14)
 
 
+def test_label_smoothing_mixes_in_the_other_way_round():
+    head, zc, zr, source = batch(K=3)
+    head.requires_grad_()
+    losses = bradley_terry_losses(head, zc, zr, source, smoothing=.1)
+    plain, other = bradley_terry_losses(head, zc, zr, source), bradley_terry_losses(head, zr, zc, source)
+    assert torch.allclose(losses, .9 * plain + .1 * other, rtol=0, atol=1e-14)
+    autograd = torch.stack([torch.autograd.grad(loss, head, retain_graph=True)[0] for loss in losses])
+    assert torch.allclose(head_gradients(head, zc, zr, source, smoothing=.1), autograd, rtol=0, atol=1e-14)
+    best = torch.tensor(.9).logit()                                              # of all margins the smoothed loss wants this one
+    assert pair_losses(best, .1) < min(pair_losses(best + d, .1) for d in (-.01, .01))
+
+
 def test_a_source_without_a_pair_is_nan_and_stays_out_of_the_solve():
     head, zc, zr, source = batch(K=2)
     losses, gradients = bradley_terry_losses(head, zc, zr, source, 3), head_gradients(head, zc, zr, source, 3)

@@ -156,7 +156,7 @@ def content(run):
 
 
 VARIANTS = {
-    "more": {}, "average": {"gradient_average": 0.3, "lambda_scope": "group", "epochs": 2, "weight_decay": 0.1},
+    "more": {}, "average": {"gradient_average": 0.3, "lambda_scope": "group", "epochs": 2, "weight_decay": 0.1, "label_smoothing": 0.1},
     "dro": {"method": "group_dro", "sampling": "proportional", "schedule": "cosine", "warmup": 0.1, "micro_tokens": 100},
 }
 

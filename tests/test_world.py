@@ -8,7 +8,7 @@ import pytest
 from minimore.cli import main
 from minimore.demo import true_pairs
 from minimore.options import InputError
-from minimore.world import ANNOTATORS, World
+from minimore.world import ANNOTATORS, World, _counts
 
 
 def test_drifts_cancel_are_equally_strong_and_orthogonal_to_the_shared_reward():
@@ -36,6 +36,24 @@ def test_labels_are_drawn_with_the_probability_on_file(tmp_path):
         assert np.allclose(p, 1 / (1 + np.exp(-world.true_margins(true_pairs(paths[name][0]))[:, k])), atol=1e-6)
         said, came_true = np.maximum(p, 1 - p).mean(), (p > .5).mean()
         assert said == pytest.approx(came_true, abs=4 * (said * (1 - said) / len(p)) ** .5)
+
+
+def test_a_model_is_taken_apart():
+    world = World(conflict=.4)
+    pairs, rng = _pairs(6000), np.random.default_rng(1)
+    counts = np.array([_counts(p.chosen) - _counts(p.rejected) for p in pairs]) / np.sqrt(14)
+    shared, drifts = world.values()
+    true, drift = counts @ shared, counts @ drifts.T
+    found = world.decompose(2 * true + 3 * drift[:, 0] + rng.normal(0, 1, len(pairs)), pairs)
+    assert found.shared == pytest.approx(2, abs=.1)
+    assert np.allclose(found.drift, [3, -.75, -.75, -.75, -.75], atol=.15)       # a simplex: every drift is a quarter of minus the others
+    parts = np.array([4 * (true ** 2).mean(), 9 * (drift[:, 0] ** 2).mean(), 1])
+    assert np.allclose([found.shared_share, found.drift_share, found.other_share], parts / parts.sum(), atol=.02)
+    flipped = [p._replace(chosen=p.rejected, rejected=p.chosen) for p in pairs]  # labels do not enter
+    assert world.decompose(-true, flipped).shared == pytest.approx(1)
+    assert np.isnan(world.decompose(np.zeros(len(pairs)), pairs).shared_share)
+    alone = World(conflict=0.0).decompose(true, pairs)
+    assert np.isnan(alone.drift).all() and alone.drift_share == 0
 
 
 def test_ceilings():

@@ -265,11 +265,11 @@ def write_sharded(directory: Path, tensors: dict[str, Tensor]):
             "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]):
-    """One safetensors file, whole or not at all."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None):
+    """One safetensors file, whole or not at all; notes: what its header says instead of its format (one note: several have no order)."""
     unfinished = beside(path)
     try:
-        save_file(tensors, unfinished, metadata={"format": "pt"})
+        save_file(tensors, unfinished, metadata=notes or {"format": "pt"})
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)

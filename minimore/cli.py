@@ -10,6 +10,7 @@ from . import __version__
 from .check import CheckOptions, check
 from .demo import DemoOptions, demo
 from .evaluate import EvaluateOptions, evaluate
+from .features import FeaturesOptions, ProbeOptions, features, probe
 from .options import InputError, Parser, add_options, from_arguments, printable
 from .reward import ScoreOptions, score
 from .train import TrainOptions, train
@@ -19,6 +20,8 @@ VERBS = {
     "train": (TrainOptions, train, "train a reward model on one or more sources of preference pairs"),
     "evaluate": (EvaluateOptions, evaluate, "accuracy and calibration of a reward model, per source"),
     "check": (CheckOptions, check, "what is in a checkpoint, and does it work here: perplexity, rewards, memory, parity with transformers"),
+    "features": (FeaturesOptions, features, "store the pooled states of a frozen checkpoint"),
+    "probe": (ProbeOptions, probe, "train reward heads on stored states, by any method, over many seeds"),
     "score": (ScoreOptions, score, "add rewards to every line of a JSON lines file"),
 }
 

@@ -73,12 +73,10 @@ ADDED = {"content": "<|new|>", "lstrip": False, "rstrip": True, "normalized": Fa
 
 
 @pytest.mark.parametrize("config, marked", [
-    ({"added_tokens_decoder": {"292": ADDED}}, "<|new|>"), ({"additional_special_tokens": ["<|new|>"]}, "<|new|>"), ({"eos_token": "ing"}, "ing"), ({"eos_token": "the"}, "the")], ids=str)
+    ({"added_tokens_decoder": {"292": ADDED}}, "<|new|>"), ({"additional_special_tokens": ["<|new|>"]}, "<|new|>"), ({"eos_token": "ital"}, "ital")], ids=str)
 def test_what_only_the_config_calls_special_is_special(open_with, config, marked):
     """In a rendered conversation; in a user's text it is text, and in a message it is refused."""
     tokenizer = open_with("{{ messages[0].content }}" + marked, **config)
-    if tokenizer.file.token_to_id(marked) is None:
-        pytest.skip("not in this vocabulary")
     rendered, = tokenizer.encode(["a" + marked + "  b"], rendered=True)
     assert tokenizer.file.token_to_id(marked) in rendered
     assert tokenizer.names_special("a" + marked) and marked in tokenizer.markers

@@ -41,6 +41,7 @@ AGREE = 1e-3                             # largest relative difference of a hidd
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(ModelOptions):
     """What `check` takes."""
+    model: str = option(value="MODEL", help="checkpoint directory or hub name", positional=True)
     parity: str = option("auto", choices=("auto", "none"), help="auto compares with transformers if it is installed, in fp32, one model in memory at a time")
     json: str | None = option(None, value="OUT.json", help="write all figures here; must not exist")
 

@@ -28,9 +28,12 @@ class InputError(ValueError):
         super().__init__(printable(message)[:MESSAGE])
 
 
-def option(default=dataclasses.MISSING, help="", choices=None, repeat=False, value="VALUE"):
-    """A dataclass field that is also a command-line option; without a default it is required. value: its name in the help."""
-    metadata = {"help": help, "choices": choices, "repeat": repeat, "value": value}
+def option(default=dataclasses.MISSING, help="", choices=None, repeat=False, value="VALUE", positional=False):
+    """A dataclass field that is also a command-line option; without a default it is required. value: its name in the help.
+
+    positional: it may be given without its name, too.
+    """
+    metadata = {"help": help, "choices": choices, "repeat": repeat, "value": value, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -64,6 +67,11 @@ def add_options(parser, options_class):
         if kind is bool:
             parser.add_argument(name, action="store_true", default=field.default, help=text)
             continue
+        if field.metadata["positional"]:
+            parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, choices=field.metadata["choices"], help=text,
+                                metavar=None if field.metadata["choices"] else field.metadata["value"])
+            parser.add_argument(name, default=None, choices=field.metadata["choices"], help=argparse.SUPPRESS)
+            continue
         if not required and field.default not in (None, ()):
             text += f" (default: {field.default})"
         parser.add_argument(name, type=_parser_type(kind) if kind in (int, float) else kind, required=required,
@@ -75,6 +83,9 @@ def add_options(parser, options_class):
 def from_arguments(options_class, arguments):
     """Build the frozen dataclass from an argparse namespace; repeated options become tuples."""
     values = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(options_class)}
+    for f in dataclasses.fields(options_class):
+        if f.metadata["positional"] and values[f.name] is None:
+            raise InputError(f"{f.name.upper()} is missing: {f.metadata['help']}")
     return options_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

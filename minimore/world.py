@@ -113,22 +113,24 @@ class World:
         first = (2 * p - 1).sum(1, keepdims=True) > 0
         return np.maximum(p, 1 - p).mean(0), np.where(first, p, 1 - p).mean(0)
 
+    def paths(self, directory: Path) -> dict[str, tuple[Path, Path]]:
+        """Where `write` puts the training and test file of each annotator."""
+        end = lambda k: ".jsonl.gz" if k % 5 == 3 else ".jsonl"
+        return {name: tuple(directory / "data" / f"{name}.{part}{end(k)}" for part in ("train", "test")) for k, name in enumerate(self.annotators)}
+
     def write(self, directory: Path) -> dict[str, tuple[Path, Path]]:
         """Write data/NAME.train.jsonl and .test.jsonl per annotator and the checkpoint model/; returns the paths by name.
 
         The annotators use different line formats, one is gzipped: all doors that real data comes through.
         """
-        data = directory / "data"
-        data.mkdir(parents=True)
-        random, seen, paths, texts = np.random.default_rng([self.seed, 1]), set(), {}, []
+        (directory / "data").mkdir(parents=True)
+        random, seen, paths, texts = np.random.default_rng([self.seed, 1]), set(), self.paths(directory), []
         for k, name in enumerate(self.annotators):
             count = self.train_pairs[k % len(self.train_pairs)]
             lines = [self._line(k, random, seen) for _ in range(count + self.test_pairs)]
-            end = ".jsonl.gz" if k % 5 == 3 else ".jsonl"
-            paths[name] = data / f"{name}.train{end}", data / f"{name}.test{end}"
             for path, part in zip(paths[name], (lines[:count], lines[count:])):
                 content = "".join(json.dumps(line) + "\n" for line in part).encode()
-                path.write_bytes(gzip.compress(content, mtime=0) if end.endswith("gz") else content)
+                path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
             texts += [json.dumps(line) for line in lines[:200]]
         train_tokenizer(texts, directory / "tokenizer.json")
         random_checkpoint(directory / "model", small_gpt_neox(), directory / "tokenizer.json", self.seed)

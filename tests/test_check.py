@@ -22,7 +22,7 @@ from test_policy import write
 def page(directory, tmp_path, *more, code=0):
     """What check found, and what it printed."""
     out = tmp_path / f"check-{len(list(tmp_path.glob('check-*')))}.json"
-    assert main(["check", "--model", str(directory), "--json", str(out), *more]) == code
+    assert main(["check", str(directory), "--json", str(out), *more]) == code
     return json.loads(out.read_text())
 
 

@@ -170,6 +170,7 @@ def test_absurd_outputs_are_refused_before_the_work(run, tmp_path, capsys, monke
         refused(capsys, "score", "--model", run, "--input", good, "--output", output)
     refused(capsys, "train", "--model", run, "--source", f"a={good}", "--output", "")
     assert "no such directory" in refused(capsys, "check", "--model", "")
+    assert "MODEL is missing" in refused(capsys, "check")
     refused(capsys, "demo", "--output", "")
     refused(capsys, "demo", "--output", tmp_path / "demo", "--pairs", 10 ** 15)
     if not torch.cuda.is_available():

@@ -11,7 +11,9 @@ from .check import CheckOptions, check
 from .demo import DemoOptions, demo
 from .evaluate import EvaluateOptions, evaluate
 from .features import FeaturesOptions, ProbeOptions, features, probe
+from .grid import ReproduceOptions
 from .options import InputError, Parser, add_options, from_arguments, printable
+from .reproduce import reproduce
 from .reward import ScoreOptions, score
 from .train import TrainOptions, train
 
@@ -22,6 +24,7 @@ VERBS = {
     "check": (CheckOptions, check, "what is in a checkpoint, and does it work here: perplexity, rewards, memory, parity with transformers"),
     "features": (FeaturesOptions, features, "store the pooled states of a frozen checkpoint"),
     "probe": (ProbeOptions, probe, "train reward heads on stored states, by any method, over many seeds"),
+    "reproduce": (ReproduceOptions, reproduce, "run one of the paper's experiments as a grid, on the built-in ladder or on real checkpoints"),
     "score": (ScoreOptions, score, "add rewards to every line of a JSON lines file"),
 }
 

@@ -68,9 +68,9 @@ def add_options(parser, options_class):
             parser.add_argument(name, action="store_true", default=field.default, help=text)
             continue
         if field.metadata["positional"]:
-            parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, choices=field.metadata["choices"], help=text,
-                                metavar=None if field.metadata["choices"] else field.metadata["value"])
-            parser.add_argument(name, default=None, choices=field.metadata["choices"], help=argparse.SUPPRESS)
+            choices = field.metadata["choices"]
+            parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, help=text, metavar="{" + ",".join(choices) + "}" if choices else field.metadata["value"])
+            parser.add_argument(name, default=None, help=argparse.SUPPRESS)
             continue
         if not required and field.default not in (None, ()):
             text += f" (default: {field.default})"
@@ -86,6 +86,8 @@ def from_arguments(options_class, arguments):
     for f in dataclasses.fields(options_class):
         if f.metadata["positional"] and values[f.name] is None:
             raise InputError(f"{f.name.upper()} is missing: {f.metadata['help']}")
+        if f.metadata["positional"] and f.metadata["choices"] and values[f.name] not in f.metadata["choices"]:
+            raise InputError(f"{f.name} {values[f.name]}: expected one of {', '.join(f.metadata['choices'])}")
     return options_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -136,8 +138,8 @@ def one_line(error) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def read_json(path) -> dict:
-    """A JSON object from a file, or one clear line."""
+def read_json(path, kind=dict):
+    """A JSON object (or a list) from a file, or one clear line."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise InputError(f"{path}: not a plain file; expected a file of JSON")
@@ -148,8 +150,8 @@ def read_json(path) -> dict:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds {type(value).__name__}; expected a JSON object")
+    if not isinstance(value, kind):
+        raise InputError(f"{path}: holds {type(value).__name__}; expected a JSON {'object' if kind is dict else 'list'}")
     return value
 
 

@@ -9,6 +9,7 @@ from .calibration import pair_reliability
 from .options import InputError, beside
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")   # Okabe and Ito
+MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")           # so that a grey print still tells sources apart
 
 
@@ -60,6 +61,33 @@ def draw_weights(weights: dict[str, list[float]], directory: Path) -> Path:
     axis.set(xlabel="step", ylabel="weight (lambda)", ylim=(0, None))
     axis.legend(fontsize="small", ncols=len(weights), loc="upper center")
     return _save(figure, directory / "weights.png")
+
+
+def draw_schemes(schemes: dict[str, dict], names: list[str], path: Path) -> Path:
+    """Accuracy (top) and ECE (bottom) of every scheme on every source: {scheme: {rate: [(mean, half interval) per source]}}."""
+    figure = _figure(2.5, 2)
+    for axis, rate in zip(figure.subplots(2, 1, sharex=True), ("accuracy", "ece")):
+        for k, (scheme, rates) in enumerate(schemes.items()):
+            mean, half = np.array(rates[rate]).T
+            place = np.arange(len(names)) + 0.7 * (k / max(1, len(schemes) - 1) - 0.5)
+            axis.errorbar(place, mean, np.nan_to_num(half), fmt=MARKERS[k % len(MARKERS)], color=PALETTE[k % len(PALETTE)], markersize=5, linewidth=1, label=_plain(scheme))
+        axis.set(ylabel={"accuracy": "accuracy", "ece": "ECE"}[rate], xticks=np.arange(len(names)), xticklabels=[_plain(n) for n in names])
+        axis.grid(axis="y", color="0.9")
+    figure.axes[0].legend(fontsize="x-small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return _save(figure, path)
+
+
+def draw_curves(curves: dict[str, list[tuple]], across: str, up: str, path: Path) -> Path:
+    """Lines through (x, mean, half interval), one a label."""
+    figure = _figure(2)
+    axis = figure.subplots()
+    for k, (label, points) in enumerate(curves.items()):
+        x, mean, half = np.array(points, dtype=float).T
+        axis.errorbar(x, mean, np.nan_to_num(half), color=PALETTE[k % len(PALETTE)], linestyle=LINES[k % len(LINES)], marker=MARKERS[k % len(MARKERS)], markersize=4, capsize=2, label=_plain(label))
+    axis.set(xlabel=across, ylabel=up)
+    axis.grid(axis="y", color="0.9")
+    axis.legend(fontsize="small")
+    return _save(figure, path)
 
 
 def _plain(name):

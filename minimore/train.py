@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -159,8 +160,11 @@ def load_sources(options, tokenizer) -> tuple[list[Source], list[Source]]:
     return train_sources, test_sources
 
 
-def train(options: TrainOptions) -> int:
-    """Train a reward model; returns the exit code (0 finished, 128 + signal when asked to stop)."""
+def train(options: TrainOptions, watch: Callable[[int, int, RewardModel], None] | None = None) -> int:
+    """Train a reward model; returns the exit code (0 finished, 128 + signal when asked to stop).
+
+    watch: called after every step with its number, the number of steps and the model.
+    """
     names = list(parse_sources(options.source))
     K, batch_size, run = len(names), check_options(options, len(names)), open_run(options)
     if run is None:
@@ -214,6 +218,8 @@ def train(options: TrainOptions) -> int:
             record |= step_metrics(model.head, z_chosen, z_rejected, torch.tensor(chosen[:, 0], device=z_chosen.device), weights, loss, names)
             optimizer.step()
             optimizer.zero_grad()
+            if watch:
+                watch(done, steps, model)
             if options.eval_steps and done % options.eval_steps == 0:
                 record["evaluation"] = evaluate_sources(model, tests, options.micro_tokens)[0]
             record["seconds"] = round(time.monotonic() - began, 3)

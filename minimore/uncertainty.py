@@ -120,7 +120,7 @@ def debiased_ece(margins, prompts=None, bins: int = 10) -> float:
 
 # ---- the bootstrap -------------------------------------------------------------------------------------------------------
 
-def _replicates(samples: list[Sums], replicates, seed):
+def resample(samples: list[Sums], replicates: int = REPLICATES, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Accuracy and debiased ECE of every sample in every replicate, the same prompts drawn for all: two (samples, R) arrays."""
     G, random = len(samples[0].pairs), np.random.default_rng(seed)
     accuracies, eces = [], []
@@ -152,7 +152,7 @@ def student_t(freedom: int) -> float:
 def intervals(margins, prompts=None, replicates: int = REPLICATES, seed: int = 0) -> tuple[Interval, Interval]:
     """Accuracy and debiased ECE of one model on one source, each with its 95% interval."""
     sums = prompt_sums(margins, prompts)
-    accuracies, eces = _replicates([sums], replicates, seed)
+    accuracies, eces = resample([sums], replicates, seed)
     G = len(sums.pairs)
     return _interval(sums.right.sum() / sums.pairs.sum(), accuracies[0], G), _interval(debiased_ece(margins, prompts), eces[0], G)
 
@@ -162,7 +162,7 @@ def difference_intervals(margins, baseline, prompts=None, replicates: int = REPL
     if len(margins) != len(baseline):
         raise ValueError(f"margins and baseline must be of the same pairs, got {len(margins)} and {len(baseline)}")
     mine, theirs = prompt_sums(margins, prompts), prompt_sums(baseline, prompts)
-    accuracies, eces = _replicates([mine, theirs], replicates, seed)
+    accuracies, eces = resample([mine, theirs], replicates, seed)
     G, accuracy = len(mine.pairs), (mine.right.sum() - theirs.right.sum()) / mine.pairs.sum()
     ece = debiased_ece(margins, prompts) - debiased_ece(baseline, prompts)
     return _interval(accuracy, accuracies[0] - accuracies[1], G), _interval(ece, eces[0] - eces[1], G)

@@ -8,10 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minimore.checkpoint import Checkpoint
 from minimore.cli import main
 from minimore.features import ProbeOptions, load_features, over_seeds, train_head
-from minimore.more import WEIGHTINGS, more_weights, bradley_terry_losses, head_gradients, weighted_loss
+from minimore.more import WEIGHTINGS, bradley_terry_losses, head_gradients, weighted_loss
 from minimore.pairs import epoch_steps, load_source, pack_pairs
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
 from minimore.world import World
@@ -87,7 +86,7 @@ def test_heads_are_those_of_autograd_and_adam(stored, method, sampling):
         weighted_loss(w.detach(), losses).backward()
         optimizer.step()
     assert torch.allclose(mine, head.detach(), atol=2e-4)
-    assert WEIGHTINGS["more"] is more_weights and len(weights) == len(plans)
+    assert len(weights) == len(plans)
 
 
 def test_probe_reports_every_method_and_the_worst_source(stored, tmp_path, capsys):
@@ -130,4 +129,3 @@ def test_bad_options(stored, tmp_path, capsys):
     for flags in (["--seeds", "0"], ["--batch-size", "4"], ["--learning-rate", "0"], ["--label-smoothing", ".5"], ["--features", str(tmp_path)]):
         assert main(["probe", "--features", str(directory / "states"), *flags]) == 2, flags
         assert capsys.readouterr().err.count("\n") == 1
-    assert Checkpoint(str(directory / "model"))

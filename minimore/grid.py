@@ -1,0 +1,257 @@
+"""A grid of runs: which cells an experiment has, and running one. Finished cells are skipped, so a grid survives kills.
+
+On the built-in ladder (small models in the synthetic world) or on real checkpoints and files. Every cell is an ordinary run directory; its
+margins on every test pair are kept, and all tables are made of these.
+"""
+
+import json
+import math
+import shutil
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .checkpoint import Checkpoint, random_checkpoint, write_tensors
+from .evaluate import source_margins
+from .options import InputError, option, parse_sources, write_json
+from .pairs import load_source
+from .records import read_records, record_pairs
+from .reward import ModelOptions, check_length, open_reward_model
+from .train import TrainOptions, train
+from .world import World, small_gpt_neox
+
+REGIMES = {                              # what may set uniform and MORE apart in the world
+    "mild": {}, "conflict": dict(conflict=0.6), "revealed": dict(conflict=0.6, reveal=True), "noise": dict(decisiveness=(5.0, 4.0, 2.0, 0.7, 0.2)),
+    "sizes": dict(train_pairs=(1.0, 0.3, 0.1, 0.03, 0.03)), "ties": dict(ties=0.3), "reversed": dict(reversed="eve"),
+}
+SCHEMES = {                              # name: TrainOptions that make it; "single" is one run a source
+    "single": {}, "multitask": dict(method="proportional", sampling="proportional"), "uniform": dict(method="uniform"), "more": dict(method="more"),
+    "more per group": dict(method="more", lambda_scope="group"), "group dro": dict(method="group_dro"), "smoothing": dict(method="uniform", label_smoothing=0.1),
+}
+AUTHORS = dict(lambda_scope="group", gradient_average=0.99)           # what --protocol authors changes in MORE
+PROTOCOLS = {
+    "authors": "weights per group of one pair a source, gradient average .99, every test pair used, no temperature; not kept: their tokenizer ids, fp16 autocast, clipping, the first 40,000",
+    "clean": "weights per step; a quarter of the test prompts is held out to fit temperatures, the rest is the test",
+}
+HELD_OUT = 4                             # of so many test prompts, one fits temperatures
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceOptions:
+    """What `reproduce` takes. Without --model it runs on the ladder in the world; with it, on real checkpoints and --source files."""
+    experiment: str = option(value="EXPERIMENT", choices=("table2", "regimes", "sources", "scaling", "drift"), positional=True,
+                             help="table2: schemes by size; regimes: where weights matter; sources: K = 2 to 5 (Fig. 6); scaling: sizes and amounts of data; drift: what rewards consist of")
+    output: str = option(value="DIR", help="directory of the grid; the same command continues it")
+    model: tuple[str, ...] = option((), repeat=True, value="DIR|HUB", help="real checkpoint, once per size")
+    source: tuple[str, ...] = option((), repeat=True, value="NAME=TRAIN,TEST", help="real data, once per source, with a test file")
+    scheme: tuple[str, ...] = option((), repeat=True, choices=tuple(SCHEMES), help="once per scheme (default: single, multitask, uniform, more)")
+    protocol: str = option("clean", choices=tuple(PROTOCOLS), help="which of the authors' choices are kept; printed")
+    seeds: int = option(3, help="runs of every cell; in the world a seed is also another world")
+    width: tuple[int, ...] = option((), repeat=True, help="ladder: once per width of the model (default: 16, 32 and 64)")
+    pairs: int | None = option(None, help="training pairs of each source an epoch (default: 6400 in the world, 40000 else)")
+    test_pairs: int = option(1200, help="world: test pairs of each annotator")
+    regime: str = option("conflict", choices=tuple(REGIMES), help="world: which one table2, sources, scaling and drift use")
+    learning_rate: float | None = option(None, help="peak learning rate (default: 3e-3 on the ladder, else the paper's 1e-6)")
+    batch_size: int | None = option(None, help="pairs a step (default: 16 x sources)")
+    max_length: int = option(512, help="tokens a text")
+    micro_tokens: int = option(8192, help="unique tokens computed at a time")
+    recompute: str = option("none", choices=("none", "full"), help="recompute blocks in backward")
+    device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    quick: bool = option(False, help="a cut of the ladder that takes a minute: one width, a tenth of the pairs")
+    dry_run: bool = option(False, help="print the cells and the hours, and stop")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its test margins. at: its place in the grid, and what tables are sorted by."""
+    at: dict                             # size, scheme, seed, and regime, K or pairs
+    model: Path | str
+    sources: dict[str, tuple[str, str]]  # trained on
+    tests: dict[str, str]                # margins of these
+    options: dict = field(default_factory=dict)          # of TrainOptions
+    world: World | None = None
+    watched: bool = False                # decompose the margins while training
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(v).replace(" ", "_").replace("/", "_") for v in self.at.values())
+
+
+# ---- planning --------------------------------------------------------------------------------------------------------------
+
+def plan(o: ReproduceOptions) -> list[Cell]:
+    """The cells of an experiment, in the order in which they are run: one seed after the other."""
+    schemes, widths = o.scheme or ("single", "multitask", "uniform", "more"), sizes_of(o)
+    grids = {
+        "table2": lambda: [dict(size=w, scheme=s) for w, s in product(widths, schemes)],
+        "regimes": lambda: [dict(regime=r, size=widths[min(1, len(widths) - 1)], scheme=s)
+                            for r, s in product(REGIMES, o.scheme or ("multitask", "uniform", "more", "group dro"))],
+        "sources": lambda: [dict(K=k, size=w, scheme=s) for k, w, s in product(range(2, 6), widths[-1:], o.scheme or ("uniform", "more"))],
+        "scaling": lambda: [dict(regime=r, pairs=int(_pairs(o) * share), size=w, scheme=s) for r, share, w, s in
+                            product([o.regime] if o.model else ("conflict", "revealed"), (1 / 8, 1 / 2, 1), widths, o.scheme or ("single", "uniform"))],
+        "drift": lambda: [dict(size=w, scheme=s) for w, s in product(widths[-1:], o.scheme or ("uniform", "more", "group dro"))],
+    }
+    return [cell for seed in range(o.seeds) for at in grids[o.experiment]() for cell in _cells(o, at | dict(seed=seed))]
+
+
+def sizes_of(o: ReproduceOptions) -> tuple:
+    """The sizes of an experiment: checkpoints, or widths of the ladder."""
+    return o.model or o.width or ((16,) if o.quick else (16, 32, 64))
+
+
+def _pairs(o):
+    return o.pairs or ((640 if o.quick else 6400) if not o.model else 40_000)
+
+
+def _cells(o, at):
+    """The runs behind one place of the grid: one, or one a source for "single"."""
+    pairs, world = at.get("pairs", _pairs(o)), None
+    if o.model:
+        model, files = at["size"], {name: (a, b) for name, (a, b) in parse_sources(o.source).items()}
+    else:
+        fields = REGIMES[at.get("regime", o.regime)]
+        shares = fields.get("train_pairs", (1.0,))
+        world = World(**fields | dict(train_pairs=tuple(max(2, int(s * pairs)) for s in shares), test_pairs=o.test_pairs, seed=at["seed"]))
+        home = Path(o.output) / "worlds" / f"{at.get('regime', o.regime)}-{pairs}-{at['seed']}"
+        model, files = home / f"width-{at['size']}", {name: tuple(map(str, ab)) for name, ab in world.paths(home).items()}
+    names = list(files)[:at.get("K")]
+    tests = {name: files[name][1] for name in names}
+    batch = o.batch_size or 16 * len(names)
+    common = dict(learning_rate=o.learning_rate or (1e-6 if o.model else 3e-3), max_length=o.max_length, seed=at["seed"], micro_tokens=o.micro_tokens,
+                  recompute=o.recompute, device=o.device, pairs_per_source=pairs, log_steps=100, save_steps=500)
+    if at["scheme"] == "single":
+        return [Cell(at | dict(scheme=f"single {name}"), model, {name: files[name]}, tests, common | dict(method="uniform", batch_size=batch), world) for name in names]
+    changes = SCHEMES[at["scheme"]] | (AUTHORS if o.protocol == "authors" and at["scheme"] == "more" else {})
+    return [Cell(at, model, {name: files[name] for name in names}, tests, common | dict(batch_size=batch) | changes, world, o.experiment == "drift")]
+
+
+def prepare(cell: Cell):
+    """Write the cell's world and its model, once; what a kill left half-made is made again."""
+    if cell.world is None:
+        return
+    model, home = Path(cell.model), Path(cell.model).parent
+    if not home.exists():
+        shutil.rmtree(home.with_suffix(".partial"), ignore_errors=True)
+        cell.world.write(home.with_suffix(".partial"))
+        home.with_suffix(".partial").rename(home)
+    if not model.exists():
+        shutil.rmtree(model.with_suffix(".partial"), ignore_errors=True)
+        random_checkpoint(model.with_suffix(".partial"), small_gpt_neox(int(model.name.split("-")[1])), home / "tokenizer.json", cell.world.seed)
+        model.with_suffix(".partial").rename(model)
+
+
+def check_plan(o: ReproduceOptions):
+    """Refuse what cannot be run."""
+    for name, value, most in (("seeds", o.seeds, 1000), ("pairs", _pairs(o), 10 ** 7), ("test-pairs", o.test_pairs, 10 ** 6), *(("width", w, 4096) for w in o.width)):
+        if not 1 <= value <= most:
+            raise InputError(f"--{name} {value}: expected 1 to {most}")
+    if any(w % 8 for w in o.width):
+        raise InputError(f"--width {next(w for w in o.width if w % 8)}: expected a multiple of 8 (four heads, which rotate by pairs)")
+    if bool(o.model) != bool(o.source):
+        raise InputError("--model and --source go together: real checkpoints with real data, or neither for the ladder in the world")
+    if o.model:
+        sources = parse_sources(o.source)
+        without = [name for name, (_, test) in sources.items() if test is None]
+        if o.experiment in ("regimes", "drift") or without or o.width or o.quick:
+            raise InputError(f"--source {without[0]}: has no test file; expected NAME=TRAIN,TEST" if without else
+                             f"{o.experiment}: exists in the world only" if o.experiment in ("regimes", "drift") else "--width and --quick are of the ladder, not of --model")
+        for model in o.model:
+            check_length(Checkpoint(model), o.max_length)
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------------
+
+def fingerprint(cell):
+    return json.dumps([cell.options | dict(device="", micro_tokens=0, recompute=""), cell.tests, str(cell.model), list(cell.sources)])
+
+
+def is_finished(out, cell):
+    try:
+        with safe_open(out / "margins" / f"{cell.name}.safetensors", framework="np") as file:
+            return (file.metadata() or {}).get("of") == fingerprint(cell)
+    except (SafetensorError, OSError):
+        return False
+
+
+def run_cell(out: Path, cell: Cell) -> int:
+    """Train a cell, unless it is finished, and store its margins; its log goes beside its run directory. Returns train's exit code."""
+    if is_finished(out, cell):
+        return 0
+    prepare(cell)
+    run, log = out / "runs" / cell.name, out / "runs" / f"{cell.name}.log"
+    run.parent.mkdir(exist_ok=True)
+    (out / "margins").mkdir(exist_ok=True)
+    options = TrainOptions(model=str(cell.model), output=str(run), resume=True, source=tuple(f"{n}={a}" for n, (a, _) in cell.sources.items()), **cell.options)
+    drift = []
+    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file):
+        code = train(options, _watch(cell, drift) if cell.watched else None)
+        if code:
+            return code
+        model, checkpoint = open_reward_model(ModelOptions(model=str(run), device=options.device))
+        tensors = {}
+        for k, (name, path) in enumerate(cell.tests.items()):
+            source = load_source(name, path, checkpoint.tokenizer, options.max_length)
+            tensors |= {f"margins.{k}": torch.from_numpy(source_margins(model, source, options.micro_tokens)), f"prompt.{k}": torch.tensor([p.prompt for p in source.pairs]),
+                        f"index.{k}": torch.tensor([p.index for p in source.pairs])}
+    if drift:
+        write_json(out / "margins" / f"{cell.name}.drift.json", drift)
+    write_tensors(out / "margins" / f"{cell.name}.safetensors", tensors, {"of": fingerprint(cell)})
+    return 0
+
+
+def _watch(cell: Cell, found: list) -> Callable:
+    """Decompose the model's margins at eighths of a run, on the first 300 test pairs of every annotator."""
+    texts = {name: [pair for where, record in read_records(path) for pair in record_pairs(record, where)[0]][:300] for name, path in cell.tests.items()}
+    loaded = {}
+
+    def watch(step, steps, model):
+        if step % max(1, steps // 8):
+            return
+        if not loaded:
+            tokenizer = Checkpoint(str(cell.model)).tokenizer
+            loaded.update({name: load_source(name, path, tokenizer, 512) for name, path in cell.tests.items()})
+        parts = []
+        for k, (name, pairs) in enumerate(texts.items()):
+            source = replace(loaded[name], pairs=loaded[name].pairs[:len(pairs)])
+            d = cell.world.decompose(source_margins(model, source, 8192), pairs[:len(source.pairs)])
+            parts.append([d.shared, float(d.drift[k]), d.shared_share, d.drift_share, d.other_share])
+        found.append({"step": step, "of": steps, "mean": [None if math.isnan(x) else x for x in np.mean(parts, 0)]})
+
+    return watch
+
+
+def margins_of(out, cell, o) -> dict:
+    """{source: (margins, whether each is a test pair, its prompt)}, (N,) each; those that are none fit temperatures."""
+    found = {}
+    with safe_open(out / "margins" / f"{cell.name}.safetensors", framework="np") as file:
+        for k, name in enumerate(cell.tests):
+            m, prompt = file.get_tensor(f"margins.{k}"), file.get_tensor(f"prompt.{k}")
+            test = prompt % HELD_OUT != 0 if o.protocol == "clean" and len(np.unique(prompt)) >= HELD_OUT else np.ones(len(m), bool)
+            found[name] = m, test, prompt
+    return found
+
+
+def hours(o, cells) -> float:
+    """A rough estimate: 6 flops a parameter and token for training, 2 for scoring, at the measured speed of a matrix product."""
+    a, began, flops = torch.randn(512, 512), time.monotonic(), 0
+    while time.monotonic() - began < 0.1:
+        a @ a
+        flops += 2 * 512 ** 3
+    speed, seconds, sizes = 0.3 * flops / (time.monotonic() - began), 0.0, {}
+    for cell in cells:
+        if str(cell.model) not in sizes:
+            c = Checkpoint(str(cell.model)).config if cell.world is None else None
+            sizes[str(cell.model)] = 24 * cell.at["size"] ** 2 if c is None else c.blocks * (2 * c.width * c.head_width * (c.heads + c.kv_heads) + (3 if c.gated else 2) * c.width * c.mlp_width)
+        pairs, tokens = cell.options["pairs_per_source"] * len(cell.sources), 60 if cell.world else min(o.max_length, 400)
+        seconds += pairs / cell.options["batch_size"] * 0.03 + pairs * tokens * 6 * sizes[str(cell.model)] / speed
+        seconds += sum(o.test_pairs for _ in cell.tests) * tokens * 2 * sizes[str(cell.model)] / speed + 1
+    return seconds / 3600
+
+

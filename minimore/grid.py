@@ -31,8 +31,8 @@ REGIMES = {                              # what may set uniform and MORE apart i
     "mild": {}, "conflict": dict(conflict=0.6), "revealed": dict(conflict=0.6, reveal=True), "noise": dict(decisiveness=(5.0, 4.0, 2.0, 0.7, 0.2)),
     "sizes": dict(train_pairs=(1.0, 0.3, 0.1, 0.03, 0.03)), "ties": dict(ties=0.3), "reversed": dict(reversed="eve"),
 }
-SCHEMES = {                              # name: TrainOptions that make it; "single" is one run a source
-    "single": {}, "multitask": dict(method="proportional", sampling="proportional"), "uniform": dict(method="uniform"), "more": dict(method="more"),
+SCHEMES = {                              # name: TrainOptions that make it; "raw" is not trained, "single" is one run a source
+    "raw": {}, "single": {}, "multitask": dict(method="proportional", sampling="proportional"), "uniform": dict(method="uniform"), "more": dict(method="more"),
     "more per group": dict(method="more", lambda_scope="group"), "group dro": dict(method="group_dro"), "smoothing": dict(method="uniform", label_smoothing=0.1),
 }
 AUTHORS = dict(lambda_scope="group", gradient_average=0.99)           # what --protocol authors changes in MORE
@@ -51,7 +51,7 @@ class ReproduceOptions:
     output: str = option(value="DIR", help="directory of the grid; the same command continues it")
     model: tuple[str, ...] = option((), repeat=True, value="DIR|HUB", help="real checkpoint, once per size")
     source: tuple[str, ...] = option((), repeat=True, value="NAME=TRAIN,TEST", help="real data, once per source, with a test file")
-    scheme: tuple[str, ...] = option((), repeat=True, choices=tuple(SCHEMES), help="once per scheme (default: single, multitask, uniform, more)")
+    scheme: tuple[str, ...] = option((), repeat=True, choices=tuple(SCHEMES), help="once per scheme (default: raw, single, multitask, uniform, more)")
     protocol: str = option("clean", choices=tuple(PROTOCOLS), help="which of the authors' choices are kept; printed")
     seeds: int = option(3, help="runs of every cell; in the world a seed is also another world")
     width: tuple[int, ...] = option((), repeat=True, help="ladder: once per width of the model (default: 16, 32 and 64)")
@@ -88,7 +88,7 @@ class Cell:
 
 def plan(o: ReproduceOptions) -> list[Cell]:
     """The cells of an experiment, in the order in which they are run: one seed after the other."""
-    schemes, widths = o.scheme or ("single", "multitask", "uniform", "more"), sizes_of(o)
+    schemes, widths = o.scheme or ("raw", "single", "multitask", "uniform", "more"), sizes_of(o)
     grids = {
         "table2": lambda: [dict(size=w, scheme=s) for w, s in product(widths, schemes)],
         "regimes": lambda: [dict(regime=r, size=widths[min(1, len(widths) - 1)], scheme=s)
@@ -128,6 +128,8 @@ def _cells(o, at):
                   recompute=o.recompute, device=o.device, pairs_per_source=pairs, log_steps=100, save_steps=500)
     if at["scheme"] == "single":
         return [Cell(at | dict(scheme=f"single {name}"), model, {name: files[name]}, tests, common | dict(method="uniform", batch_size=batch), world) for name in names]
+    if at["scheme"] == "raw":
+        return [Cell(at, model, {}, tests, common | dict(batch_size=batch), world)]
     changes = SCHEMES[at["scheme"]] | (AUTHORS if o.protocol == "authors" and at["scheme"] == "more" else {})
     return [Cell(at, model, {name: files[name] for name in names}, tests, common | dict(batch_size=batch) | changes, world, o.experiment == "drift")]
 
@@ -185,16 +187,16 @@ def run_cell(out: Path, cell: Cell) -> int:
     if is_finished(out, cell):
         return 0
     prepare(cell)
-    run, log = out / "runs" / cell.name, out / "runs" / f"{cell.name}.log"
-    run.parent.mkdir(exist_ok=True)
+    run, log = out / "runs" / cell.name if cell.sources else cell.model, out / "runs" / f"{cell.name}.log"
+    log.parent.mkdir(exist_ok=True)
     (out / "margins").mkdir(exist_ok=True)
     options = TrainOptions(model=str(cell.model), output=str(run), resume=True, source=tuple(f"{n}={a}" for n, (a, _) in cell.sources.items()), **cell.options)
     drift = []
     with open(log, "a", encoding="utf-8") as file, redirect_stdout(file):
-        code = train(options, _watch(cell, drift) if cell.watched else None)
+        code = train(options, _watch(cell, drift) if cell.watched else None) if cell.sources else 0
         if code:
             return code
-        model, checkpoint = open_reward_model(ModelOptions(model=str(run), device=options.device))
+        model, checkpoint = open_reward_model(ModelOptions(model=str(run), device=options.device, seed=options.seed))
         tensors = {}
         for k, (name, path) in enumerate(cell.tests.items()):
             source = load_source(name, path, checkpoint.tokenizer, options.max_length)

@@ -114,7 +114,7 @@ def with_derived(found: dict[str, dict]) -> dict[str, dict]:
         derived["averaging"] = {name: np.mean([test[s][name] for s in singles.values()], 0) for name in names}
         derived["averaging scaled"] = {name: np.mean([test[s][name] / scale[s] for s in singles.values()], 0) for name in names}
     for scheme in test:
-        if not scheme.startswith("single ") and len(held[scheme]):
+        if scheme != "raw" and not scheme.startswith("single ") and len(held[scheme]):
             temperature = fit_temperature(held[scheme])
             if 0 < temperature < math.inf:
                 derived[f"{scheme} + T"] = {name: m / temperature for name, m in test[scheme].items()}

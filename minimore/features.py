@@ -120,7 +120,7 @@ def _read(path, width):
         chosen, rejected, longer = (file.get_tensor(key) for key in ("chosen", "rejected", "longer"))
     if chosen.shape != rejected.shape or chosen.shape != (len(longer), width) or not len(longer):
         raise ValueError(f"{path.name}: states of shapes {tuple(chosen.shape)} and {tuple(rejected.shape)}, expected (N, {width})")
-    return Stored(chosen.float().sub_(rejected).to(chosen.dtype), longer.numpy())
+    return Stored(chosen.sub_(rejected), longer.numpy())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +139,8 @@ class ProbeOptions:
     json: str | None = option(None, value="OUT.json", help="write all figures here; must not exist")
 
 
-def train_head(train: list[Tensor], method: str, options: ProbeOptions, seed: int) -> tuple[Tensor, np.ndarray]:
-    """A head (D,) trained on differences of states, one (N_k, D) tensor a source, and the weights of every step (steps, K).
+def train_head(train: list[Tensor], method: str, options: ProbeOptions, seed: int, scale: float = 1.0) -> tuple[Tensor, np.ndarray]:
+    """A head (D,) trained on differences of states / scale, one (N_k, D) tensor a source, and the weights of every step (steps, K).
 
     The gradient of the weighted loss with respect to the head is the weighted sum of the sources' closed-form gradients: there is no autograd.
     """
@@ -152,7 +152,7 @@ def train_head(train: list[Tensor], method: str, options: ProbeOptions, seed: in
              epoch_steps([len(t) for t in train], options.sampling, options.pairs_per_source, batch_size, seed, e)]
     history, nothing = [], torch.zeros(1, D)
     for t, plan in enumerate(plans):
-        z = torch.stack([train[k][i] for k, i in plan]).float()                                  # (B, D)
+        z = torch.stack([train[k][i] for k, i in plan]).float() / scale                          # (B, D)
         source = torch.from_numpy(plan[:, 0])
         losses = bradley_terry_losses(head, z, nothing, source, K, options.label_smoothing)      # (K,)   Eq. 1
         gradients = head_gradients(head, z, nothing, source, K, options.label_smoothing)         # (K, D)
@@ -178,15 +178,14 @@ def probe(options: ProbeOptions):
         raise InputError(f"--batch-size {options.batch_size}: under equal sampling expected a multiple of the {len(names)} sources")
     if options.learning_rate <= 0 or not 0 <= options.label_smoothing < 0.5:
         raise InputError("--learning-rate must be more than 0, and --label-smoothing from 0 to less than 0.5")
-    scale = math.sqrt(np.mean([float(s["train"].difference.float().square().mean()) for s in stored.values()])) or 1.0
-    train = [stored[name]["train"].difference.float().div_(scale) for name in names]
-    test = {name: stored[name]["test"].difference.float().div_(scale) for name in names}
+    train, test = [stored[name]["train"].difference for name in names], {name: stored[name]["test"].difference for name in names}
+    scale = math.sqrt(np.mean([float(np.mean([part.float().square().mean() for part in t.split(4096)])) for t in train])) or 1.0
     found = {}
     for method in methods:
         runs = []
         for seed in range(options.seeds):
-            head, weights = train_head(train, method, options, seed)
-            margins = {name: (test[name] @ head).double().numpy() for name in names}
+            head, weights = train_head(train, method, options, seed, scale)
+            margins = {name: torch.cat([part.float() @ head for part in t.split(4096)]).double().numpy() / scale for name, t in test.items()}
             runs.append({"accuracy": [accuracy(m) for m in margins.values()], "ece": [pair_ece(m) for m in margins.values()],
                          "nll": [negative_log_likelihood(m) for m in margins.values()], "weights": weights.mean(0).tolist()})
         found[method] = {rate: [run[rate] for run in runs] for rate in runs[0]}                  # (S, K) each

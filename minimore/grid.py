@@ -95,7 +95,7 @@ def plan(o: ReproduceOptions) -> list[Cell]:
                             for r, s in product(REGIMES, o.scheme or ("multitask", "uniform", "more", "group dro"))],
         "sources": lambda: [dict(K=k, size=w, scheme=s) for k, w, s in product(range(2, 6), widths[-1:], o.scheme or ("uniform", "more"))],
         "scaling": lambda: [dict(regime=r, pairs=int(_pairs(o) * share), size=w, scheme=s) for r, share, w, s in
-                            product([o.regime] if o.model else ("conflict", "revealed"), (1 / 8, 1 / 2, 1), widths, o.scheme or ("single", "uniform"))],
+                            product(("files",) if o.model else ("conflict", "revealed"), (1 / 8, 1 / 2, 1), widths, o.scheme or ("single", "uniform"))],
         "drift": lambda: [dict(size=w, scheme=s) for w, s in product(widths[-1:], o.scheme or ("uniform", "more", "group dro"))],
     }
     return [cell for seed in range(o.seeds) for at in grids[o.experiment]() for cell in _cells(o, at | dict(seed=seed))]

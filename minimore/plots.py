@@ -33,14 +33,15 @@ def _figure(columns, rows=1):
 
 
 def draw_margins(margins: dict[str, np.ndarray], directory: Path) -> Path:
-    """Per source: reliability diagram (top, the paper's both-orders bins) and histogram of margins (bottom)."""
+    """Per source: reliability diagram (top, the paper's both-orders bins, 95% intervals of each) and histogram of margins (bottom)."""
     figure = _figure(len(margins), 2)
     axes = figure.subplots(2, len(margins), squeeze=False)
     for k, (name, m) in enumerate(margins.items()):
         r, top, bottom = pair_reliability(m), axes[0, k], axes[1, k]
         filled = r.count > 0
         top.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        top.plot(r.confidence[filled], r.accuracy[filled], "o-", color=PALETTE[k % len(PALETTE)], markersize=4)
+        low, high = _wilson(r.accuracy[filled], r.count[filled])
+        top.errorbar(r.confidence[filled], r.accuracy[filled], (r.accuracy[filled] - low, high - r.accuracy[filled]), fmt="o-", color=PALETTE[k % len(PALETTE)], markersize=4, capsize=2)
         top.set(title=_plain(name), xlabel="predicted probability", ylabel="share that came true", xlim=(0, 1), ylim=(0, 1))
         bottom.hist(m, bins=_bins(m), color=PALETTE[k % len(PALETTE)])
         bottom.axvline(0, color="black", linewidth=0.8)
@@ -63,6 +64,24 @@ def draw_weights(weights: dict[str, list[float]], directory: Path) -> Path:
     return _save(figure, directory / "weights.png")
 
 
+def _wilson(share, count):
+    """95% interval of a share of `count` pairs, taken as independent: Wilson 1927."""
+    z2 = 1.96 ** 2
+    middle, half = share + z2 / (2 * count), 1.96 * np.sqrt(share * (1 - share) / count + z2 / (4 * count ** 2))
+    return np.minimum((middle - half) / (1 + z2 / count), share), np.maximum((middle + half) / (1 + z2 / count), share)
+
+
+def draw_boxes(margins: dict[str, dict[str, np.ndarray]], path: Path) -> Path:
+    """Box plots of the margins, one panel a source and one box a scheme: {source: {scheme: (N,)}}. Whiskers end at 1.5 interquartile ranges."""
+    figure = _figure(len(margins))
+    for k, (axis, (name, schemes)) in enumerate(zip(figure.subplots(1, len(margins), sharey=True, squeeze=False)[0], margins.items())):
+        axis.boxplot(list(schemes.values()), orientation="vertical", flierprops={"markersize": 1}, medianprops={"color": PALETTE[k % len(PALETTE)]})
+        axis.set_xticks(np.arange(1, len(schemes) + 1), [_plain(s) for s in schemes], rotation=90, fontsize="x-small")
+        axis.set(title=_plain(name), ylabel="margin (chosen minus rejected)" if k == 0 else "")
+        axis.axhline(0, color="grey", linewidth=0.8)
+    return _save(figure, path)
+
+
 def draw_schemes(schemes: dict[str, dict], names: list[str], path: Path) -> Path:
     """Accuracy (top) and ECE (bottom) of every scheme on every source: {scheme: {rate: [(mean, half interval) per source]}}."""
     figure = _figure(2.5, 2)
@@ -70,7 +89,8 @@ def draw_schemes(schemes: dict[str, dict], names: list[str], path: Path) -> Path
         for k, (scheme, rates) in enumerate(schemes.items()):
             mean, half = np.array(rates[rate]).T
             place = np.arange(len(names)) + 0.7 * (k / max(1, len(schemes) - 1) - 0.5)
-            axis.errorbar(place, mean, np.nan_to_num(half), fmt=MARKERS[k % len(MARKERS)], color=PALETTE[k % len(PALETTE)], markersize=5, linewidth=1, label=_plain(scheme))
+            axis.errorbar(place, mean, np.nan_to_num(half), fmt=MARKERS[k % len(MARKERS)], color=PALETTE[k % len(PALETTE)], markersize=5, linewidth=1, label=_plain(scheme),
+                          markerfacecolor="white" if k >= len(PALETTE) else None)
         axis.set(ylabel={"accuracy": "accuracy", "ece": "ECE"}[rate], xticks=np.arange(len(names)), xticklabels=[_plain(n) for n in names])
         axis.grid(axis="y", color="0.9")
     figure.axes[0].legend(fontsize="x-small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))

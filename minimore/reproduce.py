@@ -202,7 +202,9 @@ def report_table2(o, cells, results, out) -> str:
         if plots.available():
             shown = {s: {rate: [over_seeds(column) for column in np.array([row[rate] for row in rows]).T] for rate in ("accuracy", "ece")}
                      for s, rows in schemes.items() if not s.startswith("single ")}
-            plots.draw_schemes(shown, names, out / "figures" / f"size-{str(size).replace('/', '_')}.png")
+            label = f"size-{str(size).replace('/', '_')}"
+            plots.draw_schemes(shown, names, out / "figures" / f"{label}.png")
+            plots.draw_boxes({name: {s: np.concatenate([row["margins"][name] for row in schemes[s]]) for s in shown} for name in names}, out / "figures" / f"{label}-margins.png")
     return "\n\n".join([*parts, paper.table_2()])
 
 

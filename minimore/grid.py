@@ -93,7 +93,7 @@ def plan(o: ReproduceOptions) -> list[Cell]:
         "table2": lambda: [dict(size=w, scheme=s) for w, s in product(widths, schemes)],
         "regimes": lambda: [dict(regime=r, size=widths[min(1, len(widths) - 1)], scheme=s)
                             for r, s in product(REGIMES, o.scheme or ("multitask", "uniform", "more", "group dro"))],
-        "sources": lambda: [dict(K=k, size=w, scheme=s) for k, w, s in product(range(2, 6), widths[-1:], o.scheme or ("uniform", "more"))],
+        "sources": lambda: [dict(K=k, size=w, scheme=s) for k, w, s in product(range(2, min(5, len(o.source) or 5) + 1), widths[-1:], o.scheme or ("uniform", "more"))],
         "scaling": lambda: [dict(regime=r, pairs=int(_pairs(o) * share), size=w, scheme=s) for r, share, w, s in
                             product(("files",) if o.model else ("conflict", "revealed"), (1 / 8, 1 / 2, 1), widths, o.scheme or ("single", "uniform"))],
         "drift": lambda: [dict(size=w, scheme=s) for w, s in product(widths[-1:], o.scheme or ("uniform", "more", "group dro"))],

@@ -47,9 +47,10 @@ def reproduce(o: ReproduceOptions) -> int:
             print(f"[{i}/{len(cells)}] {cell.name}: {time.monotonic() - began:.0f} s", flush=True)
     results = {tuple(cell.at.items()): margins_of(out, cell, o) for cell in cells}
     text = REPORTS[o.experiment](o, cells, results, out)
+    write_json(out / "report.json", every_figure(cells, results))
     print("\n" + text)
     write_text(out / "report.txt", text + "\n")
-    print(f"\nwritten to {out}/report.txt, with figures if matplotlib is installed")
+    print(f"\nwritten to {out}/report.txt, every figure to report.json" + (f", drawings to {out}/figures" if plots.available() else ""))
     return 0
 
 
@@ -131,6 +132,16 @@ def by_seed(cells, results, **at) -> dict[str, list[dict]]:
         for scheme, margins in with_derived(here).items():
             schemes.setdefault(scheme, []).append(figures_of(margins) | {"margins": margins, "prompts": prompts})
     return {scheme: rows for scheme, rows in schemes.items() if len(rows) == len(seeds)}
+
+
+def every_figure(cells, results) -> list[dict]:
+    """What the tables are made of: one entry a place of the grid, scheme and seed, with accuracy, ECE and NLL of each source."""
+    found = []
+    for place in {json.dumps({k: v for k, v in cell.at.items() if k not in ("scheme", "seed")}): None for cell in cells}:
+        for scheme, rows in by_seed(cells, results, **json.loads(place)).items():
+            found += [json.loads(place) | {"scheme": scheme, "seed": seed} | {rate: dict(zip(row["margins"], row[rate].tolist())) for rate in ("accuracy", "ece", "nll")}
+                      for seed, row in enumerate(rows)]
+    return found
 
 
 def scheme_table(schemes: dict[str, list[dict]], names: list[str], real: bool = False) -> str:

@@ -1,5 +1,6 @@
 """Grids: the right cells, killed and continued to the same table; tables that say what the margins say."""
 
+import json
 import math
 import re
 import signal
@@ -80,6 +81,8 @@ def test_tables_say_what_the_margins_say(whole):
     assert f"{top:.3f}" in next(l for l in text.splitlines() if l.startswith("top "))
     assert "trained on / tested on" in text and "62.38* 62.64" in text and (whole / "figures" / "size-16.png").stat().st_size > 5000
     assert all((whole / "runs" / c.name / "config.json").is_file() for c in plan(o) if c.sources)
+    every = {(e["scheme"], e["seed"]): e for e in json.loads((whole / "report.json").read_text())}
+    assert every["more", 1]["ece"] == {n: pair_ece(m) for n, m in test("more", 1).items()} and every["top", 0]["size"] == 16
     raw, again = test("raw", 0), test("raw", 1)
     assert all(not np.array_equal(raw[n], again[n]) for n in raw) and re.search(r"(?m)^raw +[.0-9]", text)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minimore.cli import VERBS, build_parser
+from minimore.cli import VERBS, build_parser, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -83,3 +83,13 @@ def test_layers_only_point_down():
         if name != "__init__":
             assert set(imported) - {"__version__"} <= set(order[:place]), name
     assert not re.search(r"^[ \t]+(from|import) +(\.|minimore)", "".join(p.read_text("utf-8") for p in (ROOT / "minimore").glob("*.py")), re.M)
+
+
+def test_the_page_of_check_is_what_check_prints(capsys):
+    shown = re.search(r"```\n(family .*?)```", README, re.S).group(1).splitlines()
+    main(["check", str(ROOT / "tests" / "goldens" / "gpt_neox"), "--parity", "none"])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(shown) == len(printed) == 8
+    for expected, found in zip(shown[:-1], printed):
+        start = expected.removesuffix("...").rstrip()
+        assert found.startswith(start) and (found == start or expected.endswith("...")), found

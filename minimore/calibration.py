@@ -65,17 +65,19 @@ def fit_temperature(margins) -> float:
     1.820478
     """
     m = _vector(margins, "margins")
-    if m.mean() <= 0:
+    scale = np.abs(m).max()
+    m = m / scale if scale > 0 else m
+    if m.mean() <= 1e-12:                                            # of the largest: rounding
         return float("inf")
     if m.min() >= 0:
         return 0.0
     slope = lambda t: np.mean(m * probability(-t * m))               # falls from mean(m) / 2 at t = 0 to a negative number
-    low, high = 0.0, 1 / np.abs(m).max()
+    low, high = 0.0, 1.0
     while slope(high) > 0:
         low, high = high, 2 * high
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-    return float(1 / middle)
+    return float(scale / middle)
 
 
 def reliability(probabilities, outcomes, bins: int = 10, strategy: str = "uniform") -> Reliability:

@@ -4,6 +4,7 @@ The model is built on the meta device and filled tensor by tensor. Every key of 
 an error; every parameter is filled. Nothing is executed and nothing is unpickled but tensors.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -61,6 +62,11 @@ class Checkpoint:
     def has_head(self) -> bool:
         """Whether this is a saved reward model, not only a language model."""
         return "score.weight" in self.tensors.files
+
+    def identity(self) -> str:
+        """Tells whether a directory still holds the same checkpoint: config.json, and size and date of every file of weights."""
+        files = [(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in sorted(set(self.tensors.files.values()))]
+        return hashlib.sha256(repr((sorted(self.json.items(), key=str), files)).encode("utf-8", "replace")).hexdigest()[:16]
 
     def load(self, dtype=torch.float32, device="cpu") -> tuple[Trunk, Tensor | None]:
         """The filled trunk, and the reward head (D,) fp32 or None if the checkpoint has none."""

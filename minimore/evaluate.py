@@ -35,7 +35,7 @@ def source_report(margins: np.ndarray, source: Source) -> dict:
     """
     prompts = np.array([p.prompt for p in source.pairs])
     accuracy, ece = uncertainty.intervals(margins, prompts)
-    floor = uncertainty.noise_floor(margins)
+    floor = uncertainty.noise_floor(margins, prompts)
     report = {
         "pairs": len(margins), "prompts": len(np.unique(prompts)), "label_ties": source.label_ties, "identical": source.identical,
         "truncated": int(source.truncated), "blank": int(source.blank), "named": int(source.named), "dropped": source.dropped,
@@ -104,8 +104,9 @@ def compare(margins: dict, sources: Sequence[Source], baseline: dict, baseline_s
         if not both:
             raise InputError(f"source {mine.name!r}: no pair that both models can use")
         a, b = margins[mine.name][[place[0][i] for i in both]], baseline[mine.name][[place[1][i] for i in both]]
-        accuracy, ece = uncertainty.difference_intervals(a, b, [mine.pairs[place[0][i]].prompt for i in both])
-        eces, floors = [calibration.pair_ece(m) for m in (a, b)], [uncertainty.noise_floor(m) for m in (a, b)]
+        prompts = np.array([mine.pairs[place[0][i]].prompt for i in both])
+        accuracy, ece = uncertainty.difference_intervals(a, b, prompts)
+        eces, floors = [calibration.pair_ece(m) for m in (a, b)], [uncertainty.noise_floor(m, prompts) for m in (a, b)]
         clear = {"accuracy": accuracy.excludes_zero, "ece": uncertainty.may_rank(ece, eces, floors)}
         found[mine.name] = {"pairs": len(both), "accuracy": accuracy.value, "accuracy_interval": _ends(accuracy), "ece_debiased": ece.value,
                             "ece_interval": _ends(ece) if any(map(uncertainty.is_miscalibrated, eces, floors)) else None,
@@ -148,7 +149,7 @@ def temperature_table(found: dict) -> str:
     """The temperatures as text."""
     number = lambda x: "none" if x is None else f"{x:.3f}"
     wide = max(len(n) for n in [*found["sources"], "source"])
-    lines = [f"temperature fitted on held-out pairs; one for all: {number(found['pooled'])} (none: those pairs are separable, or not informative)",
+    lines = [f"temperature fitted on held-out pairs; one for all: {number(found['pooled'])} (none: no such pairs were given, or they are separable, or not informative)",
              f"{'source':{wide}}  own T    ECE: as is  one T  own T    NLL: as is  one T  own T"]
     for name, r in found["sources"].items():
         cells = [[number(part["ece" if what == "ECE" else "nll"]) for part in (r, r["by_pooled"], r["by_own"])] for what in ("ECE", "NLL")]
@@ -181,6 +182,13 @@ def evaluate(options: EvaluateOptions):
     for name, path in held_out.items():
         if Path(path).resolve() in [Path(p).resolve() for p in paths.values()]:
             raise InputError(f"--calibrate {name}={path}: is a test file; a temperature fitted there would flatter itself")
+        if name not in paths:
+            raise InputError(f"--calibrate {name}: is no --source; expected one of {', '.join(paths)}")
+    if options.baseline is not None:
+        try:
+            Checkpoint(options.baseline)             # before the work
+        except InputError as error:
+            raise InputError(str(error).replace("--model", "--baseline")) from None
     limits, margins, sources, held = read_margins(options, paths, held_out)
     report = report_of(margins, sources) | {"model": options.model, "files": paths} | limits
     print(table(report))
@@ -205,6 +213,8 @@ def read_margins(options: EvaluateOptions, paths: dict, held_out: dict) -> tuple
     sources, held = load(paths), load(held_out)
     for source in (*sources, *held):
         print(source.line(), flush=True)
+        if len({p.prompt for p in source.pairs}) == 1 < len(source.pairs):
+            print(f"{source.name}: one prompt for all pairs, so they are taken as independent")
     model = load_reward_model(checkpoint, options)
     margins, held_margins = ({s.name: source_margins(model, s, options.micro_tokens) for s in part} for part in (sources, held))
     if not checkpoint.has_head:

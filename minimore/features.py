@@ -42,9 +42,7 @@ class FeaturesOptions(ReadingOptions):
 def features(options: FeaturesOptions):
     """Store the last hidden states of both sides of every pair; features.json comes last, so its presence means whole."""
     paths = parse_sources(options.source)
-    for name, (_, test) in paths.items():
-        if test is None:
-            raise InputError(f"--source {name}: has no test file; expected NAME=TRAIN,TEST")
+    require_tests(paths)
     out, checkpoint = Path(options.output), Checkpoint(options.model)
     limit, truncate = options.limits(checkpoint)
     if out.exists() and (not out.is_dir() or (out / "features.json").exists() or any(p.suffix not in (".safetensors", ".partial") for p in out.iterdir())):
@@ -56,7 +54,7 @@ def features(options: FeaturesOptions):
         described[name] = {}
         for part, path in zip(PARTS, files):
             source, file = load_source(name, path, checkpoint.tokenizer, limit, truncate), f"{k:02d}.{part}.safetensors"
-            key = f"{options.model} {options.dtype} {model.trunk.compute_dtype} {source.digest()}"
+            key = f"{checkpoint.identity()} {options.dtype} {model.trunk.compute_dtype} {source.digest()}"
             if not _stored(out / file, key):
                 chosen, rejected = pooled_states(model, source.pairs, options.micro_tokens, getattr(torch, options.dtype))
                 whole = lambda field: torch.tensor([getattr(p, field) for p in source.pairs])
@@ -66,6 +64,18 @@ def features(options: FeaturesOptions):
     write_json(out / "features.json", {"note": PROBE, "model": options.model, "width": checkpoint.config.width, "max_length": limit, "truncate": truncate,
                                        "dtype": options.dtype, "sources": described})
     print(f"{out}: states of {len(paths)} sources, {sum(p.stat().st_size for p in out.glob('*.safetensors')) / 1e6:.1f} MB")
+
+
+def require_tests(paths: dict[str, tuple[str, str | None]]):
+    """Refuse a source without a test file, or whose test file is not there or is its training file."""
+    for name, (train, test) in paths.items():
+        if test is None:
+            raise InputError(f"--source {name}: has no test file; expected NAME=TRAIN,TEST")
+        for path in (train, test):
+            if not Path(path).exists():
+                raise InputError(f"--source {name}: {path}: no such file")
+        if Path(train).resolve() == Path(test).resolve():
+            raise InputError(f"--source {name}: {test} is both training and test file")
 
 
 def _stored(path, key):
@@ -105,7 +115,7 @@ def load_features(directory: str) -> tuple[dict, dict[str, dict[str, Stored]]]:
         raise InputError(f"--features {directory}: is not whole; run the same `minimore features` command again")
     described = read_json(where / "features.json")
     try:
-        stored = {name: {part: _read(where / parts[part]["file"], described["width"]) for part in PARTS} for name, parts in described["sources"].items()}
+        stored = {name: {part: _read(where, parts[part]["file"], described["width"]) for part in PARTS} for name, parts in described["sources"].items()}
     except (KeyError, TypeError, AttributeError, ValueError, SafetensorError, OSError) as error:
         raise InputError(f"--features {directory}: damaged ({one_line(error)}); store the features again") from None
     if not stored:
@@ -113,14 +123,17 @@ def load_features(directory: str) -> tuple[dict, dict[str, dict[str, Stored]]]:
     return described, stored
 
 
-def _read(path, width):
-    if Path(path).name != str(path.name) or path.parent.name in ("", ".."):
-        raise ValueError(f"{path} is no plain file name")
-    with safe_open(path, framework="pt") as file:
+def _read(where, name, width):
+    if Path(name).name != name:
+        raise ValueError(f"{name} is no plain file name")
+    with safe_open(where / name, framework="pt") as file:
         chosen, rejected, longer = (file.get_tensor(key) for key in ("chosen", "rejected", "longer"))
     if chosen.shape != rejected.shape or chosen.shape != (len(longer), width) or not len(longer):
-        raise ValueError(f"{path.name}: states of shapes {tuple(chosen.shape)} and {tuple(rejected.shape)}, expected (N, {width})")
-    return Stored(chosen.sub_(rejected), longer.numpy())
+        raise ValueError(f"{name}: states of shapes {tuple(chosen.shape)} and {tuple(rejected.shape)}, expected (N, {width})")
+    difference = chosen.sub_(rejected)
+    if not all(part.isfinite().all() for part in difference.split(4096)):
+        raise ValueError(f"{name}: a state is not finite")
+    return Stored(difference, longer.numpy())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,18 @@ On the built-in ladder (small models in the synthetic world) or on real checkpoi
 margins on every test pair are kept, and all tables are made of these.
 """
 
+import hashlib
 import json
 import math
 import shutil
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Callable
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -20,14 +23,17 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoint import Checkpoint, random_checkpoint, write_tensors
 from .evaluate import source_margins
+from .features import require_tests
 from .options import InputError, option, parse_sources, write_json
 from .pairs import load_source
 from .records import read_records, record_pairs
-from .reward import ModelOptions, check_length, open_reward_model
-from .train import TrainOptions, train
+from .reward import ModelOptions, check_length, device_of, open_reward_model
+from .train import TrainOptions, check_options, train
 from .world import World, small_gpt_neox
 
-REGIMES = {                              # what may set uniform and MORE apart in the world
+# What may set uniform and MORE apart in the world. In `sizes` small sources are resampled to as many pairs as the largest, up to 33 times each, for every
+# scheme, as the paper resamples its own.
+REGIMES = {
     "mild": {}, "conflict": dict(conflict=0.6), "revealed": dict(conflict=0.6, reveal=True), "noise": dict(decisiveness=(5.0, 4.0, 2.0, 0.7, 0.2)),
     "sizes": dict(train_pairs=(1.0, 0.3, 0.1, 0.03, 0.03)), "ties": dict(ties=0.3), "reversed": dict(reversed="eve"),
 }
@@ -81,7 +87,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return "-".join(str(v).replace(" ", "_").replace("/", "_") for v in self.at.values())
+        return "-".join(quote(str(v), safe=" ").replace(" ", "_") for v in self.at.values())
 
 
 # ---- planning --------------------------------------------------------------------------------------------------------------
@@ -107,7 +113,7 @@ def sizes_of(o: ReproduceOptions) -> tuple:
 
 
 def _pairs(o):
-    return o.pairs or ((640 if o.quick else 6400) if not o.model else 40_000)
+    return o.pairs if o.pairs is not None else 40_000 if o.model else 640 if o.quick else 6400
 
 
 def _cells(o, at):
@@ -123,11 +129,12 @@ def _cells(o, at):
         model, files = home / f"width-{at['size']}", {name: tuple(map(str, ab)) for name, ab in world.paths(home).items()}
     names = list(files)[:at.get("K")]
     tests = {name: files[name][1] for name in names}
-    batch = o.batch_size or 16 * len(names)
-    common = dict(learning_rate=o.learning_rate or (1e-6 if o.model else 3e-3), max_length=o.max_length, seed=at["seed"], micro_tokens=o.micro_tokens,
+    batch = 16 * len(names) if o.batch_size is None else o.batch_size
+    common = dict(learning_rate=o.learning_rate if o.learning_rate is not None else 1e-6 if o.model else 3e-3, max_length=o.max_length, seed=at["seed"], micro_tokens=o.micro_tokens,
                   recompute=o.recompute, device=o.device, pairs_per_source=pairs, log_steps=100, save_steps=500)
     if at["scheme"] == "single":
-        return [Cell(at | dict(scheme=f"single {name}"), model, {name: files[name]}, tests, common | dict(method="uniform", batch_size=batch), world) for name in names]
+        own = max(1, batch // len(names)) if o.experiment == "scaling" else batch             # as many steps as shared models, or a K-th of them
+        return [Cell(at | dict(scheme=f"single {name}"), model, {name: files[name]}, tests, common | dict(method="uniform", batch_size=own), world) for name in names]
     if at["scheme"] == "raw":
         return [Cell(at, model, {}, tests, common | dict(batch_size=batch), world)]
     changes = SCHEMES[at["scheme"]] | (AUTHORS if o.protocol == "authors" and at["scheme"] == "more" else {})
@@ -149,37 +156,67 @@ def prepare(cell: Cell):
         model.with_suffix(".partial").rename(model)
 
 
-def check_plan(o: ReproduceOptions):
-    """Refuse what cannot be run."""
-    for name, value, most in (("seeds", o.seeds, 1000), ("pairs", _pairs(o), 10 ** 7), ("test-pairs", o.test_pairs, 10 ** 6), *(("width", w, 4096) for w in o.width)):
+def check_plan(o: ReproduceOptions) -> list[Cell]:
+    """The cells, or an InputError for what cannot be run, before anything is written."""
+    for name, value, most in (("seeds", o.seeds, 1000), ("pairs", _pairs(o), 10 ** 7), ("test-pairs", o.test_pairs, 10 ** 6), ("micro-tokens", o.micro_tokens, 10 ** 9),
+                              *(("width", w, 4096) for w in o.width)):
         if not 1 <= value <= most:
             raise InputError(f"--{name} {value}: expected 1 to {most}")
+    if o.experiment == "scaling" and _pairs(o) < 8:
+        raise InputError(f"--pairs {_pairs(o)}: scaling takes an eighth of them; expected at least 8")
     if any(w % 8 for w in o.width):
         raise InputError(f"--width {next(w for w in o.width if w % 8)}: expected a multiple of 8 (four heads, which rotate by pairs)")
+    if o.experiment == "drift" and (o.regime == "reversed" or {"raw", "single"} & set(o.scheme)):
+        raise InputError("drift: is followed while one model learns from all sources, in a world without a reversed one; expected other schemes and regimes")
     if bool(o.model) != bool(o.source):
         raise InputError("--model and --source go together: real checkpoints with real data, or neither for the ladder in the world")
+    if o.model and o.experiment in ("regimes", "drift"):
+        raise InputError(f"{o.experiment}: exists in the world only")
+    if o.model and (o.width or o.quick):
+        raise InputError("--width and --quick are of the ladder, not of --model")
     if o.model:
-        sources = parse_sources(o.source)
-        without = [name for name, (_, test) in sources.items() if test is None]
-        if o.experiment in ("regimes", "drift") or without or o.width or o.quick:
-            raise InputError(f"--source {without[0]}: has no test file; expected NAME=TRAIN,TEST" if without else
-                             f"{o.experiment}: exists in the world only" if o.experiment in ("regimes", "drift") else "--width and --quick are of the ladder, not of --model")
+        require_tests(parse_sources(o.source))
         for model in o.model:
             check_length(Checkpoint(model), o.max_length)
+    device_of(o)
+    cells = plan(o)
+    for cell in cells:
+        check_options(train_options(Path(o.output), cell), max(1, len(cell.sources)))
+    if len({cell.name for cell in cells}) < len(cells):
+        raise InputError("two places of this grid have the same name; is a --model, --width or --scheme given twice?")
+    return cells
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------------
 
-def fingerprint(cell):
-    return json.dumps([cell.options | dict(device="", micro_tokens=0, recompute=""), cell.tests, str(cell.model), list(cell.sources)])
+def fingerprint(cell: Cell) -> str:
+    """What the margins of a cell depend on: options, and for real data the content of files and the identity of the model."""
+    content = [] if cell.world else [Checkpoint(str(cell.model)).identity(), *(_digest(p) for p in (*cell.tests.values(), *(a for a, _ in cell.sources.values())))]
+    return json.dumps([cell.options | dict(device="", micro_tokens=0, recompute=""), list(cell.sources), list(cell.tests), str(cell.world), content])
 
 
-def is_finished(out, cell):
+@lru_cache(maxsize=None)
+def _digest(path):
+    files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if Path(path).is_dir() else [Path(path)]
+    return hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()
+
+
+def is_finished(out: Path, cell: Cell) -> bool:
+    """Whether the margins of exactly this cell are there, and its drift if it is followed."""
     try:
         with safe_open(out / "margins" / f"{cell.name}.safetensors", framework="np") as file:
-            return (file.metadata() or {}).get("of") == fingerprint(cell)
+            return (file.metadata() or {}).get("of") == fingerprint(cell) and (not cell.watched or _drift_file(out, cell).is_file())
     except (SafetensorError, OSError):
         return False
+
+
+def _drift_file(out, cell):
+    return out / "margins" / f"{cell.name}.drift.json"
+
+
+def train_options(out: Path, cell: Cell) -> TrainOptions:
+    """The `train` command of a cell."""
+    return TrainOptions(model=str(cell.model), output=str(out / "runs" / cell.name), resume=True, source=tuple(f"{n}={a}" for n, (a, _) in cell.sources.items()), **cell.options)
 
 
 def run_cell(out: Path, cell: Cell) -> int:
@@ -187,10 +224,12 @@ def run_cell(out: Path, cell: Cell) -> int:
     if is_finished(out, cell):
         return 0
     prepare(cell)
-    run, log = out / "runs" / cell.name if cell.sources else cell.model, out / "runs" / f"{cell.name}.log"
+    options = train_options(out, cell)
+    run, log = Path(options.output if cell.sources else cell.model), out / "runs" / f"{cell.name}.log"
     log.parent.mkdir(exist_ok=True)
     (out / "margins").mkdir(exist_ok=True)
-    options = TrainOptions(model=str(cell.model), output=str(run), resume=True, source=tuple(f"{n}={a}" for n, (a, _) in cell.sources.items()), **cell.options)
+    if cell.watched and run.exists():                # a run that is continued has forgotten what it was before
+        shutil.rmtree(run)
     drift = []
     with open(log, "a", encoding="utf-8") as file, redirect_stdout(file):
         code = train(options, _watch(cell, drift) if cell.watched else None) if cell.sources else 0
@@ -203,7 +242,7 @@ def run_cell(out: Path, cell: Cell) -> int:
             tensors |= {f"margins.{k}": torch.from_numpy(source_margins(model, source, options.micro_tokens)), f"prompt.{k}": torch.tensor([p.prompt for p in source.pairs]),
                         f"index.{k}": torch.tensor([p.index for p in source.pairs])}
     if drift:
-        write_json(out / "margins" / f"{cell.name}.drift.json", drift)
+        write_json(_drift_file(out, cell), drift)
     write_tensors(out / "margins" / f"{cell.name}.safetensors", tensors, {"of": fingerprint(cell)})
     return 0
 

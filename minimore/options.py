@@ -145,7 +145,7 @@ def read_json(path, kind=dict):
             raise InputError(f"{path}: not a plain file; expected a file of JSON")
         value = json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a Hugging Face checkpoint directory") from None
+        raise InputError(f"{path}: no such file" + ("; expected a Hugging Face checkpoint directory" if Path(path).name == "config.json" else "")) from None
     except InputError:
         raise
     except (OSError, ValueError, RecursionError) as error:

@@ -15,16 +15,15 @@ import numpy as np
 from . import paper, plots
 from .calibration import accuracy, fit_temperature, negative_log_likelihood, pair_ece
 from .features import over_seeds
-from .grid import PROTOCOLS, REGIMES, ReproduceOptions, check_plan, hours, is_finished, margins_of, plan, run_cell
+from .grid import PROTOCOLS, REGIMES, ReproduceOptions, check_plan, hours, is_finished, margins_of, run_cell
 from .options import InputError, read_json, write_json, write_text
-from .uncertainty import prompt_sums, resample, student_t
+from .uncertainty import CLEAR, debiased_ece, noise_floor, prompt_sums, resample, student_t
 
 
 def reproduce(o: ReproduceOptions) -> int:
     """Plan, run, and print the experiment's table; returns the exit code."""
-    check_plan(o)
-    cells, out = plan(o), Path(o.output)
-    wanted = json.loads(json.dumps({k: v for k, v in asdict(o).items() if k not in ("output", "dry_run", "device", "micro_tokens")}))
+    cells, out = check_plan(o), Path(o.output)
+    wanted = json.loads(json.dumps({k: v for k, v in asdict(o).items() if k not in ("output", "dry_run", "device", "micro_tokens", "recompute", "seeds")}))
     if out.exists() and not (out / "grid.json").is_file():
         raise InputError(f"--output {out}: exists already and holds no grid; choose another name")
     if out.exists() and (given := read_json(out / "grid.json")) != wanted:
@@ -63,11 +62,11 @@ def cell_text(values, pairs: float = 0.0) -> str:
     return f"{mean:.3f}" + (f" ± {half:.3f}" if half else "")
 
 
-def difference_text(values, pairs: float = 0.0) -> str:
-    """A difference seed by seed, with a ! where its 95% interval excludes 0."""
+def difference_text(values, pairs: float = 0.0, may_flag: bool = True) -> str:
+    """A difference seed by seed, with a ! where there are at least three seeds and its 95% interval excludes 0."""
     mean, half = over_seeds(values)
-    half = math.hypot(0 if math.isnan(half) else half, pairs)
-    return f"{mean:+.3f} ± {half:.3f}{'!' if abs(mean) > half else ' '}" if half else f"{mean:+.3f}"
+    flag = "!" if may_flag and len(values) > 2 and abs(mean) > math.hypot(half, pairs) else " "
+    return cell_text(values, pairs).replace(f"{mean:.3f}", f"{mean:+.3f}", 1) + flag
 
 
 def noise_of_pairs(rows: list[dict], base: list[dict] | None = None) -> dict:
@@ -75,7 +74,7 @@ def noise_of_pairs(rows: list[dict], base: list[dict] | None = None) -> dict:
 
     In the world every seed has test pairs of its own, so that seeds show this noise; on real files they share theirs.
     """
-    halves = {"accuracy": [], "ece": []}
+    halves = {"accuracy": [], "ece less noise": []}
     for name in rows[0]["margins"]:
         of = lambda some: [prompt_sums(row["margins"][name], row["prompts"][name]) for row in some]
         samples = of(rows) + of(base or [])
@@ -92,17 +91,18 @@ def detectable(values) -> float:
     return float((student_t(len(v) - 1) + NormalDist().inv_cdf(0.8)) * v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 2 else math.nan
 
 
-def figures_of(margins: dict[str, np.ndarray]) -> dict:
-    """Accuracy, ECE and NLL of every source (K,)."""
-    m = list(margins.values())
-    return {"accuracy": np.array([accuracy(x) for x in m]), "ece": np.array([pair_ece(x) for x in m]), "nll": np.array([negative_log_likelihood(x) for x in m])}
+def figures_of(margins: dict[str, np.ndarray], prompts: dict[str, np.ndarray]) -> dict:
+    """Accuracy, NLL, ECE, its floor and what is left of it without noise, of every source (K,)."""
+    each = lambda f: np.array([f(m, prompts[name]) for name, m in margins.items()])
+    return {"accuracy": each(lambda m, _: accuracy(m)), "nll": each(lambda m, _: negative_log_likelihood(m)), "ece": each(lambda m, _: pair_ece(m)),
+            "ece less noise": each(debiased_ece), "floor": each(lambda m, p: noise_floor(m, p, replicates=100).mean)}
 
 
 def with_derived(found: dict[str, dict]) -> dict[str, dict]:
     """{scheme: {source: (margins, test, prompt)}} of one seed -> {scheme: {source: test margins}}, with what needs no training of its own.
 
     top: each source by its own single model. averaging: the mean of the single models' margins, as they are and each divided by its own
-    root mean square on the held-out pairs. + T: one temperature for all, fitted on the held-out pairs.
+    root mean square on the held-out pairs (on the test pairs if none are held out). + T: one temperature for all, fitted on the held-out pairs.
     """
     test = {scheme: {name: m[t] for name, (m, t, _) in sources.items()} for scheme, sources in found.items()}
     held = {scheme: np.concatenate([m[~t] for m, t, _ in sources.values()]) for scheme, sources in found.items()}
@@ -130,7 +130,7 @@ def by_seed(cells, results, **at) -> dict[str, list[dict]]:
         here = {cell.at["scheme"]: results[tuple(cell.at.items())] for cell in cells if all(cell.at.get(k) == v for k, v in (at | dict(seed=seed)).items())}
         prompts = {name: prompt[t] for name, (_, t, prompt) in next(iter(here.values())).items()} if here else {}
         for scheme, margins in with_derived(here).items():
-            schemes.setdefault(scheme, []).append(figures_of(margins) | {"margins": margins, "prompts": prompts})
+            schemes.setdefault(scheme, []).append(figures_of(margins, prompts) | {"margins": margins, "prompts": prompts})
     return {scheme: rows for scheme, rows in schemes.items() if len(rows) == len(seeds)}
 
 
@@ -139,31 +139,38 @@ def every_figure(cells, results) -> list[dict]:
     found = []
     for place in {json.dumps({k: v for k, v in cell.at.items() if k not in ("scheme", "seed")}): None for cell in cells}:
         for scheme, rows in by_seed(cells, results, **json.loads(place)).items():
-            found += [json.loads(place) | {"scheme": scheme, "seed": seed} | {rate: dict(zip(row["margins"], row[rate].tolist())) for rate in ("accuracy", "ece", "nll")}
+            found += [json.loads(place) | {"scheme": scheme, "seed": seed} | {rate: dict(zip(row["margins"], row[rate].tolist())) for rate in ("accuracy", "ece", "ece less noise", "floor", "nll")}
                       for seed, row in enumerate(rows)]
     return found
 
 
-def scheme_table(schemes: dict[str, list[dict]], names: list[str], real: bool = False) -> str:
-    """One line a scheme: accuracy of each source, mean, worst; ECE mean, worst; differences of the means from uniform, seed by seed.
+def is_clear(*schemes: list[dict]) -> bool:
+    """Whether the mean ECE of any of these schemes stands clear of its floor; ECEs that all lie near theirs are not ranked."""
+    return any(np.mean([row["ece"] for row in rows]) >= CLEAR * np.mean([row["floor"] for row in rows]) for rows in schemes)
 
-    real: seeds share their test pairs, whose noise is added to that of seeds (but for worst sources and NLL).
+
+def scheme_table(schemes: dict[str, list[dict]], names: list[str], real: bool = False) -> str:
+    """One line a scheme: accuracy of each source, mean, worst; ECE mean and worst, and its floor; differences from uniform, seed by seed.
+
+    real: seeds share their test pairs, whose noise is added to that of seeds where it is known: not for worst sources and NLL.
     """
-    lines = [f"{'':18}" + "".join(f"{n[:14]:>15}" for n in names) + f"{'mean':>16}{'worst':>16} |{'ECE mean':>15}{'worst':>15} | minus uniform: {'accuracy':14}{'ECE':14}{'NLL':12}"]
-    base, none = schemes.get("uniform"), {"accuracy": np.zeros(len(names)), "ece": np.zeros(len(names))}
+    columns = [*(f"{n[:14]:>15}" for n in names), f"{'mean':>16}", f"{'worst':>16}", f" |{'ECE mean':>15}{'worst':>15}  floor", " | minus uniform:  accuracy        ECE less noise  NLL"]
+    lines, base = [f"{'':18}" + "".join(columns)], schemes.get("uniform")
+    none = {"accuracy": np.zeros(len(names)), "ece less noise": np.zeros(len(names))}
     of_mean = lambda halves: float(np.sqrt((halves ** 2).sum()) / len(halves))
     for scheme, rows in schemes.items():
         if scheme.startswith("single "):
             continue
-        each = {rate: np.array([row[rate] for row in rows]) for rate in ("accuracy", "ece", "nll")}          # (S, K)
+        each = {rate: np.array([row[rate] for row in rows]) for rate in ("accuracy", "ece less noise", "nll", "ece")}         # (S, K)
         noise = noise_of_pairs(rows) if real else none
         line = f"{scheme:18}" + "".join(f"{cell_text(column, half):>15}" for column, half in zip(each["accuracy"].T, noise["accuracy"]))
         line += f"{cell_text(each['accuracy'].mean(1), of_mean(noise['accuracy'])):>16}{cell_text(each['accuracy'].min(1)):>16} |"
-        line += f"{cell_text(each['ece'].mean(1), of_mean(noise['ece'])):>15}{cell_text(each['ece'].max(1)):>15} | "
+        line += f"{cell_text(each['ece'].mean(1), of_mean(noise['ece less noise'])):>15}{cell_text(each['ece'].max(1)):>15}  {np.mean([row['floor'] for row in rows]):.3f} | "
         if base and scheme != "uniform":
-            noise = noise_of_pairs(rows, base) if real else none
-            gaps = {rate: [row[rate].mean() - b[rate].mean() for row, b in zip(rows, base)] for rate in each}
-            line += " " * 15 + "".join(f"{difference_text(gap, of_mean(noise[rate]) if rate in noise else 0.0):14}" for rate, gap in gaps.items())
+            noise, line = noise_of_pairs(rows, base) if real else none, line + " " * 16
+            for rate, allowed in (("accuracy", True), ("ece less noise", is_clear(rows, base)), ("nll", not real)):
+                gap = [row[rate].mean() - b[rate].mean() for row, b in zip(rows, base)]
+                line += f"{difference_text(gap, of_mean(noise[rate]) if rate in noise else 0.0, allowed):16}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 
@@ -193,20 +200,26 @@ def outlier_table(schemes, names) -> str:
     return "\n".join(lines)
 
 
-def _notes(o):
-    over = "over seeds (t) and over test pairs (bootstrap by prompt)" if o.model else "over seeds (t); every seed is another world, model and order"
-    return f"{o.seeds} seeds; ± is half a 95% interval {over}, ! a difference whose interval excludes 0 (of 20 that are none, one looks like one)"
+def notes(o, pairs: bool = True) -> str:
+    """What ± and ! mean in this experiment; pairs: whether the noise of shared test pairs is in them."""
+    if not o.model:
+        over = "over seeds (t); every seed is another world, model and order"
+    else:
+        over = " and ".join(["over seeds (t), which share their data"] * (o.seeds > 2) + ["over test pairs (bootstrap by prompt; not for worst and NLL)"] * pairs) or "nothing"
+    flag = "! a difference whose interval excludes 0 (of 20 that are none, one looks like one; ECEs near their floor are never flagged)"
+    return f"{o.seeds} seeds; ± is half a 95% interval {over}; " + (flag if o.seeds > 2 else "fewer than three seeds say nothing of what training adds, so no difference is flagged")
 
 
 def report_table2(o, cells, results, out) -> str:
     """Table 2, the cross-source matrix, the outliers of margins, and the paper's numbers."""
-    names, parts = list(cells[0].tests), [_notes(o)]
+    names, parts = list(cells[0].tests), [notes(o)]
     for size in dict.fromkeys(cell.at["size"] for cell in cells):
         schemes = by_seed(cells, results, size=size)
         parts += [f"size {size}", scheme_table(schemes, names, bool(o.model))]
         if "more" in schemes and "uniform" in schemes:
-            gaps = {r: [a[r].mean() - b[r].mean() for a, b in zip(schemes["more"], schemes["uniform"])] for r in ("accuracy", "ece")}
-            parts[-1] += f"\nsmallest difference between more and uniform that {o.seeds} seeds would show: accuracy {detectable(gaps['accuracy']):.3f}, ECE {detectable(gaps['ece']):.3f}"
+            gaps = {r: [a[r].mean() - b[r].mean() for a, b in zip(schemes["more"], schemes["uniform"])] for r in ("accuracy", "ece less noise")}
+            if o.seeds > 2:
+                parts[-1] += f"\nsmallest difference between more and uniform that {o.seeds} seeds would show: accuracy {detectable(gaps['accuracy']):.3f}, ECE {detectable(gaps['ece less noise']):.3f}"
         if any(s.startswith("single ") for s in schemes):
             parts.append("cross-source accuracy of the single models (Fig. 1)\n" + cross_table(schemes, names))
         parts.append("box-plot outliers of the margins (Tables 4-6)\n" + outlier_table(schemes, names))
@@ -221,7 +234,7 @@ def report_table2(o, cells, results, out) -> str:
 
 def report_regimes(o, cells, results, out) -> str:
     """Where the weights matter: one block a regime."""
-    parts = [_notes(o)]
+    parts = [notes(o)]
     for regime in REGIMES:
         parts += [f"regime {regime}: {', '.join(f'{k} {v}' for k, v in REGIMES[regime].items()) or 'the defaults'}", scheme_table(by_seed(cells, results, regime=regime), list(cells[0].tests))]
     return "\n\n".join(parts)
@@ -229,7 +242,7 @@ def report_regimes(o, cells, results, out) -> str:
 
 def report_sources(o, cells, results, out) -> str:
     """Fig. 6: ECE and accuracy on the first two sources by the number of sources."""
-    lines = [_notes(o), "", f"{'K':3}{'scheme':14}{'ECE of the first two':>24}{'accuracy of the first two':>28}{'mean accuracy':>18}"]
+    lines = [notes(o, pairs=False), "", f"{'K':3}{'scheme':14}{'ECE of the first two':>24}{'accuracy of the first two':>28}{'mean accuracy':>18}"]
     curves = {}
     for K in dict.fromkeys(cell.at["K"] for cell in cells):
         for scheme, rows in by_seed(cells, results, K=K).items():
@@ -243,8 +256,11 @@ def report_sources(o, cells, results, out) -> str:
 
 
 def report_scaling(o, cells, results, out) -> str:
-    """Accuracy, ECE, and the damage that diversity does: each source's own model minus the shared one."""
-    lines = [_notes(o), "", f"{'regime':10}{'pairs':>7}{'size':>7}{'uniform: accuracy':>20}{'ECE':>16}{'top: accuracy':>18}{'ECE':>16}{'damage: accuracy':>20}"]
+    """Accuracy, ECE, and what sharing costs: each source's own model minus the shared one, at equal steps and with the same pairs of that source.
+
+    Below 0 the other sources' pairs help more than their tastes hurt.
+    """
+    lines = [notes(o, pairs=False), "", "cost of sharing: each source's own model (all its pairs, as many steps) minus the shared model; below 0 where other sources' pairs help", f"{'regime':10}{'pairs':>7}{'size':>7}{'uniform: accuracy':>20}{'ECE':>16}{'top: accuracy':>18}{'ECE':>16}{'cost of sharing':>20}"]
     curves = {}
     for regime, pairs, size in dict.fromkeys((c.at["regime"], c.at["pairs"], c.at["size"]) for c in cells):
         schemes = by_seed(cells, results, regime=regime, pairs=pairs, size=size)
@@ -255,13 +271,13 @@ def report_scaling(o, cells, results, out) -> str:
         if damage:
             curves.setdefault(f"{regime}, {size}", []).append((pairs, *over_seeds(damage)))
     if plots.available() and curves:
-        plots.draw_curves(curves, "training pairs a source", "accuracy lost to sharing", out / "figures" / "scaling.png")
+        plots.draw_curves(curves, "training pairs a source", "cost of sharing (accuracy)", out / "figures" / "scaling.png")
     return "\n".join(lines)
 
 
 def report_drift(o, cells, results, out) -> str:
     """What the models' rewards consist of, over training: shares of the margins' mean square, and slopes."""
-    lines = [_notes(o), "", "margins = slope x r* + slope x own drift + other; shares of their mean square on each annotator's own test pairs, mean over annotators",
+    lines = [notes(o, pairs=False), "", "slopes of the margins on r* and on each annotator's own drift, and shares of their mean square, on 300 test pairs of each, which by chance give drift about 1% of what is neither",
              f"{'scheme':16}{'steps':>7}{'slope r*':>18}{'slope own drift':>20}{'share r*':>18}{'drift':>18}{'other':>18}"]
     curves = {}
     for size, scheme in dict.fromkeys((c.at["size"], c.at["scheme"]) for c in cells):

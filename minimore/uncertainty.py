@@ -40,11 +40,13 @@ class Floor(NamedTuple):
 
 # ---- the noise floor ---------------------------------------------------------------------------------------------------
 
-def noise_floor(margins, replicates: int = REPLICATES, seed: int = 0, bins: int = 10) -> Floor:
-    """ECE of the paper's kind if every outcome were drawn from the model's own probability; pairs taken as independent.
+def noise_floor(margins, prompts=None, replicates: int = REPLICATES, seed: int = 0, bins: int = 10) -> Floor:
+    """ECE of the paper's kind if every outcome were drawn from the model's own probability.
 
     margins: (N,). Which side is called chosen is redrawn with probability sigmoid(|margin|), so that the model is right by
-    construction, and the ECE of that is noise alone.
+    construction, and the ECE of that is noise alone. Where prompts (N,) have several pairs, whose outcomes may go together, the floor is no
+    lower than what the prompts' own sums of outcome minus probability, centred and with random signs and sizes, would show (a wild
+    cluster bootstrap).
     """
     m = np.abs(np.asarray(margins, dtype=np.float64))
     p, random = probability(m), np.random.default_rng(seed)
@@ -54,7 +56,15 @@ def noise_floor(margins, replicates: int = REPLICATES, seed: int = 0, bins: int 
         right = random.random(len(m)) < p
         gaps = np.bincount(index, right - p, bins) + np.bincount(first, p - right, bins)
         eces.append(np.abs(gaps).sum() / (2 * len(m)))
-    return Floor(float(np.mean(eces)), float(np.quantile(eces, 0.95)))
+    floor = Floor(float(np.mean(eces)), float(np.quantile(eces, 0.95)))
+    sums = prompt_sums(margins, prompts, bins)
+    G = len(sums.pairs)
+    if G < len(m):
+        few = student_t(G - 1) / NormalDist().inv_cdf(0.975) if G > 2 else 2.2           # few prompts know their own spread badly
+        centred = (sums.gaps - sums.gaps.mean(0)) * math.sqrt(G / (G - 1)) * few
+        wild = np.abs(random.standard_normal((replicates, G)) @ centred).sum(1) / (2 * len(m))
+        floor = Floor(max(floor.mean, float(wild.mean())), max(floor.high, float(np.quantile(wild, 0.95))))
+    return floor
 
 
 def is_miscalibrated(ece: float, floor: Floor) -> bool:
@@ -154,7 +164,10 @@ def intervals(margins, prompts=None, replicates: int = REPLICATES, seed: int = 0
     sums = prompt_sums(margins, prompts)
     accuracies, eces = resample([sums], replicates, seed)
     G = len(sums.pairs)
-    return _interval(sums.right.sum() / sums.pairs.sum(), accuracies[0], G), _interval(debiased_ece(margins, prompts), eces[0], G)
+    accuracy = _interval(sums.right.sum() / sums.pairs.sum(), accuracies[0], G)
+    if accuracy.low == accuracy.high in (0, 1):                      # all right, or all wrong: the rule of three
+        accuracy = Interval(accuracy.value, max(0.0, accuracy.low - 3 / G), min(1.0, accuracy.high + 3 / G))
+    return accuracy, _interval(debiased_ece(margins, prompts), eces[0], G)
 
 
 def difference_intervals(margins, baseline, prompts=None, replicates: int = REPLICATES, seed: int = 0) -> tuple[Interval, Interval]:

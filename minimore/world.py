@@ -90,8 +90,11 @@ class World:
         """What a model's margins on these pairs consist of, for Eq. 4: shared reward, drift, and neither.
 
         margins: (N,), of the same pairs. r* and the drifts are orthogonal under the world's pairs, so the shares add up to 1 but for what a
-        sample of N adds; they are undefined (NaN) for constant margins.
+        sample adds (to drift, about K / N of what is neither); they are undefined (NaN) for margins of 0. The drifts sum to zero, so a model
+        with one of them has -1 / (K - 1) of every other. Raises ValueError if an annotator is reversed: that drift is -2 r*, and orthogonal to nothing.
         """
+        if self.reversed:
+            raise ValueError(f"{self.reversed} is reversed: shared reward and drift cannot be told apart in this world")
         m = np.asarray(margins, dtype=np.float64)
         counts = np.array([_counts(p.chosen) - _counts(p.rejected) for p in pairs]) / math.sqrt(self.response_words)
         shared, drifts = self.values()

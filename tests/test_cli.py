@@ -297,6 +297,20 @@ def test_evaluate_writes_the_report(world, run, tmp_path, capsys):
     assert (tmp_path / "figures" / "margins.png").stat().st_size > 5000
 
 
+def test_evaluate_compares_and_calibrates(world, run, tmp_path, capsys):
+    (name, (train, test)), *_ = world[1].items()
+    source = ["evaluate", "--model", str(run), "--source", f"{name}={test}"]
+    assert main([*source, "--baseline", str(world[0] / "model"), "--calibrate", f"{name}={train}", "--json", str(tmp_path / "r.json")]) == 0
+    report, said = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
+    r, d, t = report["sources"][name], report["differences"][name], report["temperatures"]
+    assert r["calibration"] in ("indistinguishable", "over-confident", "under-confident") and (r["ece_interval"] is None) == (r["calibration"] == "indistinguishable")
+    assert d["pairs"] == r["pairs"] and d["accuracy_interval"][0] <= d["accuracy"] <= d["accuracy_interval"][1] and "exceeds noise" in said
+    assert t["pooled"] == t["sources"][name]["temperature"] and f"{t['pooled']:.3f}" in said
+    assert "--baseline" in refused(capsys, *source, "--baseline", tmp_path / "absent")
+    assert "is a test file" in refused(capsys, *source, "--calibrate", f"{name}={test}")
+    assert "is no --source" in refused(capsys, *source, "--calibrate", f"typo={train}")
+
+
 def test_the_length_baseline_prefers_the_longer_response(run, tmp_path):
     path = lines(tmp_path / "in.jsonl", *[GOOD | {"chosen": " basil and cedar"}] * 2, GOOD, GOOD | {"rejected": " copper"})   # longer, longer, alike, shorter
     assert main(["evaluate", "--model", str(run), "--source", f"a={path}", "--json", str(tmp_path / "r.json")]) == 0

@@ -112,6 +112,8 @@ def test_intervals_over_seeds():
     (lambda d: (d / "00.train.safetensors").unlink(), "damaged"), (lambda d: (d / "01.test.safetensors").write_bytes(b"x" * 50), "damaged"),
     (lambda d: (d / "features.json").write_text((d / "features.json").read_text().replace("00.train", "../../etc/x")), "damaged"),
     (lambda d: save_file(load_file(d / "00.test.safetensors") | {"chosen": torch.zeros(3, 64)}, d / "00.test.safetensors"), "damaged"),
+    (lambda d: (d / "features.json").write_text((d / "features.json").read_text().replace("00.train", "../states/00.train")), "damaged"),
+    (lambda d: save_file((t := load_file(d / "00.train.safetensors")) | {"chosen": t["chosen"] * float("nan")}, d / "00.train.safetensors"), "not finite"),
     (lambda d: (d / "features.json").write_text((d / "features.json").read_text().replace('"width": 64', '"width": 65')), "damaged")])
 def test_damaged_features_are_refused(stored, tmp_path, capsys, damage, words):
 

@@ -15,11 +15,12 @@ from minimore import paper
 from minimore.calibration import accuracy, fit_temperature, pair_ece
 from minimore.cli import main
 from minimore.features import over_seeds
-from minimore.grid import REGIMES, SCHEMES, ReproduceOptions, margins_of, plan
-from minimore.reproduce import cell_text, detectable, difference_text, noise_of_pairs, with_derived
+from minimore.grid import REGIMES, SCHEMES, ReproduceOptions, check_plan, fingerprint, margins_of, plan
+from minimore.reproduce import cell_text, detectable, difference_text, figures_of, noise_of_pairs, scheme_table, with_derived
 from minimore.world import World
 
 TINY = ["--width", "16", "--pairs", "10", "--test-pairs", "24", "--batch-size", "10"]
+SCALING = ["--width", "16", "--pairs", "16", "--test-pairs", "24"]
 
 
 def report(out):
@@ -69,11 +70,12 @@ def test_tables_say_what_the_margins_say(whole):
     assert len(cells) == 2 * (5 + len(SCHEMES) - 1)
     test = lambda scheme, seed: {name: m[t] for name, (m, t, _) in cells[scheme, seed].items()}
     text = report(whole)
+    every = {(e["scheme"], e["seed"]): e for e in json.loads((whole / "report.json").read_text())}
     for scheme in ("uniform", "more", "group dro", "smoothing", "multitask", "more per group"):
         line = next(l for l in text.splitlines() if re.match(rf"{scheme} +[\d.]", l))
         means = [np.mean([f(m) for m in test(scheme, s).values()]) for f in (accuracy, pair_ece) for s in (0, 1)]
         assert line.split(scheme)[1].split()[:6] == [f"{np.mean([accuracy(test(scheme, s)[n]) for s in (0, 1)]):.3f}" for n in test(scheme, 0)] + [f"{np.mean(means[:2]):.3f}"]
-        assert f"|{np.mean(means[2:]):15.3f}" in line
+        assert f"|{np.mean(means[2:]):15.3f}" in line and all(0 < x < 1 for x in every[scheme, 0]["floor"].values())
         if scheme != "uniform":
             base = np.mean([accuracy(m) for s in (0, 1) for m in test("uniform", s).values()])
             assert f"{np.mean(means[:2]) - base:+.3f}" in line
@@ -81,7 +83,6 @@ def test_tables_say_what_the_margins_say(whole):
     assert f"{top:.3f}" in next(l for l in text.splitlines() if l.startswith("top "))
     assert "trained on / tested on" in text and "62.38* 62.64" in text and (whole / "figures" / "size-16.png").stat().st_size > 5000
     assert all((whole / "runs" / c.name / "config.json").is_file() for c in plan(o) if c.sources)
-    every = {(e["scheme"], e["seed"]): e for e in json.loads((whole / "report.json").read_text())}
     assert every["more", 1]["ece"] == {n: pair_ece(m) for n, m in test("more", 1).items()} and every["top", 0]["size"] == 16
     raw, again = test("raw", 0), test("raw", 1)
     assert all(not np.array_equal(raw[n], again[n]) for n in raw) and re.search(r"(?m)^raw +[.0-9]", text)
@@ -132,12 +133,12 @@ def test_a_killed_grid_ends_with_the_same_table(tmp_path):
 
 @pytest.mark.parametrize("experiment, more", [("regimes", ["--scheme", "uniform", "--scheme", "more"]), ("scaling", []), ("table2", ["--protocol", "authors", "--quick"])])
 def test_the_other_experiments_run(experiment, more, tmp_path):
-    assert main(["reproduce", experiment, "--output", str(tmp_path / "grid"), "--seeds", "1", *(["--pairs", "16"] + TINY[:2] + TINY[4:]), *more]) == 0
+    assert main(["reproduce", experiment, "--output", str(tmp_path / "grid"), "--seeds", "1", *SCALING, *more]) == 0
     text = report(tmp_path / "grid")
     if experiment == "regimes":
         assert all(f"regime {r}" in text for r in REGIMES)
     if experiment == "scaling":
-        assert len(re.findall(r"(?m)^(conflict|revealed) ", text)) == 6 and "damage" in text
+        assert len(re.findall(r"(?m)^(conflict|revealed) ", text)) == 6 and "cost of sharing" in text
     if experiment == "table2":
         assert "+ T" not in text                 # the authors fit no temperature, and use every test pair
 
@@ -151,6 +152,47 @@ def test_real_files_and_checkpoints(tmp_path):
                  "--scheme", "uniform", "--scheme", "more"]) == 0
     line = next(l for l in report(out).splitlines() if l.startswith("more "))
     assert line.count("±") >= 6 and "bootstrap by prompt" in report(out)
+
+
+def test_other_files_at_the_same_place_are_noticed(tmp_path):
+    paths = World(annotators=("ana", "ben", "cleo"), train_pairs=(20,), test_pairs=40).write(tmp_path / "world")
+    given = [a for n, (x, y) in paths.items() for a in ("--source", f"{n}={x},{y}")]
+    cells = lambda: check_plan(ReproduceOptions(experiment="table2", output=str(tmp_path / "g"), model=(str(tmp_path / "world" / "model"),), source=tuple(given[1::2]), scheme=("uniform",)))
+    before = [fingerprint(c) for c in cells()]
+    assert before == [fingerprint(c) for c in cells()] and len(set(before)) == 3
+    weights = tmp_path / "world" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    changed = [fingerprint(c) for c in cells()]
+    assert not set(before) & set(changed)
+    paths["ben"][1].write_text(paths["ana"][1].read_text())
+    minimore.grid._digest.cache_clear()
+    assert not set(changed) & {fingerprint(c) for c in cells()}
+
+
+def test_two_models_of_one_name_are_refused(tmp_path, capsys):
+    paths = World(annotators=("ana", "ben"), train_pairs=(20,), test_pairs=40).write(tmp_path / "world")
+    given = [a for n, (x, y) in paths.items() for a in ("--source", f"{n}={x},{y}")]
+    model = str(tmp_path / "world" / "model")
+    assert main(["reproduce", "table2", "--output", str(tmp_path / "g"), "--model", model, "--model", model, *given]) == 2
+    assert "given twice" in capsys.readouterr().err
+    assert main(["reproduce", "table2", "--output", str(tmp_path / "g"), "--model", model, "--source", f"a={paths['ana'][0]},{paths['ana'][0]}"]) == 2
+    assert "both training and test" in capsys.readouterr().err and not (tmp_path / "g").exists()
+
+
+def test_equally_calibrated_schemes_are_not_ranked_by_sharpness():
+    """Two calibrated models, one sharp and one blunt: a plain ECE differs by what noise adds to it."""
+    random, flags = np.random.default_rng(0), 0
+    for _ in range(40):
+        rows = {"uniform": [], "more": []}
+        for _ in range(5):
+            odds = random.normal(0, 1, (2, 3, 400)) * np.array([.1, 1])[:, None, None]
+            m = np.where(random.random(odds.shape) < 1 / (1 + np.exp(-odds)), odds, -odds)
+            for scheme, x in zip(rows, m):
+                margins, prompts = dict(zip("abc", x)), dict.fromkeys("abc", np.arange(400))
+                rows[scheme].append(figures_of(margins, prompts) | {"margins": margins, "prompts": prompts})
+        line = next(l for l in scheme_table(rows, list("abc")).splitlines() if l.startswith("more"))
+        flags += "!" in line.split("|")[2].split("±")[2][:8]
+    assert flags == 0
 
 
 def test_what_cannot_be_run_is_refused(whole, tmp_path, capsys):
@@ -168,7 +210,13 @@ def test_what_cannot_be_run_is_refused(whole, tmp_path, capsys):
     assert "--seeds 0" in refused("table2", "--output", out, "--seeds", 0)
     assert "EXPERIMENT is missing" in refused("--output", out)
     assert "table3: expected one of table2, regimes" in refused("table3", "--output", out)
-    assert "holds a grid with seeds 2, not 3" in refused("table2", "--output", whole, *TINY, *(a for s in SCHEMES for a in ("--scheme", s)))
+    assert "holds a grid with test_pairs 24, not 25" in refused("table2", "--output", whole, *TINY, *(a for s in SCHEMES for a in ("--scheme", s)), "--test-pairs", 25)
+    assert "expected other schemes" in refused("drift", "--output", out, "--scheme", "raw")
+    assert "expected other schemes" in refused("drift", "--output", out, "--regime", "reversed")
+    for flags in (("--pairs", 0), ("--batch-size", 0), ("--batch-size", 7), ("--learning-rate", 0), ("--max-length", 0), ("--micro-tokens", 0), ("--width", 16, "--width", 16)):
+        refused("table2", "--output", out, *flags)
+    refused("sources", "--output", out, "--batch-size", 10)
+    refused("scaling", "--output", out, "--pairs", 4)
     assert "holds no grid" in refused("table2", "--output", tmp_path)
     assert not out.exists()
 
@@ -194,7 +242,9 @@ def test_intervals_and_flags():
     assert cell_text([.5, .6, .7]) == f"0.600 ± {over_seeds([.5, .6, .7])[1]:.3f}" and cell_text([.5]) == "0.500"
     assert cell_text([.5], .03) == "0.500 ± 0.030" and cell_text([.5, .6, .7], .1) == f"0.600 ± {math.hypot(.1, over_seeds([.5, .6, .7])[1]):.3f}"
     assert difference_text([.1, .1001, .0999]).endswith("!") and not difference_text([.1, -.1, .05]).endswith("!")
-    assert difference_text([.1], .2).strip() == "+0.100 ± 0.200" and difference_text([.1, .2]) == "+0.150"
+    assert not difference_text([.1, .1001, .0999], may_flag=False).endswith("!") and not difference_text([.1, .1001, .0999], .2).endswith("!")
+    assert difference_text([.1], .02).strip() == "+0.100 ± 0.020" and difference_text([.1, .2]).strip() == "+0.150"        # too few seeds to flag
+    assert difference_text([-.1, -.2]).strip() == "-0.150"
     random, found = np.random.default_rng(0), 0
     for _ in range(2000):                        # the power that detectable() promises
         sample = random.normal(0, 1, 10)

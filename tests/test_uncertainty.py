@@ -1,6 +1,7 @@
 """Intervals that cover, a floor that is there, and no verdict that noise could give. Seeds are fixed; bench/coverage.py has the long run."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -22,24 +23,24 @@ def test_the_floor_is_what_calibrated_models_show():
     random = np.random.default_rng(0)
     for count, spread in ((133, 1.0), (500, 2.0), (2000, 0.5)):
         shown = [pair_ece(margins_of(random, count, spread=spread)) for _ in range(300)]
-        floors = [noise_floor(margins_of(random, count, spread=spread), 200, seed=i) for i in range(10)]
+        floors = [noise_floor(margins_of(random, count, spread=spread), replicates=200, seed=i) for i in range(10)]
         assert np.mean([f.mean for f in floors]) == pytest.approx(np.mean(shown), rel=.08)
         assert np.mean([f.high for f in floors]) == pytest.approx(np.quantile(shown, .95), rel=.12)
 
 
 def test_the_floor_of_certain_margins_is_zero_and_of_none_a_coin():
     assert noise_floor([800.0, -900.0]).mean == 0
-    coin = noise_floor(np.zeros(400), 2000)
+    coin = noise_floor(np.zeros(400), replicates=2000)
     assert coin.mean == pytest.approx(0, abs=1e-12)          # a probability of exactly 1/2, both orders: the two mirror images cancel
-    assert noise_floor(np.full(400, .1), 2000).mean == pytest.approx(math.sqrt(2 / math.pi) * .5 / 20, rel=.05)
+    assert noise_floor(np.full(400, .1), replicates=2000).mean == pytest.approx(math.sqrt(2 / math.pi) * .5 / 20, rel=.05)
 
 
 @pytest.mark.parametrize("count", [133, 500])
 def test_calibrated_models_are_seldom_called_miscalibrated(count):
     random = np.random.default_rng(1)
-    alarms = [is_miscalibrated(pair_ece(m), noise_floor(m, 200)) for m in (margins_of(random, count, spread=.7) for _ in range(200))]
+    alarms = [is_miscalibrated(pair_ece(m), noise_floor(m, replicates=200)) for m in (margins_of(random, count, spread=.7) for _ in range(200))]
     assert np.mean(alarms) <= .05
-    assert is_miscalibrated(pair_ece(margins_of(random, 2000, 3.0)), noise_floor(margins_of(random, 2000, 3.0), 200))
+    assert is_miscalibrated(pair_ece(margins_of(random, 2000, 3.0)), noise_floor(margins_of(random, 2000, 3.0), replicates=200))
 
 
 @pytest.mark.parametrize("count, confidence", [(500, 2.0), (500, .4), (133, 3.0), (2000, 2.0)])
@@ -64,6 +65,19 @@ def test_intervals_by_prompt_cover_where_intervals_by_pair_do_not():
         by["pair"].append(intervals(m, None, 300, i)[0])
     covered = {kind: np.mean([a.low <= true <= a.high for a in found]) for kind, found in by.items()}
     assert covered["prompt"] > .90 and covered["pair"] < .80, covered
+
+
+@pytest.mark.parametrize("prompts, each", [(20, 36), (6, 100)])
+def test_prompts_whose_pairs_go_together_do_not_raise_false_alarms(prompts, each):
+    """Calibrated on the whole, but the outcomes of one prompt's pairs are drawn together (a Gaussian copula, correlation .3)."""
+    random, alarms = np.random.default_rng(8), {"prompt": 0, "pair": 0}
+    for _ in range(120):
+        odds = np.abs(random.normal(0, 1, prompts * each))
+        latent = np.repeat(random.normal(0, math.sqrt(.3), prompts), each) + random.normal(0, math.sqrt(.7), prompts * each)
+        m = np.where([NormalDist().cdf(x) for x in latent] < probability(odds), odds, -odds)
+        for kind, groups in (("prompt", np.repeat(np.arange(prompts), each)), ("pair", None)):
+            alarms[kind] += is_miscalibrated(pair_ece(m), noise_floor(m, groups, replicates=100))
+    assert alarms["prompt"] <= 12 and alarms["pair"] > 2 * alarms["prompt"]
 
 
 def test_debiasing_takes_off_what_noise_adds():
@@ -104,7 +118,7 @@ def test_eces_within_the_floor_are_not_ranked():
         sign = np.where(random.random(133) < probability(odds), 1, -1)
         a, b = odds * sign, (odds + random.normal(0, .3, 133)) * sign
         _, ece = difference_intervals(a, b, replicates=200)
-        ranked += may_rank(ece, (pair_ece(a), pair_ece(b)), (noise_floor(a, 200), noise_floor(b, 200)))
+        ranked += may_rank(ece, (pair_ece(a), pair_ece(b)), (noise_floor(a, replicates=200), noise_floor(b, replicates=200)))
     assert ranked <= 3
 
 
@@ -115,6 +129,7 @@ def test_prompts_are_summed():
     assert np.abs(sums.gaps.sum(0)).sum() / 8 == pytest.approx(pair_ece(m))
     assert len(prompt_sums(m, [1, 1, 1, 1]).pairs) == 4                          # one prompt cannot be resampled
     assert math.isnan(intervals(m[:2])[0].low)                                   # two prompts leave no interval
+    assert intervals(np.ones(10))[0] == Interval(1, .7, 1) and intervals(-np.ones(10))[0] == Interval(0, 0, .3)
     assert intervals(m, [0, 0, 1, 2])[0].low == pytest.approx(.25, abs=.26)
 
 
@@ -147,3 +162,6 @@ def test_temperatures_that_do_not_exist_are_flagged():
     assert fit_temperature([1.0, .5, 0.0]) == 0                                  # separable
     assert fit_temperature([1.0, -2.0]) == fit_temperature([0.0, 0.0]) == math.inf
     assert 0 < fit_temperature([1e8, 1e8, -1e-8]) < math.inf
+    assert fit_temperature([.1, .2, -.3]) == math.inf                            # their mean is 0 but for rounding
+    with np.errstate(all="raise"):
+        assert 0 < fit_temperature([1e308, 1e308, -1e307]) < math.inf

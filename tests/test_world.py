@@ -52,6 +52,8 @@ def test_a_model_is_taken_apart():
     flipped = [p._replace(chosen=p.rejected, rejected=p.chosen) for p in pairs]  # labels do not enter
     assert world.decompose(-true, flipped).shared == pytest.approx(1)
     assert np.isnan(world.decompose(np.zeros(len(pairs)), pairs).shared_share)
+    with pytest.raises(ValueError, match="eve is reversed"):
+        World(reversed="eve").decompose(true, pairs)
     alone = World(conflict=0.0).decompose(true, pairs)
     assert np.isnan(alone.drift).all() and alone.drift_share == 0
 

@@ -94,7 +94,7 @@ assert np.allclose(found["all"], single, atol=0.03)                             
 assert np.allclose(weights.mean(0), 0.2, atol=0.05) and abs(m.drift_share - e.drift_share) < 0.05
 
 # %% Two exercises
-# Exercise 1. Make Eve want the opposite (`World(reversed="eve")`). What are the shares of everyone's model now, with uniform weights and with
-#             MORE? Which of the two would Eve choose?
+# Exercise 1. Make Eve far less decisive than the others (`decisiveness=(2.0, 2.0, 2.0, 2.0, 0.2)`). Do the drifts still cancel in everyone's model? Whose
+#             is left, and why does `decompose` refuse a world in which Eve wants the opposite (`reversed="eve"`)?
 # Exercise 2. Give Ana ten times the pairs of the others and mix by `proportional` weights. How much of the mixture's reward is Ana's drift, and
 #             which weights in Eq. 6 would have told you so beforehand?

@@ -33,7 +33,7 @@ def main():
             for seed in range(samples):
                 m = margins_of(random, count, confidence, spread)
                 a, e = intervals(m, replicates=400, seed=seed)
-                floor = noise_floor(m, 200, seed)
+                floor = noise_floor(m, replicates=200, seed=seed)
                 found.append((a.low <= right <= a.high, e.low <= ece <= e.high, is_miscalibrated(pair_ece(m), floor), floor.mean))
             a, e, called, floor = np.mean(found, 0)
             shown = f"{e:11.3f}" if ece >= 2 * floor else " " * 6 + "below"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -158,13 +159,22 @@ def score(options: ScoreOptions):
     list of texts gets the list rewards.
     """
     refuse_existing(options.output)
-    records = read_records(options.input)        # opened once: it may be a pipe
-    first = next(records, None)
-    if first is None:
-        raise InputError(f"{options.input}: is empty; expected at least one line")
-    records = chain([first], records)
-    model, checkpoint = open_reward_model(options)
-    limit, truncate = options.limits(checkpoint)
+    with closing(read_records(options.input)) as records:                        # opened once: it may be a pipe
+        first = next(records, None)
+        if first is None:
+            raise InputError(f"{options.input}: is empty; expected at least one line")
+        model, checkpoint = open_reward_model(options)
+        limit, truncate = options.limits(checkpoint)
+        counts = _write_scored(options, model, checkpoint, chain([first], records), limit, truncate)
+    print(f"{options.output}: {counts['lines']} lines scored, {counts['truncated']} truncated to {limit} tokens, {counts['blank']} with a blank response"
+          + (f", {counts['named']} with names of special tokens, read as text" if counts["named"] else "")
+          + (f", {counts['replaced']} had such a key already, replaced" if counts["replaced"] else ""))
+    if not checkpoint.has_head:
+        print(f"{options.model}: no score.weight, so the rewards are those of an untrained head", file=sys.stderr)
+
+
+def _write_scored(options, model, checkpoint, records, limit, truncate):
+    """Score the records, 256 at a time, into a file beside the output, then rename it; returns the counts."""
     output, counts = Path(options.output), {"lines": 0, "truncated": 0, "blank": 0, "named": 0, "replaced": 0}
     unfinished = beside(output)
     try:
@@ -175,11 +185,7 @@ def score(options: ScoreOptions):
         os.replace(unfinished, output)
     finally:
         unfinished.unlink(missing_ok=True)
-    print(f"{options.output}: {counts['lines']} lines scored, {counts['truncated']} truncated to {limit} tokens, {counts['blank']} with a blank response"
-          + (f", {counts['named']} with names of special tokens, read as text" if counts["named"] else "")
-          + (f", {counts['replaced']} had such a key already, replaced" if counts["replaced"] else ""))
-    if not checkpoint.has_head:
-        print(f"{options.model}: no score.weight, so the rewards are those of an untrained head", file=sys.stderr)
+    return counts
 
 
 def _json_line(record):

@@ -155,7 +155,7 @@ def scheme_table(schemes: dict[str, list[dict]], names: list[str], real: bool = 
     real: seeds share their test pairs, whose noise is added to that of seeds where it is known: not for worst sources and NLL.
     """
     columns = [*(f"{n[:14]:>15}" for n in names), f"{'mean':>16}", f"{'worst':>16}", f" |{'ECE mean':>15}{'worst':>15}  floor", " | minus uniform:  accuracy        ECE less noise  NLL"]
-    lines, base = [f"{'':18}" + "".join(columns)], schemes.get("uniform")
+    lines, base = [f"{'':20}" + "".join(columns)], schemes.get("uniform")
     none = {"accuracy": np.zeros(len(names)), "ece less noise": np.zeros(len(names))}
     of_mean = lambda halves: float(np.sqrt((halves ** 2).sum()) / len(halves))
     for scheme, rows in schemes.items():
@@ -163,7 +163,7 @@ def scheme_table(schemes: dict[str, list[dict]], names: list[str], real: bool = 
             continue
         each = {rate: np.array([row[rate] for row in rows]) for rate in ("accuracy", "ece less noise", "nll", "ece")}         # (S, K)
         noise = noise_of_pairs(rows) if real else none
-        line = f"{scheme:18}" + "".join(f"{cell_text(column, half):>15}" for column, half in zip(each["accuracy"].T, noise["accuracy"]))
+        line = f"{scheme:20}" + "".join(f"{cell_text(column, half):>15}" for column, half in zip(each["accuracy"].T, noise["accuracy"]))
         line += f"{cell_text(each['accuracy'].mean(1), of_mean(noise['accuracy'])):>16}{cell_text(each['accuracy'].min(1)):>16} |"
         line += f"{cell_text(each['ece'].mean(1), of_mean(noise['ece less noise'])):>15}{cell_text(each['ece'].max(1)):>15}  {np.mean([row['floor'] for row in rows]):.3f} | "
         if base and scheme != "uniform":
@@ -186,7 +186,7 @@ def cross_table(schemes, names) -> str:
 
 def outlier_table(schemes, names) -> str:
     """Tables 4-6: box-plot outliers of the margins, beyond 1.5 interquartile ranges; counts and means, averaged over seeds and sources."""
-    lines = [f"{'':18}{'above: share':>14}{'mean':>10}{'below: share':>14}{'mean':>10}{'all: mean |margin|':>20}"]
+    lines = [f"{'':20}{'above: share':>14}{'mean':>10}{'below: share':>14}{'mean':>10}{'all: mean |margin|':>20}"]
     for scheme, rows in schemes.items():
         if scheme.startswith("single "):
             continue
@@ -196,7 +196,7 @@ def outlier_table(schemes, names) -> str:
             above, below = m[m > high + 1.5 * (high - low)], m[m < low - 1.5 * (high - low)]
             found.append([len(above) / len(m), above.mean() if len(above) else np.nan, len(below) / len(m), below.mean() if len(below) else np.nan, np.abs(m).mean()])
         share = np.nanmean(np.where(np.isfinite(found), found, np.nan), 0) if np.isfinite(found).any(0).all() else np.nan_to_num(found).mean(0)
-        lines.append(f"{scheme:18}{share[0]:14.3f}{share[1]:10.3f}{share[2]:14.3f}{share[3]:10.3f}{share[4]:20.3f}")
+        lines.append(f"{scheme:20}{share[0]:14.3f}{share[1]:10.3f}{share[2]:14.3f}{share[3]:10.3f}{share[4]:20.3f}")
     return "\n".join(lines)
 
 

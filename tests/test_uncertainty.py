@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minimore.calibration import accuracy, fit_temperature, negative_log_likelihood, pair_ece, probability
-from minimore.uncertainty import (Floor, Interval, _erf, debiased_ece, difference_intervals, intervals, is_miscalibrated, may_rank, noise_floor,
+from minimore.uncertainty import (Floor, Interval, _erf, _interval, debiased_ece, difference_intervals, intervals, is_miscalibrated, may_rank, noise_floor,
                                   prompt_sums, student_t)
 
 
@@ -131,6 +131,19 @@ def test_prompts_are_summed():
     assert math.isnan(intervals(m[:2])[0].low)                                   # two prompts leave no interval
     assert intervals(np.ones(10))[0] == Interval(1, .7, 1) and intervals(-np.ones(10))[0] == Interval(0, 0, .3)
     assert intervals(m, [0, 0, 1, 2])[0].low == pytest.approx(.25, abs=.26)
+
+
+def test_few_prompts_have_wider_intervals():
+    replicates = np.random.default_rng(0).standard_normal(400_000)
+    for prompts, half in ((6, 2.571 * math.sqrt(6 / 5)), (1000, 1.962)):
+        interval = _interval(0.0, replicates, prompts)
+        assert interval.high == pytest.approx(half, rel=.02) and interval.low == pytest.approx(-half, rel=.02)
+
+
+def test_prompts_that_all_say_the_same_leave_nothing_to_take_off():
+    m = np.tile([2.0, 1.5, -1.0], 5)
+    assert debiased_ece(m, np.repeat(np.arange(5), 3)) == pytest.approx(pair_ece(m), abs=1e-9)
+    assert debiased_ece(m) < pair_ece(m) - .01
 
 
 def test_small_tools():

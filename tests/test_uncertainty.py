@@ -141,9 +141,9 @@ def test_few_prompts_have_wider_intervals():
 
 
 def test_prompts_that_all_say_the_same_leave_nothing_to_take_off():
-    m = np.tile([2.0, 1.5, -1.0], 5)
+    m = np.tile([0.3, -0.3, 0.3], 5)
     assert debiased_ece(m, np.repeat(np.arange(5), 3)) == pytest.approx(pair_ece(m), abs=1e-9)
-    assert debiased_ece(m) < pair_ece(m) - .01
+    assert debiased_ece(m) < pair_ece(m) - .01   # as 15 pairs of 15 prompts they might be chance
 
 
 def test_small_tools():

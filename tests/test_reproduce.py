@@ -69,6 +69,8 @@ def test_tables_say_what_the_margins_say(whole):
     cells = {(c.at["scheme"], c.at["seed"]): margins_of(whole, c, o) for c in plan(o)}
     assert len(cells) == 2 * (5 + len(SCHEMES) - 1)
     test = lambda scheme, seed: {name: m[t] for name, (m, t, _) in cells[scheme, seed].items()}
+    held = [p[~t] for sources in cells.values() for _, t, p in sources.values()]
+    assert all((p % 4 == 0).all() and len(p) for p in held) and sum(map(len, held)) == pytest.approx(.25 * sum(len(m) for s in cells.values() for m, _, _ in s.values()), rel=.1)
     text = report(whole)
     every = {(e["scheme"], e["seed"]): e for e in json.loads((whole / "report.json").read_text())}
     for scheme in ("uniform", "more", "group dro", "smoothing", "multitask", "more per group"):

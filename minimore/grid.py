@@ -281,17 +281,21 @@ def margins_of(out, cell, o) -> dict:
 
 def hours(o, cells) -> float:
     """A rough estimate: 6 flops a parameter and token for training, 2 for scoring, at the measured speed of a matrix product."""
-    a, began, flops = torch.randn(512, 512), time.monotonic(), 0
+    on_gpu = device_of(o) == "cuda"
+    n, flops = (4096 if on_gpu else 512), 0
+    a = torch.randn(n, n).to("cuda", torch.bfloat16) if on_gpu else torch.randn(n, n)
+    a @ a
+    began = time.monotonic()
     while time.monotonic() - began < 0.1:
-        a @ a
-        flops += 2 * 512 ** 3
-    speed, seconds, sizes = 0.3 * flops / (time.monotonic() - began), 0.0, {}
+        float((a @ a)[0, 0])                         # waits for a GPU, too
+        flops += 2 * n ** 3
+    speed, seconds, sizes = 0.5 * flops / (time.monotonic() - began), 0.0, {}
     for cell in cells:
         if str(cell.model) not in sizes:
             c = Checkpoint(str(cell.model)).config if cell.world is None else None
             sizes[str(cell.model)] = 24 * cell.at["size"] ** 2 if c is None else c.blocks * (2 * c.width * c.head_width * (c.heads + c.kv_heads) + (3 if c.gated else 2) * c.width * c.mlp_width)
         pairs, tokens = cell.options["pairs_per_source"] * len(cell.sources), 60 if cell.world else min(o.max_length, 400)
-        seconds += pairs / cell.options["batch_size"] * 0.03 + pairs * tokens * 6 * sizes[str(cell.model)] / speed
+        seconds += pairs / cell.options["batch_size"] * 0.02 + pairs * tokens * 6 * sizes[str(cell.model)] / speed
         seconds += sum(o.test_pairs for _ in cell.tests) * tokens * 2 * sizes[str(cell.model)] / speed + 1
     return seconds / 3600
 

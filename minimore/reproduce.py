@@ -31,7 +31,7 @@ def reproduce(o: ReproduceOptions) -> int:
         raise InputError(f"--output {out}: holds a grid with {different} {given.get(different)!r}, not {wanted[different]!r}; choose another name, or give the same options")
     finished = [is_finished(out, cell) for cell in cells]
     print(f"{o.experiment}: {len(cells)} runs, {sum(finished)} of them finished; protocol {o.protocol}: {PROTOCOLS[o.protocol]}")
-    print(f"about {hours(o, [c for c, done in zip(cells, finished) if not done]):.2f} hours on this machine, by its matrix products and 30 ms a step")
+    print(f"about {hours(o, [c for c, done in zip(cells, finished) if not done]):.2f} hours on this machine, by half the speed of its matrix products and 20 ms a step")
     if o.dry_run:
         print("\n".join(f"  {'finished' if done else 'to do   '}  {cell.name}" for cell, done in zip(cells, finished)))
         return 0

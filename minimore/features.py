@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .calibration import accuracy, negative_log_likelihood, pair_ece
 from .checkpoint import Checkpoint, write_tensors
-from .more import WEIGHTINGS, bradley_terry_losses, head_gradients
-from .options import InputError, one_line, option, parse_sources, read_json, refuse_existing, write_json
+from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients
+from .options import InputError, one_line, option, parse_sources, read_json, refuse_existing, require_tests, write_json
 from .pairs import epoch_steps, load_source, pack_pairs, split_by_tokens
 from .reward import ReadingOptions, fresh_head, load_reward_model
-from .uncertainty import student_t
+from .uncertainty import over_seeds
 
 PARTS = ("train", "test")
 PROBE = "linear probe on frozen features, not the paper's Table 2"
@@ -64,18 +64,6 @@ def features(options: FeaturesOptions):
     write_json(out / "features.json", {"note": PROBE, "model": options.model, "width": checkpoint.config.width, "max_length": limit, "truncate": truncate,
                                        "dtype": options.dtype, "sources": described})
     print(f"{out}: states of {len(paths)} sources, {sum(p.stat().st_size for p in out.glob('*.safetensors')) / 1e6:.1f} MB")
-
-
-def require_tests(paths: dict[str, tuple[str, str | None]]):
-    """Refuse a source without a test file, or whose test file is not there or is its training file."""
-    for name, (train, test) in paths.items():
-        if test is None:
-            raise InputError(f"--source {name}: has no test file; expected NAME=TRAIN,TEST")
-        for path in (train, test):
-            if not Path(path).exists():
-                raise InputError(f"--source {name}: {path}: no such file")
-        if Path(train).resolve() == Path(test).resolve():
-            raise InputError(f"--source {name}: {test} is both training and test file")
 
 
 def _stored(path, key):
@@ -189,6 +177,8 @@ def probe(options: ProbeOptions):
     names, methods = list(stored), tuple(dict.fromkeys(options.method)) or ("uniform", "more")
     if options.sampling == "equal" and options.batch_size and options.batch_size % len(names):
         raise InputError(f"--batch-size {options.batch_size}: under equal sampling expected a multiple of the {len(names)} sources")
+    if "more" in methods and len(names) > MOST_SOURCES:
+        raise InputError(f"--method more: {len(names)} sources, but the exact solver takes at most {MOST_SOURCES}; merge some")
     if options.learning_rate <= 0 or not 0 <= options.label_smoothing < 0.5:
         raise InputError("--learning-rate must be more than 0, and --label-smoothing from 0 to less than 0.5")
     train, test = [stored[name]["train"].difference for name in names], {name: stored[name]["test"].difference for name in names}
@@ -199,6 +189,8 @@ def probe(options: ProbeOptions):
         for seed in range(options.seeds):
             head, weights = train_head(train, method, options, seed, scale)
             margins = {name: torch.cat([part.float() @ head for part in t.split(4096)]).double().numpy() / scale for name, t in test.items()}
+            if not all(np.isfinite(m).all() for m in margins.values()):
+                raise FloatingPointError(f"{method}, seed {seed}: a margin is not finite; try a smaller --learning-rate")
             runs.append({"accuracy": [accuracy(m) for m in margins.values()], "ece": [pair_ece(m) for m in margins.values()],
                          "nll": [negative_log_likelihood(m) for m in margins.values()], "weights": weights.mean(0).tolist()})
         found[method] = {rate: [run[rate] for run in runs] for rate in runs[0]}                  # (S, K) each
@@ -207,12 +199,6 @@ def probe(options: ProbeOptions):
     if options.json:
         longer = {name: accuracy(stored[name]["test"].longer) for name in names}
         write_json(options.json, {"note": PROBE, "options": asdict(options), "sources": names, "methods": found, "length_accuracy": longer})
-
-
-def over_seeds(values) -> tuple[float, float]:
-    """Mean over seeds, and half the width of its 95% interval (NaN for fewer than three)."""
-    v = np.asarray(values, dtype=np.float64)
-    return float(v.mean()), float(student_t(len(v) - 1) * v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 2 else math.nan
 
 
 def probe_table(names: list[str], found: dict) -> str:

@@ -23,8 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoint import Checkpoint, random_checkpoint, write_tensors
 from .evaluate import source_margins
-from .features import require_tests
-from .options import InputError, option, parse_sources, write_json
+from .options import InputError, option, parse_sources, require_tests, write_json
 from .pairs import load_source
 from .records import read_records, record_pairs
 from .reward import ModelOptions, check_length, device_of, open_reward_model
@@ -180,6 +179,8 @@ def check_plan(o: ReproduceOptions) -> list[Cell]:
             check_length(Checkpoint(model), o.max_length)
     device_of(o)
     cells = plan(o)
+    if not cells:
+        raise InputError(f"{o.experiment}: takes at least two sources")
     for cell in cells:
         check_options(train_options(Path(o.output), cell), max(1, len(cell.sources)))
     if len({cell.name for cell in cells}) < len(cells):

@@ -120,6 +120,18 @@ def parse_sources(values, test_only=False, flag="--source"):
     return sources
 
 
+def require_tests(paths: dict[str, tuple[str, str | None]]):
+    """Refuse a source without a test file, or whose test file is not there or is its training file."""
+    for name, (train, test) in paths.items():
+        if test is None:
+            raise InputError(f"--source {name}: has no test file; expected NAME=TRAIN,TEST")
+        for path in (train, test):
+            if not Path(path).exists():
+                raise InputError(f"--source {name}: {path}: no such file")
+        if Path(train).resolve() == Path(test).resolve():
+            raise InputError(f"--source {name}: {test} is both training and test file")
+
+
 def refuse_existing(path, flag="--output", make_parents=False):
     """Outputs are never overwritten: refuse a path that exists, that is empty, or that lies in no directory."""
     if path is None:

@@ -8,16 +8,14 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 
 from . import paper, plots
 from .calibration import accuracy, fit_temperature, negative_log_likelihood, pair_ece
-from .features import over_seeds
 from .grid import PROTOCOLS, REGIMES, ReproduceOptions, check_plan, hours, is_finished, margins_of, run_cell
 from .options import InputError, read_json, write_json, write_text
-from .uncertainty import CLEAR, debiased_ece, noise_floor, prompt_sums, resample, student_t
+from .uncertainty import CLEAR, debiased_ece, detectable, noise_floor, over_seeds, prompt_sums, resample
 
 
 def reproduce(o: ReproduceOptions) -> int:
@@ -83,12 +81,6 @@ def noise_of_pairs(rows: list[dict], base: list[dict] | None = None) -> dict:
             low, high = np.quantile(mean, [0.025, 0.975])
             halves[rate].append((high - low) / 2)
     return {rate: np.array(h) for rate, h in halves.items()}
-
-
-def detectable(values) -> float:
-    """The smallest true difference that as many seeds with this spread show in about 80% of cases (three seeds: 74%); NaN for fewer than three."""
-    v = np.asarray(values, dtype=float)
-    return float((student_t(len(v) - 1) + NormalDist().inv_cdf(0.8)) * v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 2 else math.nan
 
 
 def figures_of(margins: dict[str, np.ndarray], prompts: dict[str, np.ndarray]) -> dict:
@@ -195,7 +187,7 @@ def outlier_table(schemes, names) -> str:
             low, high = np.quantile(m, [.25, .75])
             above, below = m[m > high + 1.5 * (high - low)], m[m < low - 1.5 * (high - low)]
             found.append([len(above) / len(m), above.mean() if len(above) else np.nan, len(below) / len(m), below.mean() if len(below) else np.nan, np.abs(m).mean()])
-        share = np.nanmean(np.where(np.isfinite(found), found, np.nan), 0) if np.isfinite(found).any(0).all() else np.nan_to_num(found).mean(0)
+        share = [np.nanmean(column) if np.isfinite(column).any() else 0.0 for column in np.array(found).T]        # a mean of no outlier is none
         lines.append(f"{scheme:20}{share[0]:14.3f}{share[1]:10.3f}{share[2]:14.3f}{share[3]:10.3f}{share[4]:20.3f}")
     return "\n".join(lines)
 

@@ -184,3 +184,17 @@ def difference_intervals(margins, baseline, prompts=None, replicates: int = REPL
 def may_rank(ece: Interval, eces: tuple[float, float], floors: tuple[Floor, Floor]) -> bool:
     """Whether two ECEs may be ranked: their difference exceeds noise, and at least one of them stands clear of its floor."""
     return ece.excludes_zero and any(map(is_miscalibrated, eces, floors))
+
+
+# ---- over seeds ----------------------------------------------------------------------------------------------------------
+
+def over_seeds(values) -> tuple[float, float]:
+    """Mean over seeds, and half the width of its 95% interval (NaN for fewer than three)."""
+    v = np.asarray(values, dtype=np.float64)
+    return float(v.mean()), float(student_t(len(v) - 1) * v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 2 else math.nan
+
+
+def detectable(values) -> float:
+    """The smallest true difference that as many seeds with this spread show in about 80% of cases (three seeds: 74%); NaN for fewer than three."""
+    v = np.asarray(values, dtype=float)
+    return float((student_t(len(v) - 1) + NormalDist().inv_cdf(0.8)) * v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 2 else math.nan

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minimore.cli import main
-from minimore.features import ProbeOptions, load_features, over_seeds, train_head
+from minimore.features import ProbeOptions, load_features, train_head
 from minimore.more import WEIGHTINGS, bradley_terry_losses, head_gradients, weighted_loss
 from minimore.pairs import epoch_steps, load_source, pack_pairs
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
+from minimore.uncertainty import over_seeds
 from minimore.world import World
 
 
@@ -122,6 +123,18 @@ def test_damaged_features_are_refused(stored, tmp_path, capsys, damage, words):
     assert main(["probe", "--features", str(tmp_path / "states")]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+def test_what_overflows_and_too_many_sources_are_one_line(stored, tmp_path, capsys):
+    assert main(["probe", "--features", str(stored[0] / "states"), "--seeds", "1", "--learning-rate", "1e39"]) == 1
+    assert "not finite" in capsys.readouterr().err
+    shutil.copytree(stored[0] / "states", tmp_path / "many")
+    described = json.loads((tmp_path / "many" / "features.json").read_text())
+    described["sources"] = {f"s{i}": described["sources"]["ana"] for i in range(13)}
+    (tmp_path / "many" / "features.json").write_text(json.dumps(described))
+    assert main(["probe", "--features", str(tmp_path / "many"), "--seeds", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "at most 12" in said and said.count("\n") == 1
 
 
 def test_bad_options(stored, tmp_path, capsys):

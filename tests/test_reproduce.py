@@ -14,9 +14,9 @@ import minimore.grid
 from minimore import paper
 from minimore.calibration import accuracy, fit_temperature, pair_ece
 from minimore.cli import main
-from minimore.features import over_seeds
 from minimore.grid import REGIMES, SCHEMES, ReproduceOptions, check_plan, fingerprint, margins_of, plan
-from minimore.reproduce import cell_text, detectable, difference_text, figures_of, noise_of_pairs, scheme_table, with_derived
+from minimore.reproduce import cell_text, difference_text, figures_of, noise_of_pairs, scheme_table, with_derived
+from minimore.uncertainty import detectable, over_seeds
 from minimore.world import World
 
 TINY = ["--width", "16", "--pairs", "10", "--test-pairs", "24", "--batch-size", "10"]
@@ -207,6 +207,8 @@ def test_what_cannot_be_run_is_refused(whole, tmp_path, capsys):
     out = tmp_path / "grid"
     assert "go together" in refused("table2", "--output", out, "--model", "x")
     assert "no test file" in refused("table2", "--output", out, "--model", "x", "--source", "a=b")
+    alone = World(annotators=("ana",), train_pairs=(9,), test_pairs=9).write(tmp_path / "alone")["ana"]
+    assert "at least two sources" in refused("sources", "--output", out, "--model", tmp_path / "alone" / "model", "--source", f"a={alone[0]},{alone[1]}")
     assert "world only" in refused("drift", "--output", out, "--model", "x", "--source", "a=b,c")
     assert "multiple of 8" in refused("table2", "--output", out, "--width", 12)
     assert "--seeds 0" in refused("table2", "--output", out, "--seeds", 0)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from minimore.calibration import accuracy, pair_ece
-from minimore.features import ProbeOptions, over_seeds, train_head
-from minimore.reproduce import detectable
+from minimore.features import ProbeOptions, train_head
+from minimore.uncertainty import detectable, over_seeds
 from minimore.world import WORDS, World
 
 # %% Heads on word counts

@@ -82,6 +82,13 @@ class Stream:
             self._tiles[window] = [self._tile(segments, window) for segments in _group(self.segments)]
         return self._tiles[window]
 
+    @cached_property
+    def row(self) -> Tensor:
+        """Where the result of each token (N,) is among the padded queries of all tiles."""
+        padded = torch.cat([torch.where(real, q, -1).flatten() for q, real, _, _ in next(iter(self._tiles.values()))])
+        rows = torch.arange(len(padded), device=padded.device)[padded >= 0]
+        return torch.empty_like(self.tokens).index_copy_(0, padded[padded >= 0], rows)
+
     def _tile(self, segments, window):
         Q, L = max(r.queries for r in segments), max(r.keys for r in segments)
         device, positions = self.tokens.device, self.positions
@@ -135,7 +142,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None =
     if window is None and varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) \
             and torch.cuda.get_device_capability(q.device) >= (8, 0):
         return _attend_varlen(q, k, v, stream)
-    return _attend_tiles(q, k, v, stream.tiles(window))
+    return _attend_tiles(q, k, v, stream, window)
 
 
 def _attend_varlen(q, k, v, stream):
@@ -151,16 +158,20 @@ def _attend_varlen(q, k, v, stream):
     return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, max_q, max_k, **causal)
 
 
-def _attend_tiles(q, k, v, tiles):
+def _attend_tiles(q, k, v, stream, window):
     out = []
-    for q_index, real, k_index, visible in tiles:
+    for q_index, _, k_index, visible in stream.tiles(window):
         T, Q = q_index.shape
         gather = lambda x, index: x.index_select(0, index.flatten()).view(T, -1, *x.shape[1:]).transpose(1, 2)
         tile = F.scaled_dot_product_attention(gather(q, q_index), gather(k, k_index), gather(v, k_index),
                                               attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1])  # (T, H, Q, C)
-        out.append(tile.transpose(1, 2)[real])                                   # (real queries, H, C)
-    order = torch.cat([q_index[real] for q_index, real, _, _ in tiles])
-    return torch.cat(out)[order.argsort()]
+        out.append(tile.transpose(1, 2).reshape(T * Q, *q.shape[1:]))
+    return torch.cat(out).index_select(0, stream.row)                            # (N, H, C)
+
+
+def tile_shapes(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
+    """(T, Q, L) of every tile that these segments make."""
+    return [(len(tile), max(r.queries for r in tile), max(r.keys for r in tile)) for tile in _group(segments)]
 
 
 def _group(segments):

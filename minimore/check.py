@@ -17,9 +17,12 @@ from torch import Tensor
 
 from .attention import pack
 from .checkpoint import Checkpoint, pad_id
+from .cost import PairShape, Workload, in_bytes, memory_of
+from .engine import Recipe
 from .families import LANGUAGE_HEADS
-from .model import Trunk, rotary_angles
+from .model import Trunk
 from .options import InputError, one_line, option, refuse_existing, write_json
+from .plan import is_exact, recipes
 from .policy import LanguageModel, token_losses
 from .reward import ModelOptions, RewardModel, load_reward_model, text_rewards
 
@@ -60,8 +63,8 @@ def check(options: CheckOptions) -> int:
     say("tokenizer", check_tokenizer(checkpoint))
     say("template", check_template(checkpoint))
     texts = example_ids(checkpoint)
-    model = load_reward_model(checkpoint, options)
-    say("memory", check_memory(model.trunk, texts["paragraph"], options.micro_tokens))
+    model = load_reward_model(checkpoint, options, lambda name, value: value)        # fp32, for parity
+    say("memory", check_memory(model.trunk, options.micro_tokens))
     say("language", check_language(checkpoint, model.trunk, texts))
     say("rewards", check_rewards(checkpoint, model, texts))
     say("parity", check_parity(checkpoint, model, texts) if options.parity == "auto" else ({}, "not compared: --parity none"))
@@ -134,35 +137,19 @@ def check_template(checkpoint: Checkpoint) -> tuple[str, str]:
 
 # ---- what the model does -----------------------------------------------------------------------------------------------
 
-def check_memory(trunk: Trunk, tokens: list[int], micro_tokens: int) -> tuple[dict, str]:
-    """Bytes by arithmetic, and by counting what one block keeps for backward on these tokens; allocators and Python itself take more."""
+def check_memory(trunk: Trunk, micro_tokens: int) -> tuple[dict, str]:
+    """Bytes by arithmetic (cost.py), of a step of 80 pairs of 342 unique tokens; `plan` says more."""
     c, width = trunk.c, trunk.compute_dtype.itemsize
-    parameters = sum(p.numel() for p in trunk.parameters())
+    parameters, flash = sum(p.numel() for p in trunk.parameters()), trunk.embedding.weight.is_cuda and width == 2
+    work = Workload((PairShape(140, 101, 101),) * 80, 1, 27_360)
     at_once = 4 * c.width + (3 if c.gated else 2) * c.mlp_width          # numbers a token in the widest place of a forward pass, the MLP
-    block = saved_bytes(trunk, tokens) / len(tokens)
-    none, full = c.blocks * block, c.blocks * c.width * width + block    # every block's, or every block's input and one block's
-    figures = {"parameters": parameters, "scoring": 4 * parameters + micro_tokens * width * at_once, "states": 16 * parameters,
-               "training": {"none": 16 * parameters + micro_tokens * none, "full": 16 * parameters + micro_tokens * full}}
-    return figures, (f"{parameters:,} parameters without heads; about {in_bytes(figures['scoring'])} to score; to train {in_bytes(figures['training']['none'])}, or "
-                     f"{in_bytes(figures['training']['full'])} with --recompute full, of which {in_bytes(figures['states'])} are weights, gradients and moments "
-                     f"({micro_tokens:,} tokens at a time)")
-
-
-def saved_bytes(trunk: Trunk, tokens: list[int]) -> int:
-    """Bytes that autograd keeps of one block's forward pass, parameters not counted."""
-    stream, kept = pack([([], [tokens])]).to(trunk.embedding.weight.device), {}
-    own = {p.untyped_storage().data_ptr() for p in trunk.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    x = trunk.embedding(stream.tokens).detach().to(trunk.compute_dtype).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = trunk.blocks[0](x, rotary_angles(trunk.c, stream.positions), stream)         # alive until all is counted
-    return sum(kept.values()) if y.requires_grad else 0
+    scoring = width * parameters + micro_tokens * width * at_once
+    plain = memory_of(c, work, Recipe(micro_tokens=micro_tokens), width, flash).peak
+    exact = [r for r in recipes({"micro_tokens": micro_tokens}) if is_exact(r, width)]
+    least, recipe = min(((memory_of(c, work, r, width, flash).peak, r) for r in exact), key=lambda pair: pair[0])
+    figures = {"parameters": parameters, "scoring": scoring, "training": plain, "leanest": least, "recipe": str(recipe)}
+    return figures, (f"{parameters:,} parameters without heads; about {in_bytes(scoring)} to score ({micro_tokens:,} tokens at a time); to train (80 pairs a step) {in_bytes(plain)} "
+                     f"plainly, {in_bytes(least)} with {recipe}; see minimore plan")
 
 
 @torch.no_grad()
@@ -189,12 +176,6 @@ def check_rewards(checkpoint: Checkpoint, model: RewardModel, texts: dict) -> tu
     found = dict(zip(ANSWERS, text_rewards(model, [texts[name] for name in ANSWERS]).tolist()))
     line = ", ".join(f"{name} answer {reward:.4f}" for name, reward in found.items())
     return found, line + ("" if checkpoint.has_head else "; the head is untrained, so their order is chance")
-
-
-def in_bytes(count: float) -> str:
-    """A number of bytes with its unit: 1 GB is 10^9."""
-    unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s or u == "kB")
-    return f"{count / size:.1f} {unit}"
 
 
 # ---- what transformers says --------------------------------------------------------------------------------------------

@@ -12,24 +12,25 @@ import re
 import shutil
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import safetensors
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .families import FAMILIES, IGNORED, LANGUAGE_HEADS, Json, fuse_heads, name_table, split_heads
-from .model import Trunk
+from .families import FAMILIES, IGNORED, LANGUAGE_HEADS, Family, Json, fuse_heads, name_table, split_heads
+from .model import ModelConfig, Trunk
 from .options import InputError, beside, one_line, read_json, write_json
 from .tokenizer import Tokenizer
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD_BYTES = 5_000_000_000
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+                     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 READABLE = {*STORAGE.values(), torch.float64}
 
 
@@ -39,16 +40,8 @@ class Checkpoint:
     """An opened directory: `config`, `tokenizer`, and weights that are read when asked for. Nothing is executed."""
 
     def __init__(self, model: str):
-        self.directory = _find(model)
-        if (self.directory / "options.json").is_file() and not (self.directory / "config.json").is_file():
-            raise InputError(f"{self.directory}: this run is not finished; continue it with --resume, or name its checkpoint-STEP")
-        self.json = read_json(self.directory / "config.json")
-        where = str(self.directory / "config.json")
-        kind = self.json.get("model_type")
-        if not isinstance(kind, str) or kind not in FAMILIES:
-            raise InputError(f'{where}: "model_type" is {str(kind)[:80]!r}; known: {", ".join(FAMILIES)}')
-        self.family = FAMILIES[kind]
-        self.config = self.family.config(Json(self.json, where))
+        self.directory = find(model)
+        self.json, self.family, self.config = read_config(self.directory)
         self.tokenizer = Tokenizer(self.directory)
         if self.tokenizer.size > self.config.vocabulary:
             raise InputError(f"{self.directory}: the tokenizer has ids up to {self.tokenizer.size - 1} and the embedding "
@@ -68,8 +61,11 @@ class Checkpoint:
         files = [(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in sorted(set(self.tensors.files.values()))]
         return hashlib.sha256(repr((sorted(self.json.items(), key=str), files)).encode("utf-8", "replace")).hexdigest()[:16]
 
-    def load(self, dtype=torch.float32, device="cpu") -> tuple[Trunk, Tensor | None]:
-        """The filled trunk, and the reward head (D,) fp32 or None if the checkpoint has none."""
+    def load(self, dtype=torch.float32, device="cpu", hold: Callable[[str, Tensor], Tensor] = lambda name, value: value) -> tuple[Trunk, Tensor | None]:
+        """The filled trunk, and the reward head (D,) fp32 or None if the checkpoint has none.
+
+        hold: name and value of a parameter, on the device -> what the trunk is to hold of it, one after the other as they are read.
+        """
         with torch.device("meta"):
             trunk = Trunk(self.config)
         table = {self.prefix + theirs: ours for theirs, ours in name_table(self.family, trunk).items()}
@@ -82,7 +78,7 @@ class Checkpoint:
             del tensor                           # so that only one tensor at a time is held twice
             for name, part in zip(ours, parts):
                 owner, _, leaf = name.rpartition(".")
-                setattr(trunk.get_submodule(owner), leaf, nn.Parameter(part.to(device)))
+                setattr(trunk.get_submodule(owner), leaf, nn.Parameter(hold(name, part.to(device))))
         head = self.tensors.read("score.weight", (1, self.config.width), torch.float32)[0] if self.has_head else None
         return trunk, None if head is None else head.to(device)
 
@@ -105,6 +101,17 @@ class Checkpoint:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise InputError(f"{self.directory}: {', '.join(n[:100] for n in names[:3])}{more} {what}; config.json says "
                                  f"{self.json['model_type']} with {self.config.blocks} blocks")
+
+
+def read_config(directory: Path) -> tuple[dict, Family, ModelConfig]:
+    """config.json as it is, the family that it names, and what it says of the model."""
+    if (directory / "options.json").is_file() and not (directory / "config.json").is_file():
+        raise InputError(f"{directory}: this run is not finished; continue it with --resume, or name its checkpoint-STEP")
+    values, where = read_json(directory / "config.json"), str(directory / "config.json")
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise InputError(f'{where}: "model_type" is {str(kind)[:80]!r}; known: {", ".join(FAMILIES)}')
+    return values, FAMILIES[kind], FAMILIES[kind].config(Json(values, where))
 
 
 class Tensors:
@@ -154,7 +161,7 @@ class Tensors:
                     found |= {file.get_slice(key).get_dtype() for key in file.keys()}
             else:
                 found |= {str(t.dtype).removeprefix("torch.") for t in (self._opened.get(path) or self._bin(path)).values()}
-        return sorted(SAFETENSORS_NAMES.get(kind, kind) for kind in found)
+        return sorted(str(SAFETENSORS_TYPES.get(kind, kind)).removeprefix("torch.") for kind in found)
 
     def _bin(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a .bin file: unpickled with weights_only, so that nothing in it runs, and mapped where the format allows."""
@@ -195,15 +202,15 @@ class Tensors:
         return read
 
 
-def _find(model: str) -> Path:
-    """A directory as it is, or a hub name downloaded into the hub's cache (weights, config and tokenizer only)."""
+def find(model: str, config_only: bool = False) -> Path:
+    """A directory as it is, or a hub name downloaded into the hub's cache (weights, config and tokenizer only, or without weights)."""
     if model and _is(Path(model), Path.is_dir):
         return Path(model)
     if _is(Path(model), Path.exists) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise InputError(f"--model {model}: no such directory; expected a checkpoint directory or a hub name such as EleutherAI/pythia-1.4b")
     try:
-        directory = Path(snapshot_download(model, allow_patterns=["*.json", "model*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]))
-        if not any(directory.glob("model*.safetensors")):
+        directory = Path(snapshot_download(model, allow_patterns=["*.json", *(["model*.safetensors"] * (not config_only)), "*.jinja", "merges.txt", "tokenizer.model"]))
+        if not config_only and not any(directory.glob("model*.safetensors")):
             snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
         return directory
     except Exception as error:                   # its own errors, those of HTTP, of the cache's disk: all are 'not delivered'
@@ -226,15 +233,48 @@ def save_checkpoint(directory: Path, origin: Checkpoint, trunk: Trunk, head: Ten
     directory must exist. Weights are stored as `dtype`, a key of STORAGE. Raises FloatingPointError, and writes nothing, if
     a number is not finite.
     """
-    tensors = {"score.weight": head.detach()[None]}
+    write_model(directory, origin, model_tensors(origin, trunk, head, dtype), dtype)
+
+
+class Lazy(NamedTuple):
+    """A tensor that is made when it is written, so that no second model is ever in memory."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def model_tensors(origin: Checkpoint, trunk: Trunk, head: Tensor, dtype: str = "float32", value: Callable[[str, Tensor], Tensor] = lambda name, p: p.detach()) -> dict[str, Lazy]:
+    """What `save_checkpoint` writes, by the family's names. value: name of a trunk's parameter and what the trunk holds -> the number it stands for."""
+    def make(names):
+        parts = [value(name, trunk.get_parameter(name)) for name in names]
+        return parts[0] if len(parts) == 1 else fuse_heads(parts, origin.config.heads)
+
+    tensors = {"score.weight": Lazy((1, len(head)), STORAGE[dtype], lambda: head.detach()[None])}
     for theirs, ours in name_table(origin.family, trunk).items():
-        parts = [trunk.get_parameter(name).detach() for name in ours]
-        tensors[origin.family.prefix + theirs] = parts[0] if len(parts) == 1 else fuse_heads(parts, origin.config.heads)
-    tensors = {k: t.to(device="cpu", dtype=STORAGE[dtype]).contiguous() for k, t in tensors.items()}
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise FloatingPointError(f"{key} is not finite in {dtype}: the model was not written to {directory}")
+        shapes = [trunk.get_parameter(name).shape for name in ours]
+        tensors[origin.family.prefix + theirs] = Lazy((sum(s[0] for s in shapes), *shapes[0][1:]), STORAGE[dtype], partial(make, ours))
+    return {key: lazy._replace(make=partial(_checked, key, lazy)) for key, lazy in tensors.items()}
+
+
+def _checked(key, lazy):
+    tensor = lazy.make().to(device="cpu", dtype=lazy.dtype)
+    if not all(map(math.isfinite, tensor.aminmax())):
+        raise FloatingPointError(f"{key} is not finite in {str(lazy.dtype).removeprefix('torch.')}: the model was not written")
+    return tensor
+
+
+def write_model(directory: Path, origin: Checkpoint, tensors: dict[str, Lazy | Tensor], dtype: str):
+    """Weights, then what makes a model of them."""
     write_sharded(directory, tensors)
+    write_config(directory, origin, dtype)
+
+
+def write_config(directory: Path, origin: Checkpoint, dtype: str):
+    """Tokenizer files and config.json, which comes last."""
     for name, content in origin.tokenizer.files_to_save(pad_id(origin)).items():
         (directory / name).write_bytes(content)
     write_json(directory / "config.json", saved_config(origin, dtype))
@@ -252,7 +292,7 @@ def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict:
     return config
 
 
-def write_sharded(directory: Path, tensors: dict[str, Tensor]):
+def write_sharded(directory: Path, tensors: dict[str, Lazy | Tensor]):
     """model.safetensors, or shards of at most 5 GB with an index; each written beside and renamed."""
     shards, filled = [{}], 0
     for key, tensor in tensors.items():
@@ -271,16 +311,29 @@ def write_sharded(directory: Path, tensors: dict[str, Tensor]):
             "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None):
-    """One safetensors file, whole or not at all; notes: what its header says instead of its format (one note: several have no order)."""
+def write_tensors(path: Path, tensors: dict[str, Lazy | Tensor], notes: dict[str, str] | None = None):
+    """One safetensors file, whole or not at all, tensor by tensor; notes: what its header says besides its format.
+
+    The format: eight bytes with the header's length, a JSON header of types, shapes and places, and the bytes of all tensors, wide types first.
+    """
+    kinds = {dtype: kind for kind, dtype in SAFETENSORS_TYPES.items()}
+    header, at = {"__metadata__": notes or {"format": "pt"}}, 0
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    for key, tensor in ordered:
+        header[key] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     unfinished = beside(path)
     try:
-        save_file(tensors, unfinished, metadata=notes or {"format": "pt"})
-        with open(unfinished, "rb+") as file:
+        with open(unfinished, "xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, tensor in ordered:
+                made = (tensor.make() if isinstance(tensor, Lazy) else tensor).detach().cpu().contiguous()
+                file.write(made.reshape(-1).view(torch.uint8).numpy())
+            file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"cannot write {path}: {one_line(error)}") from None
     finally:
         unfinished.unlink(missing_ok=True)
 

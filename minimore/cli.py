@@ -13,12 +13,14 @@ from .evaluate import EvaluateOptions, evaluate
 from .features import FeaturesOptions, ProbeOptions, features, probe
 from .grid import ReproduceOptions
 from .options import InputError, Parser, add_options, from_arguments, printable
+from .plan import PlanOptions, plan
 from .reproduce import reproduce
 from .reward import ScoreOptions, score
 from .train import TrainOptions, train
 
 VERBS = {
     "demo": (DemoOptions, demo, "train uniform and MORE on a synthetic world, in about a minute"),
+    "plan": (PlanOptions, plan, "what a training will take of memory and time, and the recipe that fits, from config.json alone"),
     "train": (TrainOptions, train, "train a reward model on one or more sources of preference pairs"),
     "evaluate": (EvaluateOptions, evaluate, "accuracy and calibration of a reward model, per source"),
     "check": (CheckOptions, check, "what is in a checkpoint, and does it work here: perplexity, rewards, memory, parity with transformers"),
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        code, message = 2, "out of memory; try a smaller --micro-tokens, --recompute full when training, or look for a huge line in the input"
+        code, message = 2, "out of memory; train with --memory, with a smaller --micro-tokens elsewhere, or look for a huge line in the input"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     finally:

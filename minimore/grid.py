@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoint import Checkpoint, random_checkpoint, write_tensors
 from .evaluate import source_margins
+from .model import RECOMPUTE
 from .options import InputError, option, parse_sources, require_tests, write_json
 from .pairs import load_source
 from .records import read_records, record_pairs
@@ -67,7 +68,8 @@ class ReproduceOptions:
     batch_size: int | None = option(None, help="pairs a step (default: 16 x sources)")
     max_length: int = option(512, help="tokens a text")
     micro_tokens: int = option(8192, help="unique tokens computed at a time")
-    recompute: str = option("none", choices=("none", "full"), help="recompute blocks in backward")
+    recompute: str = option("none", choices=RECOMPUTE, help="what is made again in backward")
+    memory: str | None = option(None, value="24GB", help="what a training may take of the device's memory: see train")
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     quick: bool = option(False, help="a cut of the ladder that takes a minute: one width, a tenth of the pairs")
     dry_run: bool = option(False, help="print the cells and the hours, and stop")
@@ -130,7 +132,7 @@ def _cells(o, at):
     tests = {name: files[name][1] for name in names}
     batch = 16 * len(names) if o.batch_size is None else o.batch_size
     common = dict(learning_rate=o.learning_rate if o.learning_rate is not None else 1e-6 if o.model else 3e-3, max_length=o.max_length, seed=at["seed"], micro_tokens=o.micro_tokens,
-                  recompute=o.recompute, device=o.device, pairs_per_source=pairs, log_steps=100, save_steps=500)
+                  recompute=o.recompute if o.memory is None or o.recompute != "none" else None, memory=o.memory, device=o.device, pairs_per_source=pairs, log_steps=100, save_steps=500)
     if at["scheme"] == "single":
         own = max(1, batch // len(names)) if o.experiment == "scaling" else batch             # as many steps as shared models, or a K-th of them
         return [Cell(at | dict(scheme=f"single {name}"), model, {name: files[name]}, tests, common | dict(method="uniform", batch_size=own), world) for name in names]
@@ -176,7 +178,7 @@ def check_plan(o: ReproduceOptions) -> list[Cell]:
     if o.model:
         require_tests(parse_sources(o.source))
         for model in o.model:
-            check_length(Checkpoint(model), o.max_length)
+            check_length((checkpoint := Checkpoint(model)).config, o.max_length, checkpoint.directory)
     device_of(o)
     cells = plan(o)
     if not cells:
@@ -193,7 +195,7 @@ def check_plan(o: ReproduceOptions) -> list[Cell]:
 def fingerprint(cell: Cell) -> str:
     """What the margins of a cell depend on: options, and for real data the content of files and the identity of the model."""
     content = [] if cell.world else [Checkpoint(str(cell.model)).identity(), *(_digest(p) for p in (*cell.tests.values(), *(a for a, _ in cell.sources.values())))]
-    return json.dumps([cell.options | dict(device="", micro_tokens=0, recompute=""), list(cell.sources), list(cell.tests), str(cell.world), content])
+    return json.dumps([cell.options | dict(device="", micro_tokens=0, recompute="", memory=""), list(cell.sources), list(cell.tests), str(cell.world), content])
 
 
 @lru_cache(maxsize=None)

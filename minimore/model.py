@@ -2,16 +2,20 @@
 
 There is no head here: reward.py and policy.py put theirs on top. Parameters have a storage type; `Linear` casts
 them to the type of its input (the compute type), and norms, rotations and softmax are fp32 (float64 for float64 input).
+What backward needs of a block is kept, or made again: `run_block`.
 
 N tokens, S texts, D width, H heads, G key/value heads, C head width, V vocabulary.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Stream, attend
@@ -56,8 +60,25 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, x: Tensor, value: bool = True) -> Tensor:
+        """value=False: only the gradient is wanted, and the numbers returned mean nothing."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias) if value else LinearGradient.apply(x, self.weight.to(x.dtype), bias)
+
+
+class LinearGradient(torch.autograd.Function):
+    """The gradient of y = x W^T + b without y: a recomputed block need not carry out its last matrix product."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        return x.new_empty(len(x), len(weight))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return dy @ weight, dy.T @ x, dy.sum(0) if ctx.biased else None
 
 
 class Norm(nn.Module):
@@ -94,8 +115,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream) -> Tensor:
         N, C = len(x), self.c.head_width
-        q = rotate(self.query_norm(self.query(x).view(N, -1, C)), rotation)      # (N, H, C)
-        k = rotate(self.key_norm(self.key(x).view(N, -1, C)), rotation)          # (N, G, C)
+        q = rotate(cheap(self.query_norm, self.query(x).view(N, -1, C)), rotation)       # (N, H, C)
+        k = rotate(cheap(self.key_norm, self.key(x).view(N, -1, C)), rotation)           # (N, G, C)
         v = self.value(x).view(N, -1, C)
         return self.output(attend(q, k, v, stream, self.window).reshape(N, -1))
 
@@ -110,9 +131,9 @@ class MLP(nn.Module):
         self.up = Linear(c.width, c.mlp_width, c.mlp_bias)
         self.down = Linear(c.mlp_width, c.width, c.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
-        return self.down(h)
+    def forward(self, x: Tensor, value: bool = True) -> Tensor:
+        h = cheap(self.act, self.up(x)) if self.gate is None else cheap(lambda gate, up: self.act(gate) * up, self.gate(x), self.up(x))
+        return self.down(h, value)
 
 
 class Block(nn.Module):
@@ -126,12 +147,52 @@ class Block(nn.Module):
         self.mlp_norm = Norm(c.width, c.norm, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream) -> Tensor:
-        attended = self.attention(self.attention_norm(x), rotation, stream)
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream, value: bool = True) -> Tensor:
+        """value=False: as in `Linear`."""
+        attended = self.attention(cheap(self.attention_norm, x), rotation, stream)
         if self.parallel:
-            return x + attended + self.mlp(self.mlp_norm(x))
+            return x + attended + self.mlp(cheap(self.mlp_norm, x), value)
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(cheap(self.mlp_norm, x), value)
+
+
+# ---- what is kept for backward -----------------------------------------------------------------------------------------
+
+RECOMPUTE = ("none", "selective", "full")
+
+
+def run_block(block: Block, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream, recompute: str) -> Tensor:
+    """block(x), keeping for backward everything (none), matrix products and attention (selective) or x alone (full)."""
+    if recompute == "full" and torch.is_grad_enabled():
+        return checkpoint(block, x, rotation, stream, use_reentrant=False, preserve_rng_state=False)
+    if recompute == "selective" and torch.is_grad_enabled():
+        with selective():
+            return block(x, rotation, stream)
+    return block(x, rotation, stream)
+
+
+_selecting = False
+
+
+@contextmanager
+def selective():
+    """Within, the graph keeps what `cheap` functions start from, neither their results nor what they need inside."""
+    global _selecting
+    before, _selecting = _selecting, True
+    try:
+        with saved_tensors_hooks(lambda tensor: getattr(tensor, "again", None) or tensor.detach(), lambda kept: kept() if callable(kept) else kept):
+            yield
+    finally:
+        _selecting = before
+
+
+def cheap(f, *inputs: Tensor) -> Tensor:
+    """f(*inputs), for an f that costs little to compute: within `selective` it is computed again in backward."""
+    if not _selecting or isinstance(f, nn.Identity):
+        return f(*inputs)
+    result = checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)       # drops what f keeps inside
+    result.again = cache(torch.no_grad()(partial(f, *inputs)))                           # drops the result where it is kept as an input
+    return result
 
 
 class Trunk(nn.Module):
@@ -141,7 +202,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.c = c
         self.compute_dtype = torch.float32       # the type of activations
-        self.recompute = False                   # drop each block's activations and recompute them in backward
+        self.recompute = "none"                  # what is made again in backward, one of RECOMPUTE
         self.embedding = nn.Embedding(c.vocabulary, c.width, _weight=torch.empty(c.vocabulary, c.width))
         if c.learned_positions:
             self.position_embedding = nn.Embedding(c.learned_positions, c.width, _weight=torch.empty(c.learned_positions, c.width))
@@ -158,17 +219,17 @@ class Trunk(nn.Module):
 
     def residual(self, stream: Stream) -> Tensor:
         """What the blocks leave at every token, before the final norm: (N, D) in the compute type."""
-        x = self.embedding(stream.tokens)                                        # (N, D)
+        x, rotation = self.embed(stream), rotary_angles(self.c, stream.positions)
+        for block in self.blocks:
+            x = run_block(block, x, rotation, stream, self.recompute)
+        return x
+
+    def embed(self, stream: Stream) -> Tensor:
+        """What enters the first block: (N, D) in the compute type."""
+        x = self.embedding(stream.tokens)
         if self.c.learned_positions:
             x = x + self.position_embedding(stream.positions + self.c.position_offset)
-        x = x.to(self.compute_dtype)
-        rotation = rotary_angles(self.c, stream.positions)
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, stream, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, rotation, stream)
-        return x
+        return x.to(self.compute_dtype)
 
 
 def rotary_angles(c: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from .uncertainty import CLEAR, debiased_ece, detectable, noise_floor, over_seed
 def reproduce(o: ReproduceOptions) -> int:
     """Plan, run, and print the experiment's table; returns the exit code."""
     cells, out = check_plan(o), Path(o.output)
-    wanted = json.loads(json.dumps({k: v for k, v in asdict(o).items() if k not in ("output", "dry_run", "device", "micro_tokens", "recompute", "seeds")}))
+    wanted = json.loads(json.dumps({k: v for k, v in asdict(o).items() if k not in ("output", "dry_run", "device", "micro_tokens", "recompute", "memory", "seeds")}))
     if out.exists() and not (out / "grid.json").is_file():
         raise InputError(f"--output {out}: exists already and holds no grid; choose another name")
     if out.exists() and (given := read_json(out / "grid.json")) != wanted:

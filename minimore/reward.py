@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .attention import Stream, pack
 from .calibration import probability
 from .checkpoint import Checkpoint
-from .model import Trunk
+from .model import ModelConfig, Trunk
 from .options import InputError, beside, option, read_json, refuse_existing
 from .pairs import PairBatch, TokenPair, encode, pack_pairs, refuse_doubled_bos, shared_length, split_by_tokens
 from .records import is_conversation, messages_of, prompt_end, read_records, record_pairs, text_of, texts_of
@@ -75,19 +75,28 @@ def device_of(options) -> str:
     return options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_reward_model(checkpoint: Checkpoint, options: ModelOptions) -> RewardModel:
-    """The weights of an opened checkpoint, on the device and in the compute type asked for."""
+def compute_type(options: ModelOptions) -> torch.dtype:
+    """The type of activations and matrix products."""
+    kind = options.compute_dtype if options.compute_dtype != "auto" else ("bfloat16" if device_of(options) == "cuda" else "float32")
+    return getattr(torch, kind)
+
+
+def load_reward_model(checkpoint: Checkpoint, options: ModelOptions, hold: Callable[[str, Tensor], Tensor] | None = None) -> RewardModel:
+    """The weights of an opened checkpoint, on the device and in the compute type asked for.
+
+    hold: name and value of each parameter -> what the model is to hold of it; by default matrices in the compute type, in which
+    they would be used anyway, and vectors as they are.
+    """
     if options.micro_tokens < 1:
         raise InputError(f"--micro-tokens {options.micro_tokens}: expected at least 1")
-    device = device_of(options)
+    device, compute = device_of(options), compute_type(options)
     if not 0 <= options.seed < 2 ** 63:
         raise InputError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
-    trunk, head = checkpoint.load(device=device)
-    if head is None:
-        head = fresh_head(checkpoint.config.width, options.seed).to(device)
-    kind = options.compute_dtype if options.compute_dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
-    trunk.compute_dtype = getattr(torch, kind)
-    return RewardModel(trunk, head)
+    hold = hold or (lambda name, value: value.to(compute) if value.ndim > 1 else value)
+    trunk, head = checkpoint.load(device=device, hold=lambda name, value: hold(f"trunk.{name}", value))
+    head = fresh_head(checkpoint.config.width, options.seed).to(device) if head is None else head
+    trunk.compute_dtype = compute
+    return RewardModel(trunk, hold("head", head))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +114,15 @@ class ReadingOptions(ModelOptions):
         stored = read_json(path) if path.is_file() else {}
         length, truncate = stored.get("max_length"), stored.get("truncate")
         length = self.max_length or (length if type(length) is int and length > 0 else DEFAULT_MAX_LENGTH)
-        check_length(checkpoint, length)
+        check_length(checkpoint.config, length, directory)
         return length, self.truncate or (truncate if truncate in TRUNCATE else "each")
 
 
-def check_length(checkpoint: Checkpoint, max_length: int):
+def check_length(c: ModelConfig, max_length: int, directory: Path):
     """Refuse texts longer than a learned position embedding."""
-    most = checkpoint.config.learned_positions - checkpoint.config.position_offset
-    if checkpoint.config.learned_positions and max_length > most:
-        raise InputError(f"--max-length {max_length}: {checkpoint.directory} has learned positions for {most} tokens only")
+    most = c.learned_positions - c.position_offset
+    if c.learned_positions and max_length > most:
+        raise InputError(f"--max-length {max_length}: {directory} has learned positions for {most} tokens only")
 
 
 @torch.no_grad()

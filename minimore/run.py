@@ -2,88 +2,181 @@
 
     options.json, environment.json    written at the start
     metrics.jsonl                     one line a step, cut back to the checkpoint on resume
-    checkpoint-STEP/                  model, optimizer, weighting memory, random state; the newest only
+    checkpoint-STEP/                  model, optimizer, weighting memory, random state, and a checksum of each file; the newest only, or --keep
     README.md, evaluation.json, model.safetensors, tokenizer files, config.json       the finished model; config.json comes last
 """
 
+import hashlib
 import json
 import os
 import platform
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .checkpoint import Checkpoint, save_checkpoint, write_tensors
+from .checkpoint import Checkpoint, model_tensors, write_model, write_tensors
+from .engine import Recipe
+from .optim import AdamW
 from .options import InputError, one_line, read_json, write_json, write_text
 from .reward import RewardModel
 
-MAY_CHANGE = ("resume", "output", "log_steps", "save_dtype")         # options that a resumed run may give differently,
-ROUNDING = ("micro_tokens", "recompute")             # and these, which change a result by rounding only: what to try when memory runs out
-MOMENTS = ("exp_avg", "exp_avg_sq")                  # AdamW's state of each parameter
+RECIPE = tuple(field.name for field in fields(Recipe))
+MAY_CHANGE = ("resume", "output", "log_steps", "save_dtype", "save_steps", "keep", "memory", *RECIPE)        # options that a resumed run may give differently;
+ROUNDING = ("engine", "recompute", "micro_tokens")       # of the recipe, these change a result by rounding only, and offloading not at all
 
 
-def save_state(run: Path, origin: Checkpoint, model: RewardModel, optimizer, memory: dict, step: int, digests: dict):
-    """Write checkpoint-STEP (made beside, renamed when whole), then remove the older ones."""
-    final, unfinished = run / f"checkpoint-{step}", run / f"checkpoint-{step}.partial"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        _write_state(unfinished, origin, model, optimizer, memory, step, digests)
-        os.replace(unfinished, final)
-    finally:
+# ---- saving ------------------------------------------------------------------------------------------------------------
+
+class Saver:
+    """Writes checkpoint-STEP (made beside, renamed when whole), then removes those that are older than the newest `keep`.
+
+    Where the memory allows, a copy of everything is made and written by a thread, while training goes on.
+    """
+
+    def __init__(self, run: Path, origin: Checkpoint, digests: dict, keep: int = 1):
+        self.run, self.origin, self.digests, self.keep = run, origin, digests, keep
+        self.thread, self.error = None, None
+
+    def save(self, model: RewardModel, optimizer: AdamW, memory: dict):
+        """Save the state after step `optimizer.steps`; an error of the thread is raised by the next `save` or `wait`."""
+        self.wait()
+        copy = available_memory() > 1.2 * bytes_to_copy(model, optimizer)
+        tensors = model_tensors(self.origin, model.trunk, model.head, value=lambda name, p: optimizer.value(f"trunk.{name}", p))
+        if copy:
+            tensors = {key: lazy.make().clone() for key, lazy in tensors.items()}
+        state = {f"weighting.{k}": v.to("cpu", copy=True).contiguous() for k, v in memory.items()} | {"random": torch.get_rng_state()}
+        state |= {f"{kind}.{name}": t.to("cpu", copy=copy) for name, kinds in optimizer.state.items() for kind, t in kinds.items() if kind != "low"}
+        known = {"step": optimizer.steps, "threads": torch.get_num_threads(), "data": self.digests, "weighting": sorted(memory)}
+        if not copy:
+            self._write(tensors, state, known)
+            return
+        self.thread = Thread(target=self._caught, args=(tensors, state, known))
+        self.thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.wait()
+        elif self.thread:                            # what goes wrong already is what is told
+            self.thread.join()
+
+    def wait(self):
+        """Until what was saved last is on the disk."""
+        if self.thread:
+            self.thread.join()
+        self.thread, error, self.error = None, self.error, None
+        if error:
+            raise error
+
+    def _caught(self, *arguments):
+        try:
+            self._write(*arguments)
+        except BaseException as error:
+            self.error = error
+
+    def _write(self, tensors, state, known):
+        final = self.run / f"checkpoint-{known['step']}"
+        unfinished = final.with_name(f"{final.name}.partial")
         shutil.rmtree(unfinished, ignore_errors=True)
-    remove_checkpoints(run, keep=final)
+        unfinished.mkdir()
+        try:
+            write_model(unfinished, self.origin, tensors, "float32")
+            write_tensors(unfinished / "state.safetensors", state)
+            write_json(unfinished / "state.json", known | {"sha256": {path.name: file_digest(path) for path in sorted(unfinished.iterdir())}})
+            os.replace(unfinished, final)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for old in checkpoints(self.run)[:-self.keep]:
+            remove(old)
 
 
-def _write_state(directory, origin, model, optimizer, memory, step, digests):
-    save_checkpoint(directory, origin, model.trunk, model.head)
-    tensors = {f"weighting.{k}": v.contiguous() for k, v in memory.items()} | {"random": torch.get_rng_state()}
-    for name, p in model.named_parameters():
-        tensors |= {f"{kind}.{name}": optimizer.state[p][kind] for kind in MOMENTS}
-    write_tensors(directory / "state.safetensors", tensors)
-    write_json(directory / "state.json", {"step": step, "threads": torch.get_num_threads(), "data": digests, "weighting": sorted(memory)})
+def bytes_to_copy(model: RewardModel, optimizer: AdamW) -> int:
+    """Bytes of a saved state: fp32 parameters and moments as they are stored."""
+    return sum(4 * p.numel() for p in model.parameters()) + sum(t.nbytes for state in optimizer.state.values() for kind, t in state.items() if kind != "low")
 
 
-def load_state(directory: Path, model: RewardModel, optimizer, memory: dict, digests: dict) -> int:
-    """Put the optimizer, the weighting's memory and the random state back; returns the step.
+def available_memory() -> int:
+    """Bytes of the host's memory that can be had without swapping; 0 where the system does not say."""
+    try:
+        return 1024 * int(re.search(r"MemAvailable: *([0-9]+) kB", Path("/proc/meminfo").read_text()).group(1))
+    except (OSError, AttributeError):
+        return 0
 
-    Raises InputError if a file is missing, damaged or another model's, or if the data have changed.
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    h = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            h.update(chunk)
+    return h.hexdigest()
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------------
+
+def check_whole(directory: Path) -> dict:
+    """state.json of a checkpoint, every file of which is as it was written; an InputError names the first that is not."""
+    others = [p for p in checkpoints(directory.parent) if p != directory]
+    remedy = f"remove {directory.name} to continue from {others[-1].name}" if others else f"remove {directory.name} to start this run again from step 0"
+    try:
+        state = read_json(directory / "state.json")
+        if type(state["step"]) is not int or state["step"] != int(directory.name.removeprefix("checkpoint-")):
+            raise ValueError(f"its step is {state['step']!r}")
+        for name, digest in dict(state["sha256"]).items():
+            if not (directory / name).is_file():
+                raise ValueError(f"{name} is missing")
+            if file_digest(directory / name) != digest:
+                raise ValueError(f"{name} is damaged: its checksum is another")
+    except (InputError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{directory}: not a whole checkpoint ({type(error).__name__}: {one_line(error)}); {remedy}") from None
+    return state
+
+
+def load_state(directory: Path, state: dict, optimizer: AdamW, memory: dict, digests: dict, device) -> int:
+    """Put the moments, the weighting's memory and the random state back, the model being loaded; returns the step.
+
+    state: what `check_whole` said. Raises InputError if it is another model's or recipe's, or if the data have changed.
     """
     try:
-        state, tensors = read_json(directory / "state.json"), load_file(directory / "state.safetensors")
-        if state["step"] != int(directory.name.removeprefix("checkpoint-")) or type(state["step"]) is not int:
-            raise ValueError(f"its step is {state['step']!r}")
-        threads, data = int(state["threads"]), dict(state["data"])
-        moments = {name: {kind: _like(tensors, f"{kind}.{name}", p) for kind in MOMENTS} for name, p in model.named_parameters()}
-        remembered = {name: tensors[f"weighting.{name}"].to(model.head.device, copy=True) for name in state["weighting"]}
+        tensors = load_file(directory / "state.safetensors")
+        for name, kinds in optimizer.state.items():
+            for kind, ours in kinds.items():
+                if kind != "low":                    # which came with the model
+                    _fill(ours, tensors, f"{kind}.{name}")
+        remembered = {name: tensors[f"weighting.{name}"].to(device, copy=True) for name in state["weighting"]}
         if not all(t.isfinite().all() and len(t) == len(digests) for t in remembered.values()):
             raise ValueError("the weighting's memory is damaged")
+        threads, data = int(state["threads"]), dict(state["data"])
         torch.set_rng_state(tensors["random"])
-    except (InputError, SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(f"{directory}: not a whole checkpoint ({type(error).__name__}: {one_line(error)}); remove it to start this run again from step 0") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{directory}: does not fit this run ({type(error).__name__}: {one_line(error)}); remove it to start this run again from step 0") from None
     for name, digest in digests.items():
         if data.get(name) != digest:
             raise InputError(f"{directory}: source {name!r} has other pairs than when this run began; restore the file or start a new run")
-    for name, p in model.named_parameters():
-        optimizer.state[p] = {"step": torch.tensor(float(state["step"]), device=p.device)} | moments[name]
     memory.update(remembered)
     if threads != torch.get_num_threads():
         print(f"this run used {threads} threads, now {torch.get_num_threads()}: it will continue, but not bit for bit", flush=True)
+    optimizer.steps = state["step"]
     return state["step"]
 
 
-def _like(tensors, key, parameter):
-    """tensors[key] on the parameter's device, in memory that torch allocated, or a ValueError if it does not fit."""
-    if tensors[key].shape != parameter.shape or tensors[key].dtype != parameter.dtype:
-        raise ValueError(f"{key} is {tensors[key].dtype} {tuple(tensors[key].shape)}")
-    return tensors[key].to(parameter.device, copy=True)
+def _fill(ours, tensors, key):
+    """Copy tensors[key] into our own memory, or raise a ValueError if it does not fit."""
+    if tensors[key].shape != ours.shape or tensors[key].dtype != ours.dtype:
+        raise ValueError(f"{key} is {tensors[key].dtype} {tuple(tensors[key].shape)}, expected {ours.dtype} {tuple(ours.shape)}")
+    ours.copy_(tensors[key])
 
+
+# ---- the directory -----------------------------------------------------------------------------------------------------
 
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
@@ -91,11 +184,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
-def remove_checkpoints(run: Path, keep: Path | None = None):
-    """Remove every checkpoint of a run but one."""
-    for old in checkpoints(run):
-        if old != keep:
-            old.unlink() if old.is_symlink() else shutil.rmtree(old)
+def remove(checkpoint: Path):
+    """Remove a checkpoint whole: renamed first, so that a kill leaves no half of it."""
+    gone = checkpoint.with_name(f"{checkpoint.name}.gone.partial")
+    os.replace(checkpoint, gone)
+    gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
 
 
 def open_run(options) -> Path | None:
@@ -110,27 +203,42 @@ def open_run(options) -> Path | None:
         raise InputError(f"--output {run}: not a run directory (it has no options.json); choose another name")
     if stored.is_file():
         given = read_json(stored)
-        for key in wanted.keys() | given.keys():
-            if key in MAY_CHANGE or wanted.get(key) == given.get(key):
-                continue
-            change = f"--{key.replace('_', '-')} is {wanted.get(key)!r} but the run in {run} has {given.get(key)!r}"
-            if key not in ROUNDING:
-                raise InputError(f"--resume: {change}; give the same command again, or start a new run")
-            print(f"{change}: it will continue, but not bit for bit")
+        for key in sorted(wanted.keys() | given.keys() - {"recipe"}):
+            if key not in MAY_CHANGE and wanted.get(key) != given.get(key):
+                raise InputError(f"--resume: --{key.replace('_', '-')} is {wanted.get(key)!r} but the run in {run} has {given.get(key)!r}; "
+                                 "give the same command again, or start a new run")
     if (run / "config.json").is_file():
         Checkpoint(str(run))                         # finished means that it opens
-        remove_checkpoints(run)                      # a kill may have come between the finished model and this
+        for old in checkpoints(run):                 # a kill may have come between the finished model and this
+            remove(old)
         print(f"{run}: finished already")
         return None
     return run
 
 
-def start_run(run: Path, options):
+def stored_recipe(run: Path) -> dict:
+    """The recipe of a run that is there, {} of a new one."""
+    recipe = read_json(run / "options.json").get("recipe") if (run / "options.json").is_file() else {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def check_recipe(run: Path, recipe: Recipe):
+    """Refuse to continue a run with a recipe that would change its result; say what changes it by rounding."""
+    before, now = stored_recipe(run), json.loads(json.dumps(asdict(recipe)))
+    for key in RECIPE:
+        if before and key != "offload" and before.get(key) != now[key]:
+            change = f"--{key.replace('_', '-')} is {now[key]!r} but the run in {run} has {before.get(key)!r}"
+            if key not in ROUNDING:
+                raise InputError(f"--resume: {change}; give the same command again, or start a new run")
+            print(f"{change}: it will continue, but not bit for bit", flush=True)
+
+
+def start_run(run: Path, options, recipe: Recipe):
     """Make the directory with options.json and environment.json."""
     run.mkdir(parents=True, exist_ok=True)
     for unfinished in run.glob("*.partial"):         # left by a kill
-        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    write_json(run / "options.json", {k: v for k, v in asdict(options).items() if k != "resume"})
+        unfinished.unlink() if unfinished.is_symlink() or not unfinished.is_dir() else shutil.rmtree(unfinished)
+    write_json(run / "options.json", {k: v for k, v in asdict(options).items() if k != "resume"} | {"recipe": asdict(recipe)})
     write_json(run / "environment.json", {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "machine": platform.machine(), "threads": torch.get_num_threads(),

@@ -16,23 +16,23 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .checkpoint import STORAGE, Checkpoint, save_checkpoint, saved_config
-from .engine import NonFiniteLoss, optimizer_step
+from .checkpoint import STORAGE, Checkpoint, model_tensors, saved_config, write_config, write_sharded
+from .cost import workload
+from .engine import NonFiniteGradient, NonFiniteLoss, Recipe, Weighing
 from .evaluate import evaluate_sources, table
+from .host import pinned
 from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients
+from .optim import AdamW, replace_parameter
 from .options import InputError, option, parse_sources, write_json, write_text
 from .pairs import Source, epoch_steps, load_source
-from .reward import TRUNCATE, ModelOptions, RewardModel, check_length, load_reward_model
-from .run import checkpoints, cut_metrics, load_state, open_run, remove_checkpoints, save_state, start_run
-
-MOST = 10 ** 9                                       # of anything that is counted
-MOST_PAIRS = 10 ** 7                                 # of one source in an epoch: their order is made at once
-
+from .plan import MOST, RunOptions, batch_of, choose, epochs_of, parse_memory
+from .reward import RewardModel, check_length, compute_type, device_of, load_reward_model
+from .run import Saver, check_recipe, check_whole, checkpoints, cut_metrics, load_state, open_run, remove, start_run, stored_recipe
+from .streamed import open_engine
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(ModelOptions):
+class TrainOptions(RunOptions):
     """Learning rate, epochs, length and batch are the paper's; l2 and the linear schedule the authors' code's; the rest is ours."""
-    source: tuple[str, ...] = option((), repeat=True, value="NAME=TRAIN.jsonl[,TEST.jsonl]", help="once per source")
     output: str = option(value="RUN", help="run directory to make; must not exist, except with --resume")
     resume: bool = option(False, help="continue the run in --output: the same command again, plus this")
     method: str = option("more", choices=tuple(WEIGHTINGS), help="how the sources' losses are weighted; proportional is the "
@@ -41,19 +41,13 @@ class TrainOptions(ModelOptions):
     gradient_average: float = option(1.0, help="more: weight of the newest head gradient in its running average; 1 keeps no average")
     lambda_scope: str = option("step", choices=("step", "group"), help="solve the weights over the whole step (the paper; with several "
                                "micro-batches one more forward), or per group of one pair a source (the authors' code)")
-    sampling: str = option("equal", choices=("equal", "proportional"), help="equal shares of every source in every step, or a random mix of everything")
-    pairs_per_source: int | None = option(None, help="resample every source to this many pairs an epoch (default under equal sampling: all pairs / sources)")
-    max_length: int = option(512, help="tokens a text, cut on the left")
-    truncate: str = option("each", choices=TRUNCATE, help="cut each side of a pair on its own (the paper), or both alike, so that long pairs share their prompt")
-    epochs: int = option(1, help="passes over the sampled pairs")
-    batch_size: int | None = option(None, help="pairs a step; a multiple of the sources under equal sampling (default: 16 x sources)")
     learning_rate: float = option(1e-6, help="peak learning rate")
     warmup: float = option(0.0, help="share of the steps in which the learning rate rises linearly from 0")
     schedule: str = option("linear", choices=("linear", "cosine", "constant"), help="learning rate after warmup")
     weight_decay: float = option(0.0, help="AdamW's decoupled weight decay")
     label_smoothing: float = option(0.0, help="share of labels taken as the wrong way round; metrics.jsonl has the losses of sources without it")
-    recompute: str = option("none", choices=("none", "full"), help="full drops every block's activations and recomputes them in backward")
     save_steps: int = option(500, help="steps between checkpoints")
+    keep: int = option(1, help="checkpoints to keep, the newest ones")
     eval_steps: int | None = option(None, help="steps between evaluations on the TEST files (default: only at the end)")
     log_steps: int = option(1, help="steps between printed lines; metrics.jsonl has every step")
     save_dtype: str = option("float32", choices=tuple(STORAGE), help="type in which the finished model is stored")
@@ -122,11 +116,8 @@ def stop_requests():
 
 def check_options(options: TrainOptions, K: int) -> int:
     """Refuse what cannot be run (InputError); returns the batch size."""
-    batch = 16 * K if options.batch_size is None else options.batch_size
+    batch = batch_of(options, K)
     refuse = [
-        (batch < 1, f"--batch-size {batch}: expected at least 1"),
-        (options.sampling == "equal" and batch % K, f"--batch-size {batch}: under equal sampling a step holds the same number of pairs of each "
-         f"of the {K} sources; expected a multiple of {K}"),
         (options.lambda_scope == "group" and options.sampling != "equal", "--lambda-scope group needs --sampling equal: a group is one pair of every source"),
         (options.method == "more" and K > MOST_SOURCES, f"--method more: {K} sources, but the exact solver takes at most {MOST_SOURCES}; merge some"),
         (not 0 < options.gradient_average <= 1, f"--gradient-average {options.gradient_average}: expected more than 0, at most 1"),
@@ -136,10 +127,9 @@ def check_options(options: TrainOptions, K: int) -> int:
         (not 0 <= options.label_smoothing < 0.5, f"--label-smoothing {options.label_smoothing}: expected from 0 to less than 0.5"),
         (options.weight_decay < 0, f"--weight-decay {options.weight_decay}: expected 0 or more"),
     ]
-    for name in ("max_length", "epochs", "save_steps", "log_steps", "eval_steps", "pairs_per_source"):
+    for name in ("save_steps", "keep", "log_steps", "eval_steps"):
         value = getattr(options, name)
-        most = MOST_PAIRS if name == "pairs_per_source" else MOST
-        refuse.append((value is not None and not 1 <= value <= most, f"--{name.replace('_', '-')} {value}: expected 1 to {most}"))
+        refuse.append((value is not None and not 1 <= value <= MOST, f"--{name.replace('_', '-')} {value}: expected 1 to {MOST}"))
     for wrong, message in refuse:
         if wrong:
             raise InputError(message)
@@ -160,6 +150,26 @@ def load_sources(options, tokenizer) -> tuple[list[Source], list[Source]]:
     return train_sources, test_sources
 
 
+def recipe_of(options: TrainOptions, checkpoint: Checkpoint, sources: list[Source], batch: int) -> Recipe:
+    """The recipe as given; with --memory, what was not given is chosen so that the largest step fits.
+
+    A run that is continued keeps the storage of numbers that it began with.
+    """
+    given = options.recipe_given(stored_recipe(Path(options.output)) if options.resume else {})
+    if options.memory is not None:
+        return choose(checkpoint.config, workload(sources, epochs_of(options, sources, batch)), given, parse_memory(options.memory), device_of(options), compute_type(options))
+    recipe = Recipe(**given)
+    recipe.check()
+    return recipe
+
+
+def open_trainable(options: TrainOptions, checkpoint: Checkpoint, recipe: Recipe) -> tuple[RewardModel, AdamW]:
+    """The model with its parameters stored as the recipe says, and the optimizer that holds its states."""
+    optimizer = AdamW(recipe.parameters, recipe.moments, options.weight_decay, seed=options.seed)
+    home = pinned if "states" in recipe.offload else lambda tensor: tensor
+    return load_reward_model(checkpoint, options, lambda name, value: optimizer.adopt(name, value, home)), optimizer
+
+
 def train(options: TrainOptions, watch: Callable[[int, int, RewardModel], None] | None = None) -> int:
     """Train a reward model; returns the exit code (0 finished, 128 + signal when asked to stop).
 
@@ -170,25 +180,26 @@ def train(options: TrainOptions, watch: Callable[[int, int, RewardModel], None] 
     if run is None:
         return 0
     last = checkpoints(run)[-1:]
+    state = check_whole(last[0]) if last else None
     checkpoint = Checkpoint(str(last[0]) if last else options.model)
-    check_length(checkpoint, options.max_length)
+    check_length(checkpoint.config, options.max_length, checkpoint.directory)
     sources, tests = load_sources(options, checkpoint.tokenizer)
     saved_config(checkpoint)                         # what cannot be saved in the end is refused now
-    model = load_reward_model(checkpoint, options)
-    model.trunk.recompute = options.recompute == "full"
+    recipe = recipe_of(options, checkpoint, sources, batch_size)
+    check_recipe(run, recipe)
+    model, optimizer = open_trainable(options, checkpoint, recipe)
+    engine = open_engine(model, optimizer, recipe)
     if K == 1 and options.method == "more":
         print("one source: its weight is always 1, so MORE is plain Bradley-Terry here")
     if K == 2 and options.method == "more" and options.normalize == "l2":
         print("two sources and --normalize l2: two gradients of equal length always get weights 1/2, so MORE is uniform here")
     digests = {s.name: s.digest() for s in sources}
-    start_run(run, options)
+    start_run(run, options, recipe)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=options.weight_decay, fused=True)
     memory: dict[str, Tensor] = {}                   # the weighting's own state
-    how = {"normalize": options.normalize, "average": options.gradient_average} if options.method == "more" else {}
-    weigh = partial(WEIGHTINGS[options.method], state=memory, **how)
-    done = load_state(last[0], model, optimizer, memory, digests) if last else 0
+    extra = {"normalize": options.normalize, "average": options.gradient_average} if options.method == "more" else {}
+    how = Weighing(K, partial(WEIGHTINGS[options.method], state=memory, **extra), options.method, options.lambda_scope, options.sampling, options.label_smoothing)
+    done = load_state(last[0], state, optimizer, memory, digests, model.head.device) if last else 0
     cut_metrics(run / "metrics.jsonl", done)
 
     sizes = [len(s.pairs) for s in sources]
@@ -199,25 +210,23 @@ def train(options: TrainOptions, watch: Callable[[int, int, RewardModel], None] 
         raise InputError(f"{last[0]}: comes after the last of this run's {steps} steps; remove it to start again from step 0")
     print(f"{steps} steps of {batch_size} pairs, {options.method}, {sum(p.numel() for p in model.parameters()):,} parameters on {model.head.device}"
           + (f", continuing after step {done}" if done else ""), flush=True)
-    with stop_requests() as stop, open(run / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+    saver = Saver(run, checkpoint, digests, options.keep)
+    with stop_requests() as stop, open(run / "metrics.jsonl", "a", encoding="utf-8") as metrics, saver:
         for done in range(done + 1, steps + 1):
             chosen = epoch_of((done - 1) // per_epoch)[(done - 1) % per_epoch]
             pairs = [sources[k].pairs[i] for k, i in chosen]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(done - 1, steps, options)
+            optimizer.learning_rate = learning_rate_at(done - 1, steps, options)
+            head = model.head.detach().clone()
             try:
-                z_chosen, z_rejected, weights, loss = optimizer_step(
-                    model, pairs, chosen[:, 0].tolist(), K, weigh, method=options.method, scope=options.lambda_scope,
-                    sampling=options.sampling, micro_tokens=options.micro_tokens, smoothing=options.label_smoothing)
-            except NonFiniteLoss as error:
+                z_chosen, z_rejected, weights, loss = engine.step(pairs, chosen[:, 0].tolist(), how)
+            except (NonFiniteLoss, NonFiniteGradient) as error:
+                saver.wait()
                 kept = checkpoints(run)
-                raise FloatingPointError(f"step {done}: the loss of source {names[error.source]!r} is not finite; "
-                                         f"{kept[-1] if kept else 'no checkpoint'} is kept; try a smaller --learning-rate") from None
-            record = {"step": done, "learning_rate": optimizer.param_groups[0]["lr"],
+                what = f"the loss of source {names[error.source]!r}" if isinstance(error, NonFiniteLoss) else "a gradient"
+                raise FloatingPointError(f"step {done}: {what} is not finite; {kept[-1] if kept else 'no checkpoint'} is kept; try a smaller --learning-rate") from None
+            record = {"step": done, "learning_rate": optimizer.learning_rate,
                       "tokens": sum(p.tokens for p in pairs)}
-            record |= step_metrics(model.head, z_chosen, z_rejected, torch.tensor(chosen[:, 0], device=z_chosen.device), weights, loss, names)
-            optimizer.step()
-            optimizer.zero_grad()
+            record |= step_metrics(head, z_chosen, z_rejected, torch.tensor(chosen[:, 0], device=z_chosen.device), weights, loss, names)
             if watch:
                 watch(done, steps, model)
             if options.eval_steps and done % options.eval_steps == 0:
@@ -228,11 +237,13 @@ def train(options: TrainOptions, watch: Callable[[int, int, RewardModel], None] 
             if done % options.log_steps == 0 or done == steps:
                 print(progress_line(record, steps, (time.monotonic() - began) / (done - first) * (steps - done)), flush=True)
             if done % options.save_steps == 0 or done == steps or stop:
-                save_state(run, checkpoint, model, optimizer, memory, done, digests)
+                engine.settle()
+                saver.save(model, optimizer, memory)
             if stop:
+                saver.wait()
                 print(f"stopped after step {done} of {steps}, saved; the same command with --resume continues")
                 return 128 + stop[0]
-    finish(run, options, checkpoint, model, sources, tests)
+    finish(run, options, checkpoint, model, optimizer, sources, tests)
     return 0
 
 
@@ -247,15 +258,20 @@ def model_card(options: TrainOptions, sources: list[Source], report: dict | None
             f"## Results on the test files\n\n{results}\n\n## Options\n\n| option | value |\n|---|---|\n{given}\n")
 
 
-def finish(run: Path, options: TrainOptions, checkpoint: Checkpoint, model: RewardModel, sources: list[Source], tests: list[Source]):
+def finish(run: Path, options: TrainOptions, checkpoint: Checkpoint, model: RewardModel, optimizer: AdamW, sources: list[Source], tests: list[Source]):
     """Evaluate, write the finished model (config.json last: its presence means finished), remove the checkpoints."""
-    for p in model.parameters():                     # what is evaluated is what is stored
-        p.data = p.data.to(STORAGE[options.save_dtype]).to(p.dtype)
+    stored = STORAGE[options.save_dtype]
+    write_sharded(run, model_tensors(checkpoint, model.trunk, model.head, options.save_dtype, lambda name, p: optimizer.value(f"trunk.{name}", p)))
+    for name, p in list(model.named_parameters()):   # what is evaluated is what is stored, held as `evaluate` holds it
+        value = optimizer.value(name, p).to(stored)
+        del optimizer.state[name]
+        replace_parameter(model, name, value.to(model.trunk.compute_dtype if p.ndim > 1 else torch.float32))
     report = evaluate_sources(model, tests, options.micro_tokens)[0] if tests else None
     if report:
         print(table(report))
         write_json(run / "evaluation.json", report)
     write_text(run / "README.md", model_card(options, sources, report))
-    save_checkpoint(run, checkpoint, model.trunk, model.head, options.save_dtype)
-    remove_checkpoints(run)
+    write_config(run, checkpoint, options.save_dtype)
+    for old in checkpoints(run):
+        remove(old)
     print(f"finished: {run}")

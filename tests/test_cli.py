@@ -216,7 +216,8 @@ def test_the_kernel_refuses_to_write_and_nothing_is_left(run, tmp_path, capsys):
 def test_an_interrupted_score_leaves_nothing(run, tmp_path, number):
     """The input is a pipe that never ends: the signal comes while score waits."""
     script = [sys.executable, "-m", "minimore", "score", "--model", str(run), "--input", "/dev/stdin", "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(script, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(script, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))         # nohup and & pass on that it is ignored
     process.stdin.write((json.dumps(GOOD) + "\n") * 600)
     process.stdin.flush()
     while not list(tmp_path.iterdir()):

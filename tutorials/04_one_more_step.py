@@ -15,7 +15,7 @@ import torch
 
 from minimore import (ModelOptions, bradley_terry_losses, head_gradients, load_source, min_norm_weights, open_reward_model,
                       pack_pairs, weighted_loss)
-from minimore.engine import step
+from minimore.engine import Weighing, step
 from minimore.more import more_weights, normalize_gradients
 from minimore.world import World
 
@@ -90,9 +90,9 @@ print("head, by backward:        ", by_hand["head"][:5], "\nhead, weights @ grad
 def gradient_of(*batches, apart=False):
     """The gradient of all parameters in one vector: one step over all batches, or one for each, averaged."""
     model.zero_grad()
-    weigh = partial(more_weights, state={}, normalize="l2")
+    how = Weighing(sources=3, weigh=partial(more_weights, state={}, normalize="l2"))
     for together in [[b] for b in batches] if apart else [batches]:
-        step(model, together, 3, weigh, share=1 / len(batches) if apart else 1.0)
+        step(model, together, how, share=1 / len(batches) if apart else 1.0)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

@@ -72,7 +72,7 @@ def training_step(micro_tokens):
     with torch.no_grad():
         for name, p in trunk.named_parameters():
             p.normal_(0, 0.02) if p.ndim == 2 else p.fill_(float(name.endswith("norm.weight")))
-    trunk.compute_dtype, trunk.recompute = DTYPE, True
+    trunk.compute_dtype, trunk.recompute = DTYPE, "full"
     model = RewardModel(trunk, fresh_head(D, 0).to(DEVICE))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     random, pairs = np.random.default_rng(0), []

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from functools import partial
@@ -18,13 +19,15 @@ from safetensors.torch import load_file, save_file
 
 import minimore.train as training
 from minimore.cli import main
-from minimore.engine import NonFiniteLoss, PlainEngine, Weighing, plain_step
+from minimore.engine import NonFiniteLoss, Weighing, plain_step
 from minimore.evaluate import evaluate_sources
 from minimore.model import RECOMPUTE
 from minimore.more import WEIGHTINGS, more_loss, pair_losses
+from minimore.optim import AdamW
 from minimore.options import InputError
 from minimore.pairs import load_source, pack_pairs
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
+from minimore.run import Saver, file_digest
 from minimore.train import TrainOptions, learning_rate_at, train
 from minimore.world import World
 
@@ -159,26 +162,35 @@ def content(run):
 VARIANTS = {
     "more": {}, "average": {"gradient_average": 0.3, "lambda_scope": "group", "epochs": 2, "weight_decay": 0.1, "label_smoothing": 0.1},
     "dro": {"method": "group_dro", "sampling": "proportional", "schedule": "cosine", "warmup": 0.1, "micro_tokens": 100},
+    "clipped": {"max_grad_norm": 0.5, "moments": "bfloat16", "recompute": "selective"},
 }
+RECIPES = {
+    "streamed": {"engine": "streamed"}, "split": {"engine": "streamed", "parameters": "split", "recompute": "selective", "micro_tokens": 100},
+    "offloaded": {"engine": "streamed", "parameters": "split", "recompute": "full", "offload": ("inputs", "states"), "micro_tokens": 100},
+    "lossy": {"engine": "streamed", "parameters": "bfloat16", "moments": "int8", "recompute": "full"},
+    "half lossy": {"engine": "streamed", "parameters": "split", "moments": "bfloat16"}, "8 bits, plain": {"moments": "int8"},
+}
+VARIANTS |= RECIPES
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_crashed_run_resumes_bitwise(world, tmp_path, name, monkeypatch):
     changes = VARIANTS[name] | {"save_steps": 3}
     assert train(options(world, tmp_path / "whole", **changes)) == 0
-    real, calls = PlainEngine.step, []
+    real, calls = AdamW.update, []
 
-    def crash(*arguments):
-        calls.append(1)
-        if len(calls) in (2, 9):                     # before any checkpoint, and between two
-            raise RuntimeError("crash")
-        return real(*arguments)
+    def crash(optimizer, name, *arguments):
+        if name == "trunk.blocks.0.mlp.up.weight":
+            calls.append(1)
+            if len(calls) in (2, 9):                 # before any checkpoint, and between two; half of the parameters are of another step
+                raise RuntimeError("crash")
+        return real(optimizer, name, *arguments)
 
-    monkeypatch.setattr(PlainEngine, "step", crash)
+    monkeypatch.setattr(AdamW, "update", crash)
     for attempt in range(2):
         with pytest.raises(RuntimeError):
             train(options(world, tmp_path / "cut", resume=attempt > 0, **changes))
-    monkeypatch.setattr(PlainEngine, "step", real)
+    monkeypatch.setattr(AdamW, "update", real)
     assert [p.name for p in training.checkpoints(tmp_path / "cut")] == ["checkpoint-6"]
     assert train(options(world, tmp_path / "cut", resume=True, **changes)) == 0
     assert content(tmp_path / "whole") == content(tmp_path / "cut")
@@ -269,6 +281,40 @@ def test_a_killed_process_resumes_bitwise(world, tmp_path, number):
     assert content(tmp_path / "whole") == content(tmp_path / "cut")
 
 
+KILLS = int(os.environ.get("MINIMORE_KILLS", 5))
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not(world, tmp_path):
+    """SIGKILL, whatever is going on: loading, a step, a state half written, the finished model half written. MINIMORE_KILLS=100 for longer."""
+    random = np.random.default_rng(int(os.environ.get("MINIMORE_KILLS_SEED", 0)))
+    wholes, run, killed, found = {}, tmp_path / "run", 0, []
+    while killed < KILLS:
+        name = list(RECIPES)[len(found) % len(RECIPES)]
+        changes = RECIPES[name] | {"save_steps": 1, "epochs": 3, "keep": 1 + len(found) % 2}
+        if name not in wholes:
+            began = time.monotonic()
+            assert subprocess.run(command(options(world, tmp_path / name, **changes)), capture_output=True).returncode == 0
+            wholes[name] = content(tmp_path / name), time.monotonic() - began
+        whole, seconds = wholes[name]
+        shutil.rmtree(run, ignore_errors=True)
+        while True:
+            process = subprocess.Popen(command(options(world, run, resume=True, **changes)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            try:                                     # the first two seconds are imports: the kill comes after most of them
+                said = process.communicate(timeout=seconds * random.uniform(.6, 1.0) if killed < KILLS else None)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                killed += 1
+                for kept in training.checkpoints(run):
+                    training.check_whole(kept)       # what bears its name is whole
+                continue
+            assert process.returncode == 0, said
+            break
+        assert content(run) == whole, name
+        assert not list(run.glob("*.partial")) and not training.checkpoints(run)
+        found.append(name)
+
+
 def test_one_seed_one_result(world, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(options(world, tmp_path / name, seed=seed))
@@ -308,6 +354,8 @@ DAMAGE = {
     "the average is misshapen": lambda c: change_tensor(c, "weighting.average", torch.zeros(2, 64)),
     "the average is not finite": lambda c: change_tensor(c, "weighting.average", torch.full((3, 64), torch.nan)),
     "the average is gone": lambda c: change_tensor(c, "weighting.average", None),
+    "a byte of the weights is another": lambda c: flip(c / "model.safetensors"), "a byte of the moments is another": lambda c: flip(c / "state.safetensors"),
+    "half of it is deleted": lambda c: [p.unlink() for p in sorted(c.iterdir())[::2]], "its checksums are gone": lambda c: edit(c / "state.json", sha256=None),
     "the random state is short": lambda c: change_tensor(c, "random", torch.zeros(3, dtype=torch.uint8)),
     "config.json of the run is empty": lambda c: (c.parent / "config.json").touch(),
     "metrics.jsonl is garbage": lambda c: (c.parent / "metrics.jsonl").write_text("garbage\n"),
@@ -316,9 +364,22 @@ DAMAGE = {
 
 
 def change_tensor(checkpoint, key, tensor):
+    """Another tensor, with a checksum that is right: the shape and the type are looked at, too."""
     tensors = load_file(checkpoint / "state.safetensors")
     assert key in tensors
     save_file({k: v for k, v in (tensors | {key: tensor}).items() if v is not None}, checkpoint / "state.safetensors")
+    sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
+    edit(checkpoint / "state.json", sha256=sums | {"state.safetensors": file_digest(checkpoint / "state.safetensors")})
+
+
+def flip(path):
+    """Change the last byte."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +399,70 @@ def test_a_damaged_run_is_refused_in_one_line(world, halted, tmp_path, name):
     with pytest.raises(InputError):
         train(options(world, run, save_steps=2, gradient_average=.5, resume=True))
     assert training.checkpoints(run) and not ((run / "config.json").is_file() and (run / "config.json").read_text())
+
+
+def test_several_checkpoints_are_kept_and_the_last_good_one_is_named(world, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "finish", lambda *a: None)
+        train(options(world, run, save_steps=2, keep=3))
+    assert [p.name for p in training.checkpoints(run)] == ["checkpoint-8", "checkpoint-10", "checkpoint-11"]
+    flip(run / "checkpoint-11" / "model.safetensors")
+    with pytest.raises(InputError, match="model.safetensors is damaged: its checksum is another.*; remove checkpoint-11 to continue from checkpoint-10"):
+        train(options(world, run, save_steps=2, keep=3, resume=True))
+    shutil.rmtree(run / "checkpoint-11")
+    assert train(options(world, run, save_steps=5, resume=True)) == 0
+    train(options(world, tmp_path / "whole"))
+    assert content(run) == content(tmp_path / "whole")
+
+
+OTHERS = {"--parameters is 'split' but the run in .* has 'bfloat16'": {"parameters": "split"}, "--moments is 'float32' but the run in .* has 'int8'": {"moments": "float32"},
+          "--model is .* but the run": {"model": "elsewhere"}, "--source is": {"source": ("ana=x.jsonl",)}, "--seed is 1": {"seed": 1}}
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_a_run_is_not_continued_with_another_recipe_model_or_data(world, tmp_path, monkeypatch, said):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "finish", lambda *a: None)
+        train(options(world, run, **RECIPES["lossy"]))
+    with pytest.raises(InputError, match=said):
+        train(options(world, run, resume=True, **RECIPES["lossy"] | OTHERS[said]))
+
+
+def test_a_run_may_go_on_with_another_engine(world, tmp_path, monkeypatch, capsys):
+    """Exact recipes differ by rounding, which is said; offloading by nothing, which is not."""
+    for name, first, then in (("a", {}, {"engine": "streamed", "recompute": "full", "offload": ("states",)}), ("b", RECIPES["lossy"], {"memory": "1GB", "recompute": "full"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "finish", lambda *a: None)
+            train(options(world, tmp_path / name, **first))
+        capsys.readouterr()
+        assert train(options(world, tmp_path / name, resume=True, **then)) == 0
+        said = capsys.readouterr().out
+        assert ("--engine is 'streamed' but the run" in said) == (name == "a") and "offload is" not in said
+        assert json.loads((tmp_path / name / "options.json").read_text())["recipe"]["moments"] == ("float32" if name == "a" else "int8")
+
+
+def test_saving_with_and_without_room_for_a_copy_is_the_same(world, tmp_path, monkeypatch):
+    """With room a thread writes a copy while training goes on: what it writes is the state at its step."""
+    real = Saver._write
+
+    def slow(saver, *arguments):
+        threads.append(threading.current_thread() is not threading.main_thread())
+        time.sleep(.2)
+        real(saver, *arguments)
+        kept[arguments[-1]["step"]] = {p.name: p.read_bytes() for p in (saver.run / f"checkpoint-{arguments[-1]['step']}").iterdir()}
+
+    found, threads_of = [], []
+    for available in (1 << 60, 0):
+        kept, threads = {}, []
+        monkeypatch.setattr("minimore.run.available_memory", lambda: available)
+        monkeypatch.setattr(Saver, "_write", slow)
+        train(options(world, tmp_path / str(available), save_steps=3, **RECIPES["lossy"]))
+        found.append(kept)
+        threads_of.append(threads)
+    assert found[0] == found[1] and len(found[0]) == 4
+    assert threads_of == [[True] * 4, [False] * 4]
 
 
 def test_an_existing_output_is_refused_and_left_alone(world, tmp_path):

@@ -3,6 +3,9 @@
 On a CPU both are the same memory; the copies are made all the same, so that what is tested there is what runs on a GPU.
 """
 
+import re
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,14 @@ def pinned(tensor: Tensor) -> Tensor:
     if torch.cuda.is_available() and copy.nbytes:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0))
     return copy.copy_(tensor)
+
+
+def available_memory() -> int:
+    """Bytes of the host's memory that can be had without swapping; 0 where the system does not say."""
+    try:
+        return 1024 * int(re.search(r"MemAvailable: *([0-9]+) kB", Path("/proc/meminfo").read_text()).group(1))
+    except (OSError, AttributeError):
+        return 0
 
 
 class Host:

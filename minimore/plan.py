@@ -44,27 +44,31 @@ def recipes(given: dict) -> list[Recipe]:
     return found
 
 
-def fastest(c: ModelConfig, work: Workload, candidates: Iterable[Recipe], limit: float, width: int, flash: bool, gpu: Gpu = GPUS["A100"]) -> tuple[Recipe, Memory] | None:
+def fastest(c: ModelConfig, work: Workload, candidates: Iterable[Recipe], limit: float, width: int, flash: bool, gpu: Gpu = GPUS["A100"], host: float = math.inf) -> tuple[Recipe, Memory] | None:
     """The simplest of the recipes that are as fast as any (to 1%) whose peak is at most `limit` bytes; None if none fits.
 
     A recipe that needs more than 93% of the limit is taken only if no other fits.
     """
-    fitting = [(recipe, memory, step_seconds(c, work, recipe, gpu)) for recipe in candidates if (memory := memory_of(c, work, recipe, width, flash)).peak <= limit]
+    fitting = [(recipe, memory, step_seconds(c, work, recipe, gpu)) for recipe in candidates
+               if (memory := memory_of(c, work, recipe, width, flash)).peak <= limit and sum(memory.host.values()) <= host]
     fitting = [found for found in fitting if found[1].peak <= 0.93 * limit] or fitting
     least = min((seconds for *_, seconds in fitting), default=0)
     return next(((recipe, memory) for recipe, memory, seconds in fitting if seconds <= 1.01 * least), None)
 
 
-def choose(c: ModelConfig, work: Workload, given: dict, limit: float, device: str, compute: torch.dtype) -> Recipe:
-    """The recipe for --memory: what was not given is chosen, exact ones only; prints which and why, or raises InputError."""
+def choose(c: ModelConfig, work: Workload, given: dict, limit: float, device: str, compute: torch.dtype, host: float = math.inf) -> Recipe:
+    """The recipe for --memory: what was not given is chosen, exact ones only; prints which and why, or raises InputError.
+
+    host: bytes of the host's memory that may be offloaded to.
+    """
     width, flash, candidates = compute.itemsize, device == "cuda" and compute.itemsize == 2, recipes(given)
     if not candidates:
         Recipe(**given).check()                      # says what contradicts what
     unasked = {name: getattr(Recipe, name) for name in ("parameters", "moments") if name in given}
     allowed = [r for r in candidates if is_exact(replace(r, **unasked), width)]
-    found = fastest(c, work, allowed, limit, width, flash)
+    found = fastest(c, work, allowed, limit, width, flash, host=host)
     if found is None:
-        raise InputError(refusal(c, work, given, allowed, limit, width, flash))
+        raise InputError(refusal(c, work, given, allowed, limit, width, flash, host))
     recipe, memory = found
     simplest = memory_of(c, work, allowed[0], width, flash).peak
     print(f"--memory: {in_bytes(memory.peak)} of {in_bytes(limit)} in the largest step, {len(work.largest)} pairs of {sum(p.tokens for p in work.largest):,} unique tokens"
@@ -73,12 +77,14 @@ def choose(c: ModelConfig, work: Workload, given: dict, limit: float, device: st
     return recipe
 
 
-def refusal(c, work, given, allowed, limit, width, flash) -> str:
+def refusal(c, work, given, allowed, limit, width, flash, host) -> str:
     """Why nothing fits, and what would."""
-    leanest = lambda candidates: min(((memory_of(c, work, r, width, flash).peak, r) for r in candidates), key=lambda pair: pair[0])
+    costs = lambda candidates: [(memory_of(c, work, r, width, flash), r) for r in candidates]
+    leanest = lambda candidates: min(((m.peak, r) for m, r in costs(candidates) if sum(m.host.values()) <= host), key=lambda pair: pair[0])
     (least, recipe), (less, other) = leanest(allowed), leanest(recipes({k: v for k, v in given.items() if k not in ("parameters", "moments")}))
     held = sum(parameter_bytes(part, recipe) for part in sizes_of(c).parts)
     return (f"--memory: {in_bytes(limit)} are too little: the parameters alone take {in_bytes(held)}, training at least {in_bytes(least)} ({recipe}); "
+            + (f"the host has {in_bytes(host)} to offload to; " if host < math.inf else "")
             + (f"{in_bytes(less)} with {other}, which rounds at random" if less < least else "try a smaller --micro-tokens, --batch-size or --max-length"))
 
 

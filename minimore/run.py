@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from .checkpoint import Checkpoint, model_tensors, write_model, write_tensors
 from .engine import Recipe
+from .host import available_memory
 from .optim import AdamW
 from .options import InputError, one_line, read_json, write_json, write_text
 from .reward import RewardModel
@@ -102,14 +103,6 @@ class Saver:
 def bytes_to_copy(model: RewardModel, optimizer: AdamW) -> int:
     """Bytes of a saved state: fp32 parameters and moments as they are stored."""
     return sum(4 * p.numel() for p in model.parameters()) + sum(t.nbytes for state in optimizer.state.values() for kind, t in state.items() if kind != "low")
-
-
-def available_memory() -> int:
-    """Bytes of the host's memory that can be had without swapping; 0 where the system does not say."""
-    try:
-        return 1024 * int(re.search(r"MemAvailable: *([0-9]+) kB", Path("/proc/meminfo").read_text()).group(1))
-    except (OSError, AttributeError):
-        return 0
 
 
 def file_digest(path: Path) -> str:

@@ -20,7 +20,7 @@ from .checkpoint import STORAGE, Checkpoint, model_tensors, saved_config, write_
 from .cost import workload
 from .engine import NonFiniteGradient, NonFiniteLoss, Recipe, Weighing
 from .evaluate import evaluate_sources, table
-from .host import pinned
+from .host import available_memory, pinned
 from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients
 from .optim import AdamW, replace_parameter
 from .options import InputError, option, parse_sources, write_json, write_text
@@ -157,7 +157,8 @@ def recipe_of(options: TrainOptions, checkpoint: Checkpoint, sources: list[Sourc
     """
     given = options.recipe_given(stored_recipe(Path(options.output)) if options.resume else {})
     if options.memory is not None:
-        return choose(checkpoint.config, workload(sources, epochs_of(options, sources, batch)), given, parse_memory(options.memory), device_of(options), compute_type(options))
+        return choose(checkpoint.config, workload(sources, epochs_of(options, sources, batch)), given, parse_memory(options.memory), device_of(options),
+                      compute_type(options), available_memory() or math.inf)
     recipe = Recipe(**given)
     recipe.check()
     return recipe

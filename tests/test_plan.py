@@ -208,6 +208,12 @@ def test_what_is_given_is_kept_and_lossy_storage_is_never_chosen(capsys):
         assert all(getattr(r, k) == v for r in recipes(given) for k, v in given.items()) and recipes(given)
 
 
+def test_no_more_is_offloaded_than_the_host_has(capsys):
+    assert choose(PYTHIA, PAPER, {}, 24e9, "cuda", torch.bfloat16, host=80e9).offload == OFFLOADS
+    with pytest.raises(InputError, match="the host has 50.0 GB to offload to; .* rounds at random"):
+        choose(PYTHIA, PAPER, {}, 24e9, "cuda", torch.bfloat16, host=50e9)
+
+
 def test_memory_is_parsed():
     assert (parse_memory("24GB"), parse_memory("1.5GiB"), parse_memory("800MB")) == (24e9, 1.5 * 2 ** 30, 800e6)
     for wrong in ("24", "GB", "-1GB", "24 TB", "nanGB", "infGB", "0GB"):

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -83,6 +84,15 @@ def test_layers_only_point_down():
         if name != "__init__":
             assert set(imported) - {"__version__"} <= set(order[:place]), name
     assert not re.search(r"^[ \t]+(from|import) +(\.|minimore)", "".join(p.read_text("utf-8") for p in (ROOT / "minimore").glob("*.py")), re.M)
+
+
+def test_the_page_of_plan_is_what_plan_prints(capsys, tmp_path):
+    shown = re.search(r"```\n(model   gpt_neox.*?)```", README, re.S).group(1)
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "gpt_neox", "vocab_size": 50432, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 16384, "hidden_act": "gelu",
+        "rotary_pct": 0.25, "rotary_emb_base": 10000, "max_position_embeddings": 2048, "use_parallel_residual": True, "layer_norm_eps": 1e-5}))        # Pythia-6.9B's
+    assert main(["plan", str(tmp_path), "--memory", "24GB"]) == 0
+    assert capsys.readouterr().out.strip() == shown.strip()
 
 
 def test_the_page_of_check_is_what_check_prints(capsys):

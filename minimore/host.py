@@ -5,6 +5,7 @@ On a CPU both are the same memory; the copies are made all the same, so that wha
 
 import re
 from pathlib import Path
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ def pinned(tensor: Tensor) -> Tensor:
     """
     copy = torch.empty(tensor.shape, dtype=tensor.dtype)
     if torch.cuda.is_available() and copy.nbytes:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0))
+        runtime, place = torch.cuda.cudart(), copy.data_ptr()
+        torch.cuda.check_error(runtime.cudaHostRegister(place, copy.nbytes, 0))
+        finalize(copy, runtime.cudaHostUnregister, place).atexit = False         # before its memory is given to somebody else
     return copy.copy_(tensor)
 
 

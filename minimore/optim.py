@@ -15,7 +15,7 @@ import hashlib
 import math
 import sys
 from functools import lru_cache
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class AdamW:
         self.betas, self.eps, self.seed = betas, eps, seed
         self.steps, self.learning_rate = 0, 0.0
         self.state: dict[str, dict[str, Tensor]] = {}
+        self.known = None, None                  # what `numbers` said last
 
     def adopt(self, name: str, value: Tensor, home: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
         """Begin a parameter's state, all moments zero, at `home`; returns what the model is to hold of its value."""
@@ -68,17 +69,29 @@ class AdamW:
     @torch.no_grad()
     def update(self, name: str, p: Tensor, gradient: Tensor, state: dict[str, Tensor] | None = None):
         """Step `steps + 1` of one parameter, in place. state: its state where it lies now, if not in self.state."""
-        state, t = self.state[name] if state is None else state, self.steps + 1
-        c = Coefficients(1 - self.learning_rate * self.weight_decay, self.learning_rate / (1 - self.betas[0] ** t), math.sqrt(1 - self.betas[1] ** t))
-        keys = [key_of(self.seed, t, name, what) for what in ("value", "first", "second")]
-        flat, g = p.view(-1), gradient.reshape(-1)
-        if p.is_cuda and fused() is not None:                                    # one pass over the numbers, and no Python number in it that changes
-            fused()(flat, g, state, Coefficients(*torch.tensor(c, device=p.device)), torch.tensor(keys, dtype=torch.int32, device=p.device).unbind(), 0, self.betas, self.eps)
+        state, flat, g = self.state[name] if state is None else state, p.view(-1), gradient.reshape(-1)
+        if p.is_cuda and fused() is not None:                                    # one pass over the numbers
+            c, keys = self.numbers(p.device)
+            fused()(flat, g, state, c, keys[name], 0, self.betas, self.eps)
             return
+        c, keys = self.numbers()
         size = SLICE[p.device.type]
         for start in range(0, len(flat), size):
             part = {kind: s[start // BLOCK:(start + size) // BLOCK] if kind in PER_BLOCK else s[start:start + size] for kind, s in state.items()}
-            update_slice(flat[start:start + size], g[start:start + size], part, c, keys, start, self.betas, self.eps)
+            update_slice(flat[start:start + size], g[start:start + size], part, c, keys[name], start, self.betas, self.eps)
+
+    def numbers(self, device: torch.device | None = None) -> tuple[Coefficients, dict[str, Sequence]]:
+        """Coefficients of this step, and three keys of random bits for each parameter; on a device as tensors, sent there once a step."""
+        wanted = self.steps, self.learning_rate, device
+        if self.known[0] != wanted:
+            t = self.steps + 1
+            c = Coefficients(1 - self.learning_rate * self.weight_decay, self.learning_rate / (1 - self.betas[0] ** t), math.sqrt(1 - self.betas[1] ** t))
+            keys = {name: [key_of(self.seed, t, name, what) for what in ("value", "first", "second")] for name in self.state}
+            if device is not None:
+                rows = torch.tensor(list(keys.values()), dtype=torch.int32).to(device)
+                c, keys = Coefficients(*torch.tensor(c).to(device)), {name: row.unbind() for name, row in zip(keys, rows)}
+            self.known = wanted, (c, keys)
+        return self.known[1]
 
     def value(self, name: str, p: Tensor) -> Tensor:
         """The number that a parameter stands for, in fp32 (float64 stays): exact."""
@@ -120,10 +133,16 @@ def adamw(value: Tensor, m: Tensor, v: Tensor, g: Tensor, c: Coefficients, betas
     return value - m * c.rate / (v.sqrt() / c.root + eps), m, v
 
 
+def compile_update(backend) -> Callable:
+    """`update_slice` as one graph for every length. A storage and a gradient's type make a graph each: more than the eight that torch allows."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(update_slice, fullgraph=True, dynamic=True, backend=backend)
+
+
 @lru_cache(maxsize=None)
 def fused():
     """`update_slice` compiled into one kernel for CUDA, or None where torch cannot compile (no Triton, no C compiler)."""
-    compiled = torch.compile(update_slice, fullgraph=True, dynamic=True)
+    compiled = compile_update("inductor")
     try:
         p, state = torch.zeros(2 * BLOCK, device="cuda"), empty_moments(torch.zeros(2 * BLOCK, device="cuda"), "float32")
         compiled(p, p.clone(), state, Coefficients(*torch.ones(3, device="cuda")), torch.zeros(3, dtype=torch.int32, device="cuda").unbind(), 0, (0.9, 0.999), 1e-8)

@@ -254,3 +254,15 @@ def test_the_leanest_recipe_trains_in_a_third_of_the_plain_peak():
     for found in (plain, lean):
         assert found["states"] == found["planned_states"]
         assert .8 < found["peak"] / found["planned_peak"] < 1.25         # a CPU's allocator keeps what it likes
+
+
+def test_the_gpu_benchmark_runs_its_lines_on_a_cpu(tmp_path):
+    """At tiny size: every check passes, every recipe runs, and the table has a line for each."""
+    script = Path(__file__).parent / "bench" / "gpu.py"
+    result = subprocess.run([sys.executable, str(script), "--output", str(tmp_path / "gpu.json")], capture_output=True, text=True, timeout=600,
+                            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-2000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(found["checks"]) >= 25 and all(c["passed"] for c in found["checks"])
+    assert not any("skipped" in s for s in found["steps"]) and len(found["steps"]) == 14 and found["disk"]["gigabytes"] > 0
+    assert (tmp_path / "gpu.md").read_text().count("\n| ") == 1 + 14

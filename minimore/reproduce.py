@@ -25,8 +25,8 @@ def reproduce(o: ReproduceOptions) -> int:
     if out.exists() and not (out / "grid.json").is_file():
         raise InputError(f"--output {out}: exists already and holds no grid; choose another name")
     if out.exists() and (given := read_json(out / "grid.json")) != wanted:
-        different = next(k for k in wanted if given.get(k) != wanted[k])
-        raise InputError(f"--output {out}: holds a grid with {different} {given.get(different)!r}, not {wanted[different]!r}; choose another name, or give the same options")
+        different = next(k for k in (*wanted, *given) if given.get(k) != wanted.get(k))
+        raise InputError(f"--output {out}: holds a grid with {different} {given.get(different)!r}, not {wanted.get(different)!r}; choose another name, or give the same options")
     finished = [is_finished(out, cell) for cell in cells]
     print(f"{o.experiment}: {len(cells)} runs, {sum(finished)} of them finished; protocol {o.protocol}: {PROTOCOLS[o.protocol]}")
     print(f"about {hours(o, [c for c, done in zip(cells, finished) if not done]):.2f} hours on this machine, by half the speed of its matrix products and 20 ms a step")

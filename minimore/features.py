@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .calibration import accuracy, negative_log_likelihood, pair_ece
-from .checkpoint import Checkpoint, write_tensors
+from .checkpoint import Checkpoint
 from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients
 from .options import InputError, one_line, option, parse_sources, read_json, refuse_existing, require_tests, write_json
 from .pairs import epoch_steps, load_source, pack_pairs, split_by_tokens
 from .reward import ReadingOptions, fresh_head, load_reward_model
+from .tensors import write_tensors
 from .uncertainty import over_seeds
 
 PARTS = ("train", "test")

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import Checkpoint, random_checkpoint, write_tensors
+from .checkpoint import Checkpoint, random_checkpoint
 from .evaluate import source_margins
 from .model import RECOMPUTE
 from .options import InputError, option, parse_sources, require_tests, write_json
 from .pairs import load_source
 from .records import read_records, record_pairs
 from .reward import ModelOptions, check_length, device_of, open_reward_model
+from .tensors import write_tensors
 from .train import TrainOptions, check_options, train
 from .world import World, small_gpt_neox
 

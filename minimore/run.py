@@ -21,12 +21,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .checkpoint import Checkpoint, model_tensors, write_model, write_tensors
+from .checkpoint import Checkpoint, model_tensors, write_model
 from .engine import Recipe
 from .host import available_memory
 from .optim import AdamW
 from .options import InputError, one_line, read_json, write_json, write_text
 from .reward import RewardModel
+from .tensors import write_tensors
 
 RECIPE = tuple(field.name for field in fields(Recipe))
 MAY_CHANGE = ("resume", "output", "log_steps", "save_dtype", "save_steps", "keep", "memory", *RECIPE)        # options that a resumed run may give differently;

@@ -16,7 +16,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .checkpoint import STORAGE, Checkpoint, model_tensors, saved_config, write_config, write_sharded
+from .checkpoint import Checkpoint, model_tensors, saved_config, write_config
 from .cost import workload
 from .engine import NonFiniteGradient, NonFiniteLoss, Recipe, Weighing
 from .evaluate import evaluate_sources, table
@@ -29,6 +29,7 @@ from .plan import MOST, RunOptions, batch_of, choose, epochs_of, parse_memory
 from .reward import RewardModel, check_length, compute_type, device_of, load_reward_model
 from .run import Saver, check_recipe, check_whole, checkpoints, cut_metrics, load_state, open_run, remove, start_run, stored_recipe
 from .streamed import open_engine
+from .tensors import STORAGE, write_sharded
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions):
@@ -133,6 +134,10 @@ def check_options(options: TrainOptions, K: int) -> int:
     for wrong, message in refuse:
         if wrong:
             raise InputError(message)
+    if options.memory is None:
+        Recipe(**options.recipe_given({})).check()
+    else:
+        parse_memory(options.memory)
     return batch
 
 
@@ -159,9 +164,7 @@ def recipe_of(options: TrainOptions, checkpoint: Checkpoint, sources: list[Sourc
     if options.memory is not None:
         return choose(checkpoint.config, workload(sources, epochs_of(options, sources, batch)), given, parse_memory(options.memory), device_of(options),
                       compute_type(options), available_memory() or math.inf)
-    recipe = Recipe(**given)
-    recipe.check()
-    return recipe
+    return Recipe(**given)
 
 
 def open_trainable(options: TrainOptions, checkpoint: Checkpoint, recipe: Recipe) -> tuple[RewardModel, AdamW]:

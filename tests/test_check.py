@@ -151,7 +151,7 @@ def test_rewards_are_those_of_score(golden, tmp_path):
 
 
 def test_types_and_files_are_told(golden, tmp_path, monkeypatch):
-    monkeypatch.setattr("minimore.checkpoint.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("minimore.tensors.SHARD_BYTES", 20_000)
     checkpoint, directory = Checkpoint(str(golden)), tmp_path / "shards"
     directory.mkdir()
     save_checkpoint(directory, checkpoint, *checkpoint.load(), dtype="bfloat16")

@@ -21,10 +21,12 @@ from tokenizers import Tokenizer as TokenizerFile
 from tokenizers.processors import TemplateProcessing
 
 import minimore.checkpoint
+import minimore.tensors
 from minimore.attention import pack
-from minimore.checkpoint import SAFETENSORS_TYPES, STORAGE, Checkpoint, Lazy, pad_id, random_checkpoint, save_checkpoint, write_tensors
+from minimore.checkpoint import Checkpoint, pad_id, random_checkpoint, save_checkpoint
 from minimore.options import InputError
 from minimore.reward import RewardModel
+from minimore.tensors import SAFETENSORS_TYPES, STORAGE, Lazy, write_tensors
 from minimore.tokenizer import Tokenizer
 
 NORM = "model.norm.weight"                       # some tensor of the stored Llama, (24,)
@@ -512,7 +514,7 @@ def test_saving_in_a_narrow_type_rounds_every_tensor(golden, tmp_path, dtype):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(minimore.checkpoint, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(minimore.tensors, "SHARD_BYTES", 20_000)
 
 
 def test_shards_hold_what_the_single_file_holds(golden, tmp_path, small_shards):

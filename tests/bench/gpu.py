@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from minimore.attention import attend, pack
 from minimore.cost import GPUS, PairShape, Workload, memory_of, step_flops
@@ -31,6 +32,7 @@ from minimore.optim import MOMENTS, PARAMETERS, AdamW, fused, replace_parameter
 from minimore.pairs import TokenPair, pack_pairs
 from minimore.reward import RewardModel, fresh_head
 from minimore.streamed import Walk, open_engine
+from minimore.tensors import Lazy, write_tensors
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -253,9 +255,6 @@ def run_steps(name, c, recipe, pairs, steps=3):
 
 def load_and_save(c):
     """GB/s of writing a checkpoint with its states, and of reading it again, on this machine's disk."""
-    from safetensors.torch import load_file
-
-    from minimore.checkpoint import Lazy, write_tensors
     emptied()
     optimizer = AdamW("split", "int8")
     model = random_model(c, optimizer, lambda t: t)

@@ -206,6 +206,26 @@ def test_clipping_is_torchs():
     assert torch.allclose(vectors[1], vectors[0] * (.01 / vectors[0].norm()), rtol=1e-3)
 
 
+def test_chunks_of_bf16_gradients_are_summed_in_fp32():
+    """Ten chunks whose gradients bf16 holds: their sum is that of fp32 numbers, not of bf16 ones."""
+    model, pairs, source = open_model(GOLDENS / "llama"), random_pairs(30), [0, 1, 2] * 10
+    model.trunk.compute_dtype = torch.bfloat16
+    name = "trunk.blocks.1.mlp.down.weight"
+    part = lambda tokens: next(g for part in Walk(model, cut(pairs, source, tokens), weighing(3)) for n, g in part.items() if n == name)
+    assert part(10 ** 9).dtype == torch.bfloat16 and part(100).dtype == torch.float32
+    assert not torch.equal(part(100), part(100).bfloat16().float())
+    assert torch.allclose(part(100), part(10 ** 9).float(), rtol=0, atol=.03 * float(part(100).abs().max()))
+
+
+def test_states_are_sent_for_before_they_are_needed(monkeypatch):
+    """Whatever `get` asks for is on its way already, but for the first part of a walk; and inputs but for the first of a step."""
+    late, real = [], Host.get
+    monkeypatch.setattr(Host, "get", lambda host, ticket: (late.append(id(ticket) not in host.coming), real(host, ticket))[1])
+    after_steps(open_model(GOLDENS / "gpt_neox"), Recipe("streamed", "split", recompute="full", micro_tokens=60, offload=("inputs", "states")), 3, steps=2)
+    first = 2 * (1 + 3 * 2)                          # two steps: one input, and two moments each of head and norm
+    assert sum(late) == first and len(late) > 5 * first
+
+
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe("streamed", recompute="full")], ids=["plain", "streamed"])
 def test_a_gradient_that_is_not_finite_is_told(recipe):
     model = open_model(GOLDENS / "gpt_neox")

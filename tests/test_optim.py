@@ -65,13 +65,14 @@ def test_bytes_a_parameter(parameters, moments):
 
 
 def z_score(samples, expected):
-    """Of the mean of samples (n, ...) about `expected`, in standard errors, where anything varies; elsewhere nothing may be off.
+    """Of the mean of samples (n, ...) about `expected`, in standard errors, where they vary by more than a fp32 logarithm errs; elsewhere the mean is right to that.
 
-    (An fp32 logarithm of 1e-14 is exact to 3e-6 of the number.)
+    (The logarithm of 1e-14 is exact to 3e-6 of the number.)
     """
-    error, spread = samples.double().mean(0) - expected.double(), samples.double().std(0) / math.sqrt(len(samples))
-    assert (error[spread == 0].abs() <= 1e-5 * expected.double().abs()[spread == 0]).all()
-    return (error / spread)[spread > 0]
+    expected, error, spread = expected.double(), samples.double().mean(0) - expected.double(), samples.double().std(0) / math.sqrt(len(samples))
+    still = spread <= 1e-5 * expected.abs()
+    assert (error.abs() <= 6 * spread + 2e-5 * expected.abs()).all()
+    return (error / spread)[~still] * expected[~still].sign()
 
 
 def test_rounding_of_parameters_is_unbiased():
@@ -83,11 +84,12 @@ def test_rounding_of_parameters_is_unbiased():
     assert (samples.unique(dim=0).amax(0) - samples.amin(0) <= x.abs() * 2 ** -7).all()               # neighbours, nothing else
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_rounding_of_moments_is_unbiased(kind):
+@pytest.mark.parametrize("kind, decades", [("bfloat16", 6), ("int8", 6), ("int8", 20)])
+def test_rounding_of_moments_is_unbiased(kind, decades):
+    """Every block spans so many decades of v; over 20 of them neighbouring codes are a factor of 1.2 apart, where a bias would show."""
     torch.manual_seed(0)
-    scale = 10.0 ** torch.linspace(-6, 0, 1000)
-    m, v = torch.randn(1000) * scale, (torch.rand(1000) + .01) * scale ** 2
+    scale = 10.0 ** ((torch.rand(1000) - 1) * decades / 2 + decades / 8)
+    m, v = (torch.rand(1000) + .5) * scale * torch.where(torch.rand(1000) < .5, -1, 1), (torch.rand(1000) + .5) * scale ** 2
     m[5] = v[5] = 0
     state, found = empty_moments(m, kind), []
     for i in range(3000):
@@ -97,9 +99,9 @@ def test_rounding_of_moments_is_unbiased(kind):
     assert (found[:, :, 5] == 0).all() and (found[:, 1] >= 0).all()
     for samples, expected in ((found[:, 0], m), (found[:, 1], v)):
         z = z_score(samples, expected)
-        assert z.abs().max() < 6 and abs(z.mean()) < .15 and .8 < z.std() < 1.2, kind         # numbers next to a code are rarely moved: long tails
+        assert z.abs().max() < 6 and abs(z.mean()) < .15 and .8 < z.std() < 1.2, z.mean()             # numbers next to a code are rarely moved: long tails
     relative = (found[:, 1] / v - 1)[:, v > 0].abs()
-    assert relative.max() < {"bfloat16": 2 ** -7, "int8": .15}[kind]
+    assert relative.max() < (2 ** -7 if kind == "bfloat16" else 2 ** (decades * math.log2(10) / 254) - 1 + .02)
 
 
 def test_a_block_of_zeros_of_equal_and_of_tiny_numbers():

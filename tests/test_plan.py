@@ -32,6 +32,7 @@ from minimore.world import World
 GPT_NEOX = ModelConfig(vocabulary=300, width=256, blocks=3, heads=4, kv_heads=4, head_width=64, mlp_width=1024, activation="gelu", gated=False, norm="layer", norm_eps=1e-5,
                        parallel_residual=True, qkv_bias=True, attention_output_bias=True, mlp_bias=True, rotary_width=16, rope_base=1e4)
 LLAMA = replace(GPT_NEOX, mlp_width=688, activation="silu", gated=True, norm="rms", parallel_residual=False, qkv_bias=False, attention_output_bias=False, mlp_bias=False, rotary_width=64)
+ODD = replace(GPT_NEOX, vocabulary=301, width=24, heads=3, kv_heads=3, head_width=8, mlp_width=50, rotary_width=2)             # no matrix is whole blocks of 256
 SHAPES = {"gpt_neox": GPT_NEOX, "llama": LLAMA, "qwen3": replace(LLAMA, kv_heads=2, qk_norm=True), "qwen2": replace(LLAMA, kv_heads=2, qkv_bias=True),
           "opt": replace(GPT_NEOX, activation="relu", parallel_residual=False, rotary_width=0, learned_positions=100)}
 PYTHIA = replace(GPT_NEOX, vocabulary=50432, width=4096, blocks=32, heads=32, kv_heads=32, head_width=128, mlp_width=16384, rotary_width=32)      # 6.9B
@@ -58,9 +59,9 @@ def pairs_of(shapes):
 
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("parameters", PARAMETERS)
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("family", [*SHAPES, "odd"])
 def test_states_are_planned_to_the_byte(family, parameters, moments):
-    c, recipe = SHAPES[family], Recipe("streamed", parameters, moments)
+    c, recipe = (SHAPES | {"odd": ODD})[family], Recipe("streamed", parameters, moments)
     model, optimizer, s = RewardModel(filled(c), fresh_head(c.width, 0)), AdamW(parameters, moments), sizes_of(c)
     assert s.parameters == sum(p.numel() for p in model.parameters())
     optimizer.adopt_all(model)

@@ -572,6 +572,10 @@ def test_written_tensors_are_what_safetensors_reads(tmp_path):
         assert read[key].dtype == tensor.dtype and torch.equal(read[key], tensor), key
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"note": "n"}
+    content = (tmp_path / "x.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for key, entry in json.loads(content[8:start]).items():              # aligned, so that others may compute on the mapped file
+        assert key == "__metadata__" or (start + entry["data_offsets"][0]) % read[key].dtype.itemsize == 0
 
 
 def test_a_rename_that_fails_at_any_point_leaves_no_partial_file_and_no_config(golden, tmp_path, monkeypatch, small_shards):

@@ -65,14 +65,15 @@ def test_bytes_a_parameter(parameters, moments):
 
 
 def z_score(samples, expected):
-    """Of the mean of samples (n, ...) about `expected`, in standard errors, where they vary by more than a fp32 logarithm errs; elsewhere the mean is right to that.
+    """Of the mean of samples (n, ...) about `expected`, in standard errors, of the numbers that go both ways often; the others are right to 3% of what they vary by.
 
-    (The logarithm of 1e-14 is exact to 3e-6 of the number.)
+    (And to 1e-5: the fp32 logarithm of 1e-14 is exact to 3e-6 of the number.)
     """
-    expected, error, spread = expected.double(), samples.double().mean(0) - expected.double(), samples.double().std(0) / math.sqrt(len(samples))
-    still = spread <= 1e-5 * expected.abs()
-    assert (error.abs() <= 6 * spread + 2e-5 * expected.abs()).all()
-    return (error / spread)[~still] * expected[~still].sign()
+    samples, expected = samples.double(), expected.double()
+    error, spread, between = samples.mean(0) - expected, samples.std(0), samples.amax(0) - samples.amin(0)
+    often = (spread > .14 * between) & (spread > 1e-3 * expected.abs())
+    assert often.double().mean() > .5 and (error.abs()[~often] <= .03 * between[~often].clamp_min(0) + 2e-3 * expected.abs()[~often]).all()
+    return (error / spread * math.sqrt(len(samples)))[often] * expected[often].sign()
 
 
 def test_rounding_of_parameters_is_unbiased():
@@ -99,7 +100,7 @@ def test_rounding_of_moments_is_unbiased(kind, decades):
     assert (found[:, :, 5] == 0).all() and (found[:, 1] >= 0).all()
     for samples, expected in ((found[:, 0], m), (found[:, 1], v)):
         z = z_score(samples, expected)
-        assert z.abs().max() < 6 and abs(z.mean()) < .15 and .8 < z.std() < 1.2, z.mean()             # numbers next to a code are rarely moved: long tails
+        assert z.abs().max() < 5 and abs(z.mean()) < .15 and .8 < z.std() < 1.2, z.mean()
     relative = (found[:, 1] / v - 1)[:, v > 0].abs()
     assert relative.max() < (2 ** -7 if kind == "bfloat16" else 2 ** (decades * math.log2(10) / 254) - 1 + .02)
 

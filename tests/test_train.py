@@ -506,8 +506,9 @@ def test_a_stop_after_the_last_step_saves_before_the_evaluation(world, tmp_path,
     assert content(tmp_path / "whole") == content(tmp_path / "cut")
 
 
-def test_what_is_evaluated_is_what_is_stored(world, tmp_path):
-    train(options(world, tmp_path / "run", save_dtype="bfloat16"))
+@pytest.mark.parametrize("changes", [{"save_dtype": "bfloat16"}, RECIPES["split"], RECIPES["lossy"]], ids=["bfloat16", "split", "lossy"])
+def test_what_is_evaluated_is_what_is_stored(world, tmp_path, changes):
+    train(options(world, tmp_path / "run", **changes))
     model, checkpoint = open_reward_model(ModelOptions(model=str(tmp_path / "run")))
     tests = [load_source(n, str(test), checkpoint.tokenizer, 512) for n, (_, test) in world[1].items()]
     assert evaluate_sources(model, tests)[0] == content(tmp_path / "run")[1]

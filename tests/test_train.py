@@ -506,7 +506,7 @@ def test_a_stop_after_the_last_step_saves_before_the_evaluation(world, tmp_path,
     assert content(tmp_path / "whole") == content(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("changes", [{"save_dtype": "bfloat16"}, RECIPES["split"], RECIPES["lossy"]], ids=["bfloat16", "split", "lossy"])
+@pytest.mark.parametrize("changes", [{"save_dtype": "bfloat16"}, RECIPES["split"] | {"micro_tokens": 8192}, RECIPES["lossy"]], ids=["bfloat16", "split", "lossy"])
 def test_what_is_evaluated_is_what_is_stored(world, tmp_path, changes):
     train(options(world, tmp_path / "run", **changes))
     model, checkpoint = open_reward_model(ModelOptions(model=str(tmp_path / "run")))

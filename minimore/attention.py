@@ -176,14 +176,12 @@ def tile_shapes(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
 
 def _group(segments):
     """Greedy tiles of segments sorted by length, within TILE_WASTE and TILE_AREA."""
-    tiles, area = [], 0
+    tiles, area, queries, keys = [], 0, 0, 0
     for segment in sorted(segments, key=lambda r: (r.queries, r.keys)):
-        tile = tiles[-1] + [segment] if tiles else [segment]
-        padded = len(tile) * max(r.queries for r in tile) * max(r.keys for r in tile)
-        area += segment.queries * segment.keys
-        if tiles and padded <= min(TILE_AREA, TILE_WASTE * area):
-            tiles[-1] = tile
+        queries, keys, area = max(queries, segment.queries), max(keys, segment.keys), area + segment.queries * segment.keys
+        if tiles and (len(tiles[-1]) + 1) * queries * keys <= min(TILE_AREA, TILE_WASTE * area):
+            tiles[-1].append(segment)
         else:
             tiles.append([segment])
-            area = segment.queries * segment.keys
+            queries, keys, area = segment.queries, segment.keys, segment.queries * segment.keys
     return tiles

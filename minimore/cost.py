@@ -6,6 +6,7 @@ CUDA itself and to the gaps between allocations. N tokens, D width, F width of t
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Iterable, NamedTuple, Sequence
 
 import numpy as np
@@ -83,6 +84,7 @@ class Sizes:
         return sum(math.prod(shape) for part in self.parts for shape in part)
 
 
+@lru_cache(maxsize=8)
 def sizes_of(c: ModelConfig) -> Sizes:
     """Counted on a trunk without memory."""
     with torch.device("meta"):
@@ -122,7 +124,8 @@ def segments_of(pairs: Sequence[PairShape]) -> list[Segment]:
     return segments
 
 
-def kept_of_block(c: ModelConfig, pairs: Sequence[PairShape], width: int, recompute: str, flash: bool) -> int:
+@lru_cache(maxsize=4096)
+def kept_of_block(c: ModelConfig, pairs: tuple[PairShape, ...], width: int, recompute: str, flash: bool) -> int:
     """Bytes that autograd keeps of one block's forward pass, its input included, parameters and their copies not.
 
     width: bytes of an activation. none: what enters each norm (as a new fp32 tensor unless it is one), for RMSNorm also its normalised fp32
@@ -170,15 +173,17 @@ class Memory:
 def memory_of(c: ModelConfig, work: Workload, recipe: Recipe, width: int, flash: bool) -> Memory:
     """The peak of the largest step. width: bytes of an activation; flash: attention over one stream, as on CUDA in bf16."""
     s = sizes_of(c)
-    chunks = [[work.largest[i] for i in part] for part in split_by_tokens([p.tokens for p in work.largest], recipe.micro_tokens)]
+    chunks = [work.largest[part.start:part.stop] for part in split_by_tokens([p.tokens for p in work.largest], recipe.micro_tokens)]
+    longest = max(p.shared + max(p.chosen, p.rejected) for p in work.largest)
+    flash = flash and not any(window is not None and window < longest for window in c.windows)
     moments = (plain_moments if recipe.engine == "plain" else streamed_moments)(c, s, chunks, recipe, width, flash)
     states = [state_bytes(part, recipe) for part in s.parts]
     away = "states" in recipe.offload
-    device = {"parameters": sum(parameter_bytes(part, recipe) for part in s.parts), "optimizer states": sum(states) if not away else sum(sorted(states)[-2:])}
+    device = {"parameters": sum(parameter_bytes(part, recipe) for part in s.parts), "optimizer states": sum(states) if not away else sum(sorted(states)[-3:])}
     moment, items = max(((name, device | items) for name, items in moments.items()), key=lambda pair: sum(pair[1].values()))
     host = {"optimizer states": sum(states)} if away else {}
     if "inputs" in recipe.offload:
-        host["block inputs"] = s.blocks * sum(p.tokens for p in work.largest) * c.width * width
+        host["block inputs"] = s.blocks * sum(1 << (sum(p.tokens for p in chunk) * c.width * width - 1).bit_length() for chunk in chunks)        # torch's pinned memory comes in powers of 2
     return Memory(moment, {name: n for name, n in items.items() if n}, host)
 
 
@@ -217,7 +222,7 @@ def streamed_moments(c, s: Sizes, chunks, recipe, width, flash) -> dict[str, dic
     tokens, recompute = [sum(p.tokens for p in chunk) for chunk in chunks], recipe.recompute
     largest, here = max(tokens), c.blocks * sum(kept_of_block(c, chunk, width, recompute, flash) for chunk in chunks)
     if "inputs" in recipe.offload:
-        here = 2 * largest * c.width * width                                     # one computed with, one on its way
+        here = 3 * largest * c.width * width                                     # one computed with, one on its way each way
     inside = max(made_again(c, chunk, width, recompute, flash) for chunk in chunks)
     block_copies = copies(s.block, recipe, width) * (c.blocks if recompute != "full" else 1)
     gradient = numel(s.block) * (width if len(chunks) == 1 else max(4, width) + width)
@@ -231,7 +236,8 @@ def streamed_moments(c, s: Sizes, chunks, recipe, width, flash) -> dict[str, dic
 
 # ---- time --------------------------------------------------------------------------------------------------------------
 
-def forward_flops(c: ModelConfig, pairs: Iterable[PairShape]) -> float:
+@lru_cache(maxsize=64)
+def forward_flops(c: ModelConfig, pairs: tuple[PairShape, ...]) -> float:
     """2 for every multiplication with an addition: matrices by token, attention by visible pair of tokens; embeddings not counted."""
     matrices = sum(math.prod(shape) for shape in sizes_of(c).block if len(shape) > 1)
     linear = attention = 0

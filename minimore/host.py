@@ -4,6 +4,7 @@ On a CPU both are the same memory; the copies are made all the same, so that wha
 """
 
 import re
+from collections import deque
 from pathlib import Path
 from weakref import finalize
 
@@ -25,59 +26,83 @@ def pinned(tensor: Tensor) -> Tensor:
 
 
 def available_memory() -> int:
-    """Bytes of the host's memory that can be had without swapping; 0 where the system does not say."""
+    """Bytes of the host's memory that can be had without swapping, within the container's limit; 0 where the system does not say."""
     try:
-        return 1024 * int(re.search(r"MemAvailable: *([0-9]+) kB", Path("/proc/meminfo").read_text()).group(1))
+        free = 1024 * int(re.search(r"MemAvailable: *([0-9]+) kB", Path("/proc/meminfo").read_text()).group(1))
     except (OSError, AttributeError):
         return 0
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            free = min(free, max(0, int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text())))
+        except (OSError, ValueError):            # none, or "max"
+            pass
+    return free
 
 
 class Host:
-    """Tensors that are kept on the host. A tensor on the host is its own ticket: `put` gives it, `fetch` and `get` take it."""
+    """Tensors that are kept on the host. A tensor on the host is its own ticket: `put` gives it, `fetch` and `get` take it.
 
-    def __init__(self, device: torch.device):
-        self.device = torch.device(device)
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.coming: dict[int, tuple] = {}       # id of a ticket -> (the ticket, its copy on the device, the event that ends the copying)
+    The device's memory is allocated on the stream that computes, and what is under way is held until its copy is made, by a GPU that is told to wait:
+    an allocator that hears of several streams would keep every freed piece until the CPU, far ahead, sees that the copy is over.
+    """
+
+    def __init__(self, device: torch.device, ahead: int = 1):
+        self.device, self.ahead = torch.device(device), ahead
+        self.down, self.up = (torch.cuda.Stream(self.device) if self.device.type == "cuda" else None for _ in range(2))      # both ways at once
+        self.coming: dict[int, tuple] = {}       # id of a ticket -> the ticket, its copy on the device, the event that ends the copying
+        self.leaving = deque()                   # (tensor, event that ends its copying), the oldest first
+        self.arrived: dict[int, tuple] = {}      # id of a ticket -> the ticket, the event after which the host has it
 
     def put(self, tensor: Tensor) -> Tensor:
-        """Send a tensor to the host; the device's memory is free as soon as the copy is made."""
-        ticket = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.stream is not None)
+        """Send a tensor to the host."""
+        ticket = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.down is not None)
         self.put_back(tensor, ticket)
         return ticket
 
     def put_back(self, tensor: Tensor, ticket: Tensor):
         """Send new numbers to the place where a tensor is kept."""
-        if self.stream is None:
+        if self.down is None:
             ticket.copy_(tensor)
             return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+        self.down.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.down):
             ticket.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self.stream)        # its memory is not given away before the copy is made
+            self.leaving.append((tensor, self.down.record_event()))
+        self.arrived[id(ticket)] = ticket, self.leaving[-1][1]
+
+    def part(self):
+        """A part of the walk is over: what left before the last `ahead` parts must be gone before its memory is used again."""
+        if self.down is not None:
+            self.leaving.append(None)
+            while self.leaving.count(None) > self.ahead:
+                if (left := self.leaving.popleft()) is not None:
+                    torch.cuda.current_stream(self.device).wait_event(left[1])
 
     def fetch(self, ticket: Tensor | None):
         """Begin to bring a tensor to the device."""
         if ticket is None or id(ticket) in self.coming:
             return
-        if self.stream is None:
+        if self.up is None:
             self.coming[id(ticket)] = ticket, ticket.clone(), None
             return
-        with torch.cuda.stream(self.stream):     # after whatever was sent there before
-            copy = ticket.to(self.device, non_blocking=True)
-            self.coming[id(ticket)] = ticket, copy, self.stream.record_event()
+        copy = torch.empty(ticket.shape, dtype=ticket.dtype, device=self.device)
+        self.up.wait_stream(torch.cuda.current_stream(self.device))                      # whoever had this memory is done with it
+        if id(ticket) in self.arrived:
+            self.up.wait_event(self.arrived.pop(id(ticket))[1])
+        with torch.cuda.stream(self.up):
+            copy.copy_(ticket, non_blocking=True)
+            self.coming[id(ticket)] = ticket, copy, self.up.record_event()
 
     def get(self, ticket: Tensor) -> Tensor:
-        """The tensor on the device; waits for a `fetch` that is under way."""
+        """The tensor on the device; the GPU waits for a `fetch` that is under way."""
         self.fetch(ticket)
         _, copy, event = self.coming.pop(id(ticket))
         if event is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(event)
-            copy.record_stream(current)
+            torch.cuda.current_stream(self.device).wait_event(event)
         return copy
 
     def settle(self):
         """Wait until every copy is made."""
-        if self.stream is not None:
-            self.stream.synchronize()
+        for stream in filter(None, (self.down, self.up)):
+            stream.synchronize()
+        self.leaving.clear(), self.arrived.clear()

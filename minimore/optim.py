@@ -22,7 +22,7 @@ from torch import Tensor
 
 PARAMETERS, MOMENTS = ("float32", "split", "bfloat16"), ("float32", "bfloat16", "int8")
 BLOCK = 256                              # numbers that share the scales of an 8-bit code
-SLICE = {"cpu": 1 << 16, "cuda": 1 << 24}        # numbers updated at a time where nothing fuses the update: few enough for a CPU's cache
+SLICE = {"cpu": 1 << 16, "cuda": 1 << 24}        # numbers updated at a time: few enough for a CPU's cache, and for what lives in passing
 
 
 class Coefficients(NamedTuple):
@@ -70,15 +70,12 @@ class AdamW:
     def update(self, name: str, p: Tensor, gradient: Tensor, state: dict[str, Tensor] | None = None):
         """Step `steps + 1` of one parameter, in place. state: its state where it lies now, if not in self.state."""
         state, flat, g = self.state[name] if state is None else state, p.view(-1), gradient.reshape(-1)
-        if p.is_cuda and fused() is not None:                                    # one pass over the numbers
-            c, keys = self.numbers(p.device)
-            fused()(flat, g, state, c, keys[name], 0, self.betas, self.eps)
-            return
-        c, keys = self.numbers()
-        size = SLICE[p.device.type]
+        step = fused(self.parameters, self.moments) if p.is_cuda else None
+        c, keys = self.numbers(p.device if step else None)
+        size, step = SLICE[p.device.type], step or update_slice
         for start in range(0, len(flat), size):
             part = {kind: s[start // BLOCK:(start + size) // BLOCK] if kind in PER_BLOCK else s[start:start + size] for kind, s in state.items()}
-            update_slice(flat[start:start + size], g[start:start + size], part, c, keys[name], start, self.betas, self.eps)
+            step(flat[start:start + size], g[start:start + size], part, c, keys[name], start, self.betas, self.eps)
 
     def numbers(self, device: torch.device | None = None) -> tuple[Coefficients, dict[str, Sequence]]:
         """Coefficients of this step, and three keys of random bits for each parameter; on a device as tensors, sent there once a step."""
@@ -140,15 +137,18 @@ def compile_update(backend) -> Callable:
 
 
 @lru_cache(maxsize=None)
-def fused():
-    """`update_slice` compiled into one kernel for CUDA, or None where torch cannot compile (no Triton, no C compiler)."""
+def fused(parameters: str, moments: str) -> Callable | None:
+    """`update_slice` compiled for CUDA, so that few kernels read and write each number once; None where torch cannot compile it."""
     compiled = compile_update("inductor")
-    try:
-        p, state = torch.zeros(2 * BLOCK, device="cuda"), empty_moments(torch.zeros(2 * BLOCK, device="cuda"), "float32")
-        compiled(p, p.clone(), state, Coefficients(*torch.ones(3, device="cuda")), torch.zeros(3, dtype=torch.int32, device="cuda").unbind(), 0, (0.9, 0.999), 1e-8)
+    try:                                             # with the very storage: what compiles for one need not for another
+        for shape in ((2, BLOCK), (2 * BLOCK,)):
+            tried = AdamW(parameters, moments)
+            p, (c, keys) = tried.adopt("p", torch.zeros(shape, device="cuda")).view(-1), tried.numbers(torch.device("cuda"))
+            for g in (torch.zeros_like(p), torch.zeros_like(p, dtype=torch.float32)):
+                compiled(p, g, tried.state["p"], c, keys["p"], 0, tried.betas, tried.eps)
         return compiled
-    except Exception as error:           # whatever a compiler raises
-        print(f"the optimizer runs unfused, which is slower: torch cannot compile here ({type(error).__name__})", file=sys.stderr)
+    except Exception as error:                       # whatever a compiler raises
+        print(f"the optimizer runs unfused, which is slower: torch cannot compile it here ({type(error).__name__})", file=sys.stderr)
         return None
 
 
@@ -212,7 +212,8 @@ def write_moments(state: dict[str, Tensor], m: Tensor, v: Tensor, bits: Callable
         rounds = state["m"].dtype == torch.bfloat16
         state["m"].copy_(round_at_random(m, bits(1)) if rounds else m), state["v"].copy_(round_at_random(v, bits(2)) if rounds else v)
         return
-    n, m, v, m_chance, v_chance = len(m), *(in_blocks(x) for x in (m, v, chance(bits(1)), chance(bits(2))))
+    n, v = len(m), v.clamp_max(torch.finfo(torch.float32).max)                   # one infinite number would spoil its block
+    m, v, m_chance, v_chance = (in_blocks(x) for x in (m, v, chance(bits(1)), chance(bits(2))))
     zero = v < torch.finfo(torch.float32).tiny
     log = v.clamp_min(torch.finfo(torch.float32).tiny).log2()
     low = torch.where(zero, torch.inf, log).amin(1).nan_to_num(posinf=0.0)
@@ -248,7 +249,7 @@ def key_of(seed: int, step: int, name: str, what: str) -> int:
 
 def random_bits(key, place: Tensor) -> Tensor:
     """32 random bits for every place (n,) int32: a hash of key and place (multiply, xor, shift; products wrap around)."""
-    x = place * -1640531535              # 2^32 / the golden ratio, odd
+    x = (place & 0x7fffffff) * -1640531535       # 2^32 / the golden ratio, odd; the mask keeps compilers from taking this for arithmetic of indices
     x = (x ^ ((x >> 16) & 0xffff)) ^ key
     x = x * 2146121005
     x = (x ^ ((x >> 15) & 0x1ffff)) * -2073254261

@@ -2,11 +2,11 @@
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Iterable, Sequence
 
-import numpy as np
 import torch
 
 from .checkpoint import find, read_config
@@ -21,6 +21,10 @@ from .reward import TRUNCATE, ModelOptions, check_length
 from .tokenizer import Tokenizer
 
 SIZES = (24e9, 40e9, 80e9, 141e9)
+MOST = 10 ** 9                                       # of anything that is counted
+MOST_PLANNED = 10 ** 4                               # pairs of a step that is made up
+EPOCHS = 20                                          # are looked at before a training
+MOST_PAIRS = 10 ** 7                                 # of one source in an epoch: their order is made at once
 
 
 # ---- choosing ----------------------------------------------------------------------------------------------------------
@@ -80,25 +84,23 @@ def choose(c: ModelConfig, work: Workload, given: dict, limit: float, device: st
 def refusal(c, work, given, allowed, limit, width, flash, host) -> str:
     """Why nothing fits, and what would."""
     costs = lambda candidates: [(memory_of(c, work, r, width, flash), r) for r in candidates]
-    leanest = lambda candidates: min(((m.peak, r) for m, r in costs(candidates) if sum(m.host.values()) <= host), key=lambda pair: pair[0])
-    (least, recipe), (less, other) = leanest(allowed), leanest(recipes({k: v for k, v in given.items() if k not in ("parameters", "moments")}))
+    leanest = lambda candidates: min(((m.peak, r) for m, r in costs(candidates) if sum(m.host.values()) <= host), key=lambda pair: pair[0], default=(math.inf, None))
+    (least, recipe), (less, other) = leanest(allowed), leanest(recipes(given))
+    room = f"the host has {in_bytes(host)} to offload to" if host < math.inf else ""
+    if recipe is None:
+        return f"--offload {' and '.join(given['offload'])}: takes {in_bytes(min(sum(m.host.values()) for m, _ in costs(allowed)))} of the host's memory, but {room}; offload less"
     held = sum(parameter_bytes(part, recipe) for part in sizes_of(c).parts)
-    return (f"--memory: {in_bytes(limit)} are too little: the parameters alone take {in_bytes(held)}, training at least {in_bytes(least)} ({recipe}); "
-            + (f"the host has {in_bytes(host)} to offload to; " if host < math.inf else "")
+    return (f"--memory: {in_bytes(limit)} are too little: the parameters alone take {in_bytes(held)}, training at least {in_bytes(least)} ({recipe}); " + (f"{room}; " if room else "")
             + (f"{in_bytes(less)} with {other}, which rounds at random" if less < least else "try a smaller --micro-tokens, --batch-size or --max-length"))
 
 
 def parse_memory(text: str) -> float:
     """"24GB" -> 24e9, "24GiB" -> 24 x 2^30; MB and MiB, too."""
     units = {"GB": 1e9, "GiB": 2 ** 30, "MB": 1e6, "MiB": 2 ** 20}
-    unit = next((u for u in ("GiB", "MiB", "GB", "MB") if text.endswith(u)), None)
-    try:
-        bytes = float(text.removesuffix(unit)) * units[unit]
-    except (TypeError, KeyError, ValueError):
-        bytes = math.nan
-    if not 0 < bytes < math.inf:
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(GiB|MiB|GB|MB)", text, re.ASCII)
+    if not found or not float(found.group(1)):
         raise InputError(f"--memory {text}: expected a number with its unit, 24GB or 24GiB")
-    return bytes
+    return float(found.group(1)) * units[found.group(2)]
 
 
 # ---- options and the verb ----------------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ def plan(options: PlanOptions):
         line = f"{found[0]}: {in_bytes(found[1].peak)}" + (f", host {in_bytes(sum(found[1].host.values()))}" if found[1].host else "") if found else "no exact recipe fits"
         print(f"{size / 1e9:.0f} GB: {line}")
         report["fits"][f"{size / 1e9:.0f}"] = asdict(found[0]) if found else None
-    if options.memory:
+    if options.memory is not None:
         recipe = choose(c, work, given, parse_memory(options.memory), "cuda", torch.bfloat16 if width == 2 else torch.float32)
     else:
         recipe = Recipe(**given)
@@ -211,9 +213,10 @@ def run_hours(c: ModelConfig, work: Workload, recipe: Recipe, gpu: Gpu) -> float
 def given_workload(options: PlanOptions) -> Workload:
     """Equal pairs: 41% of their tokens shared, as the mean of five public sets."""
     batch = 80 if options.batch_size is None else options.batch_size
-    for name, value in (("tokens", options.tokens), ("pairs", options.pairs), ("batch-size", batch), ("epochs", options.epochs)):
-        if not 1 <= value <= 10 ** 9 or name == "tokens" and not 2 <= value <= 2 * options.max_length:
-            raise InputError(f"--{name} {value}: expected at least 1" + (" of each text, and at most twice --max-length" if name == "tokens" else ""))
+    for name, value, least, most in (("max-length", options.max_length, 1, MOST), ("tokens", options.tokens, 2, min(2 * options.max_length, 10 ** 6)), ("pairs", options.pairs, 1, MOST),
+                                     ("batch-size", batch, 1, MOST_PLANNED), ("epochs", options.epochs, 1, MOST)):
+        if not least <= value <= most:
+            raise InputError(f"--{name} {value}: expected {least} to {most}" + (" (twice --max-length)" if name == "tokens" and most < 10 ** 6 else ""))
     shared = int(0.41 * options.tokens) if options.tokens > 3 else 0
     rest = options.tokens - shared
     pair, steps = PairShape(shared, rest - rest // 2, rest // 2), -(-options.pairs // batch) * options.epochs
@@ -222,13 +225,16 @@ def given_workload(options: PlanOptions) -> Workload:
 
 def real_workload(options: RunOptions, tokenizer: Tokenizer) -> Workload:
     """Of the files that --source names."""
-    sources = [load_source(name, path, tokenizer, options.max_length, options.truncate) for name, (path, _) in parse_sources(options.source).items()]
-    batch = batch_of(options, len(sources))
-    return workload(sources, epochs_of(options, sources, batch))
+    paths = parse_sources(options.source)
+    batch = batch_of(options, len(paths))
+    return workload_of(options, [load_source(name, path, tokenizer, options.max_length, options.truncate) for name, (path, _) in paths.items()], batch)
 
 
-MOST = 10 ** 9                                       # of anything that is counted
-MOST_PAIRS = 10 ** 7                                 # of one source in an epoch: their order is made at once
+def workload_of(options: RunOptions, sources: Sequence[Source], batch: int) -> Workload:
+    """Of the steps that a training with these options takes; of many epochs the first EPOCHS are looked at, and later ones taken to be like them."""
+    sizes, seen = [len(s.pairs) for s in sources], min(options.epochs, EPOCHS)
+    work = workload(sources, (epoch_steps(sizes, options.sampling, options.pairs_per_source, batch, options.seed, e) for e in range(seen)))
+    return replace(work, steps=work.steps * options.epochs // seen, tokens=work.tokens * options.epochs // seen)
 
 
 def batch_of(options: RunOptions, K: int) -> int:
@@ -244,9 +250,3 @@ def batch_of(options: RunOptions, K: int) -> int:
         if wrong:
             raise InputError(message)
     return batch
-
-
-def epochs_of(options: RunOptions, sources: Sequence[Source], batch: int) -> Iterable[list[np.ndarray]]:
-    """The steps of every epoch; of the first twenty, if there are more."""
-    sizes = [len(s.pairs) for s in sources]
-    return (epoch_steps(sizes, options.sampling, options.pairs_per_source, batch, options.seed, e) for e in range(min(options.epochs, 20)))

@@ -16,18 +16,24 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from threading import Thread
 
+try:
+    import fcntl
+except ImportError:                                  # not a Unix
+    fcntl = None
+
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .checkpoint import Checkpoint, model_tensors, write_model
-from .engine import Recipe
+from .engine import ENGINES, Recipe
 from .host import available_memory
-from .optim import AdamW
+from .model import RECOMPUTE
+from .optim import MOMENTS, PARAMETERS, AdamW
 from .options import InputError, one_line, read_json, write_json, write_text
 from .reward import RewardModel
-from .tensors import write_tensors
+from .tensors import Lazy, write_tensors
 
 RECIPE = tuple(field.name for field in fields(Recipe))
 MAY_CHANGE = ("resume", "output", "log_steps", "save_dtype", "save_steps", "keep", "memory", *RECIPE)        # options that a resumed run may give differently;
@@ -54,7 +60,7 @@ class Saver:
         if copy:
             tensors = {key: lazy.make().clone() for key, lazy in tensors.items()}
         state = {f"weighting.{k}": v.to("cpu", copy=True).contiguous() for k, v in memory.items()} | {"random": torch.get_rng_state()}
-        state |= {f"{kind}.{name}": t.to("cpu", copy=copy) for name, kinds in optimizer.state.items() for kind, t in kinds.items() if kind != "low"}
+        state |= {f"{kind}.{name}": t.to("cpu", copy=True) if copy else Lazy(tuple(t.shape), t.dtype, t.cpu) for name, kinds in optimizer.state.items() for kind, t in kinds.items() if kind != "low"}
         known = {"step": optimizer.steps, "threads": torch.get_num_threads(), "data": self.digests, "weighting": sorted(memory)}
         if not copy:
             self._write(tensors, state, known)
@@ -86,6 +92,13 @@ class Saver:
             self.error = error
 
     def _write(self, tensors, state, known):
+        try:
+            self._write_beside(tensors, state, known)
+        except OSError as error:
+            kept = checkpoints(self.run)
+            raise OSError(error.errno, f"{error.strerror or error}; checkpoint-{known['step']} was not written, {kept[-1].name if kept else 'no checkpoint'} is kept", str(self.run)) from None
+
+    def _write_beside(self, tensors, state, known):
         final = self.run / f"checkpoint-{known['step']}"
         unfinished = final.with_name(f"{final.name}.partial")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -117,12 +130,20 @@ def file_digest(path: Path) -> str:
 
 # ---- loading -----------------------------------------------------------------------------------------------------------
 
+def remedy(directory: Path) -> str:
+    """What to do about a checkpoint that cannot be read."""
+    others = [p for p in checkpoints(directory.parent) if p != directory]
+    return f"remove {directory.name} to " + (f"continue from {others[-1].name}" if others else "start this run again from step 0")
+
+
 def check_whole(directory: Path) -> dict:
     """state.json of a checkpoint, every file of which is as it was written; an InputError names the first that is not."""
-    others = [p for p in checkpoints(directory.parent) if p != directory]
-    remedy = f"remove {directory.name} to continue from {others[-1].name}" if others else f"remove {directory.name} to start this run again from step 0"
     try:
         state = read_json(directory / "state.json")
+        if "step" in state and "sha256" not in state:
+            raise InputError(f"{directory}: was written by an older version of minimore, without checksums; continue this run with that version")
+        if not {"config.json", "state.safetensors"} <= set(state["sha256"]) or not any(name.startswith("model") for name in state["sha256"]):
+            raise ValueError("its list of files is not whole")
         if type(state["step"]) is not int or state["step"] != int(directory.name.removeprefix("checkpoint-")):
             raise ValueError(f"its step is {state['step']!r}")
         for name, digest in dict(state["sha256"]).items():
@@ -131,7 +152,9 @@ def check_whole(directory: Path) -> dict:
             if file_digest(directory / name) != digest:
                 raise ValueError(f"{name} is damaged: its checksum is another")
     except (InputError, OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{directory}: not a whole checkpoint ({type(error).__name__}: {one_line(error)}); {remedy}") from None
+        if "older version" in str(error):
+            raise
+        raise InputError(f"{directory}: not a whole checkpoint ({type(error).__name__}: {one_line(error)}); {remedy(directory)}") from None
     return state
 
 
@@ -146,13 +169,15 @@ def load_state(directory: Path, state: dict, optimizer: AdamW, memory: dict, dig
             for kind, ours in kinds.items():
                 if kind != "low":                    # which came with the model
                     _fill(ours, tensors, f"{kind}.{name}")
+        if {f"weighting.{name}" for name in state["weighting"]} != {key for key in tensors if key.startswith("weighting.")}:
+            raise ValueError("state.json and state.safetensors disagree about the weighting's memory")
         remembered = {name: tensors[f"weighting.{name}"].to(device, copy=True) for name in state["weighting"]}
         if not all(t.isfinite().all() and len(t) == len(digests) for t in remembered.values()):
             raise ValueError("the weighting's memory is damaged")
         threads, data = int(state["threads"]), dict(state["data"])
         torch.set_rng_state(tensors["random"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(f"{directory}: does not fit this run ({type(error).__name__}: {one_line(error)}); remove it to start this run again from step 0") from None
+        raise InputError(f"{directory}: does not fit this run ({type(error).__name__}: {one_line(error)}); {remedy(directory)}") from None
     for name, digest in digests.items():
         if data.get(name) != digest:
             raise InputError(f"{directory}: source {name!r} has other pairs than when this run began; restore the file or start a new run")
@@ -205,6 +230,7 @@ def open_run(options) -> Path | None:
         Checkpoint(str(run))                         # finished means that it opens
         for old in checkpoints(run):                 # a kill may have come between the finished model and this
             remove(old)
+        sweep(run)
         print(f"{run}: finished already")
         return None
     return run
@@ -212,8 +238,41 @@ def open_run(options) -> Path | None:
 
 def stored_recipe(run: Path) -> dict:
     """The recipe of a run that is there, {} of a new one."""
-    recipe = read_json(run / "options.json").get("recipe") if (run / "options.json").is_file() else {}
-    return recipe if isinstance(recipe, dict) else {}
+    path = run / "options.json"
+    if not path.is_file():
+        return {}
+    recipe = read_json(path).get("recipe")
+    known = {"engine": ENGINES, "parameters": PARAMETERS, "moments": MOMENTS, "recompute": RECOMPUTE}
+    if not isinstance(recipe, dict) or not set(RECIPE) <= set(recipe) or any(recipe[key] not in values for key, values in known.items()):
+        raise InputError(f'{path}: "recipe" is not that of a run; restore the file, or start a new run')
+    return recipe
+
+
+class Lock:
+    """Within, no other process trains in a run directory. A directory that is made within is locked by `take`."""
+
+    def __init__(self, run: Path):
+        self.run, self.descriptor = run, None
+
+    def __enter__(self):
+        self.take()
+        return self
+
+    def take(self):
+        """Lock the directory if it is there and not locked yet; nothing happens on systems without such locks."""
+        if fcntl is None or self.descriptor is not None or not self.run.is_dir():
+            return
+        self.descriptor = os.open(self.run, os.O_RDONLY)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--output {self.run}: another process is training there; wait for it, or stop it first") from None
+        except OSError:                              # a file system without locks
+            pass
+
+    def __exit__(self, *_):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
 
 
 def check_recipe(run: Path, recipe: Recipe):
@@ -227,11 +286,16 @@ def check_recipe(run: Path, recipe: Recipe):
             print(f"{change}: it will continue, but not bit for bit", flush=True)
 
 
+def sweep(run: Path):
+    """Remove what a kill left unfinished."""
+    for unfinished in run.glob("*.partial"):
+        unfinished.unlink() if unfinished.is_symlink() or not unfinished.is_dir() else shutil.rmtree(unfinished)
+
+
 def start_run(run: Path, options, recipe: Recipe):
     """Make the directory with options.json and environment.json."""
     run.mkdir(parents=True, exist_ok=True)
-    for unfinished in run.glob("*.partial"):         # left by a kill
-        unfinished.unlink() if unfinished.is_symlink() or not unfinished.is_dir() else shutil.rmtree(unfinished)
+    sweep(run)
     write_json(run / "options.json", {k: v for k, v in asdict(options).items() if k != "resume"} | {"recipe": asdict(recipe)})
     write_json(run / "environment.json", {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,

@@ -54,6 +54,8 @@ class Walk:
             for i, x in enumerate(chunks):
                 chunks[i], keep = self._forward(block, leaves, x, i)
                 kept.append(keep)
+                if host:
+                    host.part()
             self.kept.append((leaves if recompute != "full" else None, kept))
         last = torch.cat([x.index_select(0, s.last) for x, s in zip(chunks, self.streams)])             # (2B, D), all that the head sees
         del chunks
@@ -65,8 +67,9 @@ class Walk:
     def _forward(self, block, leaves, x, i):
         """A block's output for chunk i, without a graph, and what backward will need: x alone, or x and a graph."""
         if self.recompute == "full":
+            keep = self.host.put(x) if self.host else x
             with torch.no_grad():
-                return self._call(block, leaves, x, i), self.host.put(x) if self.host else x
+                return self._call(block, leaves, x, i), keep
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             y = run_block(lambda *given: functional_call(block, leaves, given), x, self.rotations[i], self.streams[i], self.recompute)
@@ -140,10 +143,12 @@ class StreamedEngine:
         walk = Walk(self.model, cut(pairs, source, self.recipe.micro_tokens), how, self.recipe.recompute, self.inputs)
         finite = torch.tensor(True, device=self.model.head.device)
         for i, gradients in enumerate(walk):
-            for name, gradient in gradients.items():
-                finite &= largest(gradient).isfinite()
-            self._update(self.parts[i], gradients)
             self._fetch(i + 1)
+            for name in self.parts[i]:
+                finite &= largest(gradients[name]).isfinite()
+                self._update(name, gradients.pop(name))
+            if self.states:
+                self.states.part()
         self.optimizer.steps += 1
         if not finite:                           # asked once a step: every question makes a GPU wait
             raise NonFiniteGradient
@@ -154,19 +159,18 @@ class StreamedEngine:
         if self.states is not None:
             self.states.settle()
 
-    def _update(self, names, gradients):
-        for name in names:
-            p, home = self.model.get_parameter(name), self.optimizer.state[name]
-            if self.states is None:
-                self.optimizer.update(name, p, gradients.pop(name))
-                continue
-            state = {kind: self.states.get(tensor) for kind, tensor in home.items()}
-            self.optimizer.update(name, p, gradients.pop(name), state)
-            for kind, tensor in state.items():
-                self.states.put_back(tensor, home[kind])
+    def _update(self, name, gradient):
+        p, home = self.model.get_parameter(name), self.optimizer.state[name]
+        if self.states is None:
+            self.optimizer.update(name, p, gradient)
+            return
+        state = {kind: self.states.get(tensor) for kind, tensor in home.items()}
+        self.optimizer.update(name, p, gradient, state)
+        for kind, tensor in state.items():
+            self.states.put_back(tensor, home[kind])
 
     def _fetch(self, i):
-        """Send for the states of the next part while its gradient is computed."""
+        """Send for the states of the next part, which come while this one is updated and the next one's gradient is computed."""
         if self.states is not None and i < len(self.parts):
             for name in self.parts[i]:
                 for tensor in self.optimizer.state[name].values():

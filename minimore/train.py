@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, model_tensors, saved_config, write_config
-from .cost import workload
 from .engine import NonFiniteGradient, NonFiniteLoss, Recipe, Weighing
 from .evaluate import evaluate_sources, table
 from .host import available_memory, pinned
@@ -25,9 +24,9 @@ from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients
 from .optim import AdamW, replace_parameter
 from .options import InputError, option, parse_sources, write_json, write_text
 from .pairs import Source, epoch_steps, load_source
-from .plan import MOST, RunOptions, batch_of, choose, epochs_of, parse_memory
+from .plan import MOST, RunOptions, batch_of, choose, parse_memory, workload_of
 from .reward import RewardModel, check_length, compute_type, device_of, load_reward_model
-from .run import Saver, check_recipe, check_whole, checkpoints, cut_metrics, load_state, open_run, remove, start_run, stored_recipe
+from .run import Lock, Saver, check_recipe, check_whole, checkpoints, cut_metrics, load_state, open_run, remove, start_run, stored_recipe
 from .streamed import open_engine
 from .tensors import STORAGE, write_sharded
 
@@ -162,7 +161,7 @@ def recipe_of(options: TrainOptions, checkpoint: Checkpoint, sources: list[Sourc
     """
     given = options.recipe_given(stored_recipe(Path(options.output)) if options.resume else {})
     if options.memory is not None:
-        return choose(checkpoint.config, workload(sources, epochs_of(options, sources, batch)), given, parse_memory(options.memory), device_of(options),
+        return choose(checkpoint.config, workload_of(options, sources, batch), given, parse_memory(options.memory), device_of(options),
                       compute_type(options), available_memory() or math.inf)
     return Recipe(**given)
 
@@ -179,10 +178,18 @@ def train(options: TrainOptions, watch: Callable[[int, int, RewardModel], None] 
 
     watch: called after every step with its number, the number of steps and the model.
     """
-    names = list(parse_sources(options.source))
-    K, batch_size, run = len(names), check_options(options, len(names)), open_run(options)
+    batch_size = check_options(options, len(parse_sources(options.source)))
+    run = open_run(options)
     if run is None:
         return 0
+    with Lock(run) as lock:
+        return train_in(run, lock, options, batch_size, watch)
+
+
+def train_in(run: Path, lock: Lock, options: TrainOptions, batch_size: int, watch: Callable | None) -> int:
+    """Open, or continue, what is in a run directory of our own, and take its steps."""
+    names = list(parse_sources(options.source))
+    K = len(names)
     last = checkpoints(run)[-1:]
     state = check_whole(last[0]) if last else None
     checkpoint = Checkpoint(str(last[0]) if last else options.model)
@@ -199,6 +206,7 @@ def train(options: TrainOptions, watch: Callable[[int, int, RewardModel], None] 
         print("two sources and --normalize l2: two gradients of equal length always get weights 1/2, so MORE is uniform here")
     digests = {s.name: s.digest() for s in sources}
     start_run(run, options, recipe)
+    lock.take()
 
     memory: dict[str, Tensor] = {}                   # the weighting's own state
     extra = {"normalize": options.normalize, "average": options.gradient_average} if options.method == "more" else {}
@@ -224,6 +232,7 @@ def train(options: TrainOptions, watch: Callable[[int, int, RewardModel], None] 
             try:
                 z_chosen, z_rejected, weights, loss = engine.step(pairs, chosen[:, 0].tolist(), how)
             except (NonFiniteLoss, NonFiniteGradient) as error:
+                engine.settle()
                 saver.wait()
                 kept = checkpoints(run)
                 what = f"the loss of source {names[error.source]!r}" if isinstance(error, NonFiniteLoss) else "a gradient"
@@ -240,6 +249,8 @@ def train(options: TrainOptions, watch: Callable[[int, int, RewardModel], None] 
             metrics.flush()
             if done % options.log_steps == 0 or done == steps:
                 print(progress_line(record, steps, (time.monotonic() - began) / (done - first) * (steps - done)), flush=True)
+            if saver.error:
+                saver.wait()
             if done % options.save_steps == 0 or done == steps or stop:
                 engine.settle()
                 saver.save(model, optimizer, memory)
@@ -266,7 +277,8 @@ def finish(run: Path, options: TrainOptions, checkpoint: Checkpoint, model: Rewa
     """Evaluate, write the finished model (config.json last: its presence means finished), remove the checkpoints."""
     stored = STORAGE[options.save_dtype]
     write_sharded(run, model_tensors(checkpoint, model.trunk, model.head, options.save_dtype, lambda name, p: optimizer.value(f"trunk.{name}", p)))
-    for name, p in list(model.named_parameters()):   # what is evaluated is what is stored, held as `evaluate` holds it
+    for name in list(optimizer.state):               # what is evaluated is what is stored, held as `evaluate` holds it; one at a time gives way
+        p = model.get_parameter(name)
         value = optimizer.value(name, p).to(stored)
         del optimizer.state[name]
         replace_parameter(model, name, value.to(model.trunk.compute_dtype if p.ndim > 1 else torch.float32))

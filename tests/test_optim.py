@@ -115,6 +115,18 @@ def test_a_block_of_zeros_of_equal_and_of_tiny_numbers():
             assert torch.allclose(v, values, rtol=1e-5) and torch.allclose(m, values.sqrt(), rtol=1e-5)
 
 
+def test_one_huge_gradient_spoils_no_block():
+    """Its square overflows; with int8 moments that number stands still, as with fp32 ones, and its neighbours go on."""
+    torch.manual_seed(0)
+    for moments in MOMENTS:
+        optimizer, g = AdamW("float32", moments), torch.randn(2, 256) + 1
+        p, optimizer.learning_rate = optimizer.adopt("p", torch.zeros(2, 256)), 1e-3
+        for t in range(6):
+            optimizer.update("p", p, g if t != 2 else torch.cat([torch.full((1, 1), 1e25), g.flatten()[1:].view(1, -1)], 1).view(2, 256))
+            optimizer.steps += 1
+        assert p.isfinite().all() and (p.flatten()[1:].abs() > 1e-3).float().mean() > .9, moments
+
+
 def test_small_steps_arrive_on_average_where_rounding_to_nearest_freezes():
     value, g, rate = torch.ones(200, 200), torch.ones(200, 200), 1e-5
     moved = 1 - steps_of(AdamW("bfloat16"), [g] * 50, value, rate).float().mean()

@@ -47,7 +47,7 @@ def filled(c) -> Trunk:
 
 
 def random_shapes(count, seed=0):
-    return [PairShape(*map(int, row)) for row in np.random.default_rng(seed).integers(2, 30, (count, 3))]
+    return tuple(PairShape(*map(int, row)) for row in np.random.default_rng(seed).integers(2, 30, (count, 3)))
 
 
 def pairs_of(shapes):
@@ -215,9 +215,20 @@ def test_no_more_is_offloaded_than_the_host_has(capsys):
         choose(PYTHIA, PAPER, {}, 24e9, "cuda", torch.bfloat16, host=50e9)
 
 
+    with pytest.raises(InputError, match="--offload states: takes .* of the host's memory, but the host has 50.0 GB to offload to; offload less"):
+        choose(PYTHIA, PAPER, {"offload": ("states",)}, 24e9, "cuda", torch.bfloat16, host=50e9)
+
+
+def test_a_short_window_leaves_flash_attention():
+    windowed, shapes = replace(PYTHIA, windows=(50,) * 32), replace(PAPER, largest=PAPER.largest[:4])
+    peak = lambda c, flash: memory_of(c, shapes, Recipe(), 2, flash).peak
+    assert peak(windowed, True) == peak(windowed, False) == peak(PYTHIA, False) != peak(PYTHIA, True) == peak(replace(windowed, windows=(400,) * 32), True)
+
+
 def test_memory_is_parsed():
+    assert parse_memory("24 GB") == 24e9
     assert (parse_memory("24GB"), parse_memory("1.5GiB"), parse_memory("800MB")) == (24e9, 1.5 * 2 ** 30, 800e6)
-    for wrong in ("24", "GB", "-1GB", "24 TB", "nanGB", "infGB", "0GB"):
+    for wrong in ("24", "GB", "-1GB", "24 TB", "nanGB", "infGB", "0GB", "", "1_0GB", "٣GB", "3\nMB", "1e3GB"):
         with pytest.raises(InputError, match="expected a number with its unit"):
             parse_memory(wrong)
 
@@ -245,6 +256,8 @@ def test_plan_reads_the_real_lengths(world, capsys):
     sources = [a for name, (train, _) in paths.items() for a in ("--source", f"{name}={train}")]
     assert main(["plan", str(directory / "model"), *sources, "--batch-size", "4"]) == 0
     assert "7 steps" in (said := capsys.readouterr().out) and "largest step 4 pairs" in said
+    assert main(["plan", str(directory / "model"), *sources, "--batch-size", "4", "--epochs", "2000"]) == 0
+    assert "14,000 steps" in capsys.readouterr().out
 
 
 def test_train_takes_what_fits_and_says_why(world, tmp_path, capsys):
@@ -256,8 +269,8 @@ def test_train_takes_what_fits_and_says_why(world, tmp_path, capsys):
     assert "--memory: " in said and "--engine plain" in said
     assert json.loads((tmp_path / "run" / "options.json").read_text())["recipe"]["engine"] == "plain"
     shutil.rmtree(tmp_path / "run")
-    assert main([*given, "--memory", "3MB"]) == 0
-    assert json.loads((tmp_path / "run" / "options.json").read_text())["recipe"]["engine"] == "streamed" and "would take" in capsys.readouterr().out
+    assert main([*given, "--memory", "3.3MB"]) == 0
+    assert json.loads((tmp_path / "run" / "options.json").read_text())["recipe"]["recompute"] == "full" and "would take" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "run")
     assert main([*given, "--memory", "0.3MB"]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "run").exists()
@@ -266,7 +279,8 @@ def test_train_takes_what_fits_and_says_why(world, tmp_path, capsys):
 @pytest.mark.parametrize("words, said", [
     (["--tokens", "1"], "--tokens 1: expected"), (["--pairs", "0"], "--pairs 0: expected"), (["--memory", "24"], "--memory 24: expected"), (["--tokens", "5000"], "--tokens 5000: expected"),
     (["--memory", "10kB"], "--memory 10kB: expected"), (["--parameters", "split"], "needs --engine streamed"), (["--source", "a=missing.jsonl"], "tokenizer.json: no such file"),
-    (["--offload", "inputs", "--engine", "streamed"], "needs --recompute full"), (["--batch-size", "-3"], "--batch-size -3: expected"), (["--micro-tokens", "0"], "--micro-tokens 0: expected")])
+    (["--offload", "inputs", "--engine", "streamed"], "needs --recompute full"), (["--batch-size", "-3"], "--batch-size -3: expected"), (["--batch-size", "1000000"], "--batch-size 1000000: expected 1 to 10000"), (["--max-length", "-5"], "--max-length -5: expected"),
+    (["--memory", ""], "--memory : expected"), (["--micro-tokens", "0"], "--micro-tokens 0: expected")])
 def test_bad_plans_are_refused_in_one_line(tmp_path, capsys, words, said):
     (tmp_path / "config.json").write_bytes((GOLDENS / "llama" / "config.json").read_bytes())
     assert main(["plan", str(tmp_path), *words]) == 2

@@ -27,7 +27,7 @@ from minimore.optim import AdamW
 from minimore.options import InputError
 from minimore.pairs import load_source, pack_pairs
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
-from minimore.run import Saver, file_digest
+from minimore.run import Lock, Saver, file_digest
 from minimore.train import TrainOptions, learning_rate_at, train
 from minimore.world import World
 
@@ -355,7 +355,8 @@ DAMAGE = {
     "the average is not finite": lambda c: change_tensor(c, "weighting.average", torch.full((3, 64), torch.nan)),
     "the average is gone": lambda c: change_tensor(c, "weighting.average", None),
     "a byte of the weights is another": lambda c: flip(c / "model.safetensors"), "a byte of the moments is another": lambda c: flip(c / "state.safetensors"),
-    "half of it is deleted": lambda c: [p.unlink() for p in sorted(c.iterdir())[::2]], "its checksums are gone": lambda c: edit(c / "state.json", sha256=None),
+    "half of it is deleted": lambda c: [p.unlink() for p in sorted(c.iterdir())[::2]], "its checksums are null": lambda c: edit(c / "state.json", sha256=None), "its checksums are empty": lambda c: edit(c / "state.json", sha256={}),
+    "the weighting is forgotten": lambda c: edit(c / "state.json", weighting=[]),
     "the random state is short": lambda c: change_tensor(c, "random", torch.zeros(3, dtype=torch.uint8)),
     "config.json of the run is empty": lambda c: (c.parent / "config.json").touch(),
     "metrics.jsonl is garbage": lambda c: (c.parent / "metrics.jsonl").write_text("garbage\n"),
@@ -428,6 +429,47 @@ def test_a_run_is_not_continued_with_another_recipe_model_or_data(world, tmp_pat
         train(options(world, run, **RECIPES["lossy"]))
     with pytest.raises(InputError, match=said):
         train(options(world, run, resume=True, **RECIPES["lossy"] | OTHERS[said]))
+
+
+RECIPE_EDITS = {"gone": ..., "a list": [], "empty": {}, "odd": {"parameters": "foo"}, "of another type": {"moments": 7}}
+
+
+@pytest.mark.parametrize("name", RECIPE_EDITS)
+@pytest.mark.parametrize("memory", [None, "1GB"])
+def test_an_edited_recipe_is_refused(world, halted, tmp_path, name, memory):
+    run = Path(shutil.copytree(halted, tmp_path / "run"))
+    stored, edited = json.loads((run / "options.json").read_text()), RECIPE_EDITS[name]
+    recipe = stored.pop("recipe")
+    stored |= {} if edited is ... else {"recipe": recipe | edited if edited else edited}
+    (run / "options.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match='"recipe" is not that of a run'):
+        train(options(world, run, save_steps=2, gradient_average=.5, resume=True, memory=memory))
+
+
+def test_a_checkpoint_of_an_older_version_is_not_called_damaged(world, halted, tmp_path):
+    run = Path(shutil.copytree(halted, tmp_path / "run"))
+    path = training.checkpoints(run)[-1] / "state.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}))
+    with pytest.raises(InputError, match="older version of minimore, without checksums; continue this run with that version"):
+        train(options(world, run, save_steps=2, gradient_average=.5, resume=True))
+
+
+def test_two_processes_do_not_train_in_one_directory(world, halted, tmp_path):
+    run = Path(shutil.copytree(halted, tmp_path / "run"))
+    before = sorted(p.name for p in run.rglob("*"))
+    with Lock(run), pytest.raises(InputError, match="another process is training there"):
+        train(options(world, run, save_steps=2, gradient_average=.5, resume=True))
+    assert sorted(p.name for p in run.rglob("*")) == before
+    assert train(options(world, run, save_steps=2, gradient_average=.5, resume=True)) == 0
+
+
+def test_a_save_that_fails_in_its_thread_stops_the_run_at_the_next_step(world, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("minimore.run.write_model", fail)
+    with pytest.raises(OSError, match="No space left on device; checkpoint-2 was not written, no checkpoint is kept"):
+        train(options(world, tmp_path / "run", save_steps=2, epochs=50))
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 20
 
 
 def test_a_run_may_go_on_with_another_engine(world, tmp_path, monkeypatch, capsys):

@@ -208,7 +208,7 @@ def storage_checks():
                     optimizer.steps += 1
                 results.append(optimizer.value("p", p).cpu() - value)
             exact = parameters != "bfloat16" and moments == "float32"
-            found.append(verdict("storage", f"{parameters}, {moments}{', compiled' if CUDA and fused() else ''}", relative(*results[::-1]), 1e-4 if exact else .1))
+            found.append(verdict("storage", f"{parameters}, {moments}{', compiled' if CUDA and fused(parameters, moments) else ''}", relative(*results[::-1]), 1e-4 if exact else .1))
     return found
 
 

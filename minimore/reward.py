@@ -32,7 +32,7 @@ TRUNCATE = ("each", "together")
 class ModelOptions:
     """What every command that opens a model takes."""
     model: str = option(value="DIR|HUB", help="checkpoint directory or hub name: a causal LM (fresh head) or a saved reward model")
-    seed: int = option(0, help="seeds a fresh head and, in training, the order of the data")
+    seed: int = option(0, help="seeds a fresh head and, in training, the order of the data and random rounding")
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute; auto takes a GPU if there is one")
     compute_dtype: str = option("auto", choices=("auto", "float32", "bfloat16"),
                                 help="type of activations and matrix products; auto is bfloat16 on CUDA, float32 elsewhere")

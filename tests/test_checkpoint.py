@@ -24,6 +24,7 @@ import minimore.checkpoint
 import minimore.tensors
 from minimore.attention import pack
 from minimore.checkpoint import Checkpoint, pad_id, random_checkpoint, save_checkpoint
+from minimore.cli import main
 from minimore.options import InputError
 from minimore.reward import RewardModel
 from minimore.tensors import SAFETENSORS_TYPES, STORAGE, Lazy, write_tensors
@@ -77,6 +78,16 @@ def test_a_hub_name_opens_what_was_downloaded_and_fetches_no_code(monkeypatch):
         return str(GOLDENS / "llama")
     monkeypatch.setattr(minimore.checkpoint, "snapshot_download", deliver)
     assert Checkpoint("someone/model").directory == GOLDENS / "llama"
+
+
+def test_a_plan_fetches_no_weights(monkeypatch, capsys):
+    def deliver(name, allow_patterns):
+        assert not any(fnmatch.fnmatch(f, p) for p in allow_patterns for f in ("model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"))
+        assert any(fnmatch.fnmatch("config.json", p) for p in allow_patterns)
+        return str(GOLDENS / "llama")
+    monkeypatch.setattr(minimore.checkpoint, "snapshot_download", deliver)
+    assert main(["plan", "someone/model", "--tokens", "90"]) == 0
+    assert "llama, " in capsys.readouterr().out
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------

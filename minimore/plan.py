@@ -164,7 +164,7 @@ def plan(options: PlanOptions):
     flash = width == 2
     print(f"model   {values['model_type']}, {s.parameters:,} parameters with the reward head, without a language-model head")
     print(f"data    largest step {len(work.largest)} pairs, {tokens:,} unique tokens; {work.steps:,} steps, {work.tokens / 1e6:,.1f} million unique tokens")
-    print(f"flops   {step_flops(c, work, Recipe())[0] / 1e12:,.1f} TFLOPs of use in the largest step; hours below are of the whole run at {EFFICIENCY:.0%} of a GPU's peak (assumed)\n")
+    print(f"flops   {in_flops(step_flops(c, work, Recipe())[0])} of use in the largest step; times below are of the whole run at {EFFICIENCY:.0%} of a GPU's peak (assumed)\n")
     report = {"parameters": s.parameters, "workload": asdict(work), "recipes": {}, "fits": {}}
     print(f"{'with --recompute full':45} bytes a parameter   device     host   fits " + "  ".join(f"{name:>8}" for name in GPUS))
     for name, recipe in RECIPES.items():
@@ -173,15 +173,17 @@ def plan(options: PlanOptions):
         fits = next((f"{size / 1e9:.0f}" for size in SIZES if memory.peak <= size), "none")
         held = sum(parameter_bytes(p, recipe) + (0 if "states" in recipe.offload else state_bytes(p, recipe)) for p in s.parts) + (4 * s.parameters if recipe.engine == "plain" else 0)
         print(f"{name:45} {held / s.parameters:17.2f} {in_bytes(memory.peak):>8} {in_bytes(sum(memory.host.values())) if memory.host else '-':>8} {fits:>6} "
-              + "  ".join(f"{h:6.1f} h" for h in hours.values()))
+              + "  ".join(f"{in_time(3600 * h):>8}" for h in hours.values()))
         report["recipes"][name] = {"recipe": asdict(recipe), "memory": asdict(memory), "hours": hours}
     print()
     given = options.recipe_given({})
+    fits = {}
     for size in SIZES:
         found = fastest(c, work, [r for r in recipes({"micro_tokens": options.micro_tokens}) if is_exact(r, width)], size, width, flash)
         line = f"{found[0]}: {in_bytes(found[1].peak)}" + (f", host {in_bytes(sum(found[1].host.values()))}" if found[1].host else "") if found else "no exact recipe fits"
-        print(f"{size / 1e9:.0f} GB: {line}")
+        fits.setdefault(line, []).append(f"{size / 1e9:.0f}")
         report["fits"][f"{size / 1e9:.0f}"] = asdict(found[0]) if found else None
+    print("\n".join(f"{', '.join(sizes)} GB: {line}" for line, sizes in fits.items()))
     if options.memory is not None:
         recipe = choose(c, work, given, parse_memory(options.memory), "cuda", torch.bfloat16 if width == 2 else torch.float32)
     else:
@@ -199,9 +201,20 @@ def print_recipe(c, work, recipe, width, flash, report):
     for place, items in (("device", memory.device), ("host", memory.host)):
         for name, count in items.items():
             print(f"  {place:6} {name:24} {in_bytes(count):>9}")
-    print(f"{executed / 1e12:,.1f} TFLOPs executed in the largest step, {useful / 1e12:,.1f} of use; "
-          + ", ".join(f"{name} {step_seconds(c, work, recipe, gpu):.2f} s a step, {run_hours(c, work, recipe, gpu):.1f} h" for name, gpu in GPUS.items()))
+    print(f"{in_flops(executed)} executed in the largest step, {in_flops(useful)} of use; "
+          + ", ".join(f"{name} {in_time(step_seconds(c, work, recipe, gpu))} a step, {in_time(3600 * run_hours(c, work, recipe, gpu))} in all" for name, gpu in GPUS.items()))
     report["recipe"] = {"recipe": asdict(recipe), "memory": asdict(memory), "useful": useful, "executed": executed}
+
+
+def in_flops(count: float) -> str:
+    """A number of FLOPs with its unit."""
+    return f"{count / 1e12:,.1f} TFLOPs" if count >= 1e11 else f"{count / 1e9:,.2f} GFLOPs"
+
+
+def in_time(seconds: float) -> str:
+    """Hours, minutes, seconds or milliseconds."""
+    unit, size = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1), ("ms", 1e-3)) if seconds >= s or u == "ms")
+    return f"{seconds / size:.1f} {unit}"
 
 
 def run_hours(c: ModelConfig, work: Workload, recipe: Recipe, gpu: Gpu) -> float:

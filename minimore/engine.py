@@ -34,8 +34,9 @@ class Recipe:
 
     def check(self):
         """Refuse what contradicts itself (InputError)."""
-        plain = self.engine == "plain"
+        plain, known = self.engine == "plain", {"engine": ENGINES, "parameters": PARAMETERS, "moments": MOMENTS, "recompute": RECOMPUTE}
         refuse = [
+            *((getattr(self, name) not in values, f"--{name} {getattr(self, name)}: expected one of {', '.join(values)}") for name, values in known.items()),
             (self.micro_tokens < 1, f"--micro-tokens {self.micro_tokens}: expected at least 1"),
             (self.max_grad_norm is not None and not self.max_grad_norm > 0, f"--max-grad-norm {self.max_grad_norm}: expected more than 0"),
             (plain and self.parameters != "float32", f"--parameters {self.parameters} needs --engine streamed: the plain engine's gradients are of the parameters' type, "
@@ -54,9 +55,6 @@ class Recipe:
         words = [f"--engine {self.engine}", f"--parameters {self.parameters}", f"--moments {self.moments}", f"--recompute {self.recompute}",
                  *(f"--offload {what}" for what in self.offload), f"--micro-tokens {self.micro_tokens}"]
         return " ".join(words + ([f"--max-grad-norm {self.max_grad_norm:g}"] if self.max_grad_norm is not None else []))
-
-
-assert all(getattr(Recipe, name) in known for name, known in (("engine", ENGINES), ("parameters", PARAMETERS), ("moments", MOMENTS), ("recompute", RECOMPUTE)))
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ def test_non_finite_gradients_have_their_own_name(monkeypatch):
 
 REFUSED = [(Recipe(parameters="split"), "--parameters split needs --engine streamed"), (Recipe(offload=("states",)), "--offload states needs --engine streamed"),
            (Recipe("streamed", offload=("inputs",)), "--offload inputs needs --recompute full"), (Recipe("streamed", max_grad_norm=1.0), "--max-grad-norm needs --engine plain"),
-           (Recipe(max_grad_norm=0.0), "expected more than 0"), (Recipe(micro_tokens=0), "expected at least 1")]
+           (Recipe(max_grad_norm=0.0), "expected more than 0"), (Recipe("streamed", "float8"), "--parameters float8: expected one of float32, split, bfloat16"), (Recipe(micro_tokens=0), "expected at least 1")]
 
 
 @pytest.mark.parametrize("recipe, said", REFUSED, ids=[said for _, said in REFUSED])

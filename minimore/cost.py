@@ -23,14 +23,13 @@ EFFICIENCY = 0.5                                             # share of its peak
 
 
 class Gpu(NamedTuple):
-    """Peak of bf16 matrix products (FLOP/s), bytes a second of its memory and of its way to the host, bytes of memory."""
+    """Peak of bf16 matrix products (FLOP/s), bytes a second of its memory and of its way to the host."""
     flops: float
     bandwidth: float
     link: float
-    memory: float
 
 
-GPUS = {"H200": Gpu(989e12, 4.8e12, 50e9, 141e9), "A100": Gpu(312e12, 2.0e12, 25e9, 80e9), "RTX 4090": Gpu(165e12, 1.0e12, 25e9, 24e9)}
+GPUS = {"H200": Gpu(989e12, 4.8e12, 50e9), "A100": Gpu(312e12, 2.0e12, 25e9), "RTX 4090": Gpu(165e12, 1.0e12, 25e9)}
 
 
 class PairShape(NamedTuple):
@@ -69,7 +68,7 @@ def workload(sources: Sequence[Source], epochs: Iterable[list[np.ndarray]]) -> W
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements of every parameter: matrices and vectors of one block, of the embeddings, of the top (final norm and head)."""
+    """Shapes of every parameter: matrices and vectors of one block, of the embeddings, of the top (final norm and head)."""
     block: tuple[tuple[int, ...], ...]
     embeddings: tuple[tuple[int, ...], ...]
     top: tuple[tuple[int, ...], ...]

@@ -23,7 +23,7 @@ ENGINES, OFFLOADS = ("plain", "streamed"), ("inputs", "states")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a step is carried out: memory against time. Only the storage of parameters and moments may change its result beyond rounding."""
+    """How a step is carried out: memory against time. Beyond rounding, only the storage of parameters and moments, and clipping, change its result."""
     engine: str = "plain"
     parameters: str = "float32"
     moments: str = "float32"

@@ -1,10 +1,9 @@
-"""The host's memory as a second, slower shelf of a GPU: pinned, and copied on a stream of its own beside the computation.
+"""The host's memory as a second, slower shelf of a GPU: pinned, and copied on streams of its own, one each way, beside the computation.
 
 On a CPU both are the same memory; the copies are made all the same, so that what is tested there is what runs on a GPU.
 """
 
 import re
-from collections import deque
 from pathlib import Path
 from weakref import finalize
 
@@ -46,11 +45,11 @@ class Host:
     an allocator that hears of several streams would keep every freed piece until the CPU, far ahead, sees that the copy is over.
     """
 
-    def __init__(self, device: torch.device, ahead: int = 1):
-        self.device, self.ahead = torch.device(device), ahead
+    def __init__(self, device: torch.device):
+        self.device = torch.device(device)
         self.down, self.up = (torch.cuda.Stream(self.device) if self.device.type == "cuda" else None for _ in range(2))      # both ways at once
         self.coming: dict[int, tuple] = {}       # id of a ticket -> the ticket, its copy on the device, the event that ends the copying
-        self.leaving = deque()                   # (tensor, event that ends its copying), the oldest first
+        self.leaving, self.left = [], []         # (tensor, event that ends its copying) of this part of the walk, and of the one before
         self.arrived: dict[int, tuple] = {}      # id of a ticket -> the ticket, the event after which the host has it
 
     def put(self, tensor: Tensor) -> Tensor:
@@ -71,12 +70,10 @@ class Host:
         self.arrived[id(ticket)] = ticket, self.leaving[-1][1]
 
     def part(self):
-        """A part of the walk is over: what left before the last `ahead` parts must be gone before its memory is used again."""
-        if self.down is not None:
-            self.leaving.append(None)
-            while self.leaving.count(None) > self.ahead:
-                if (left := self.leaving.popleft()) is not None:
-                    torch.cuda.current_stream(self.device).wait_event(left[1])
+        """A part of the walk is over: what left in the part before must be gone before its memory is used again."""
+        for _, event in self.left:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        self.leaving, self.left = [], self.leaving
 
     def fetch(self, ticket: Tensor | None):
         """Begin to bring a tensor to the device."""
@@ -105,4 +102,4 @@ class Host:
         """Wait until every copy is made."""
         for stream in filter(None, (self.down, self.up)):
             stream.synchronize()
-        self.leaving.clear(), self.arrived.clear()
+        self.leaving, self.left, self.arrived = [], [], {}

@@ -156,6 +156,10 @@ RECIPES = {
 def plan(options: PlanOptions):
     """Print what a training will take: by recipe, by GPU, and for the recipe that the options name."""
     refuse_existing(options.json, "--json")
+    given, limit = options.recipe_given({}), parse_memory(options.memory) if options.memory is not None else None
+    recipe = Recipe(**given)
+    if limit is None:
+        recipe.check()
     directory = find(options.model, config_only=True)
     values, _, c = read_config(directory)
     check_length(c, options.max_length, directory)
@@ -176,7 +180,6 @@ def plan(options: PlanOptions):
               + "  ".join(f"{in_time(3600 * h):>8}" for h in hours.values()))
         report["recipes"][name] = {"recipe": asdict(recipe), "memory": asdict(memory), "hours": hours}
     print()
-    given = options.recipe_given({})
     fits = {}
     for size in SIZES:
         found = fastest(c, work, [r for r in recipes({"micro_tokens": options.micro_tokens}) if is_exact(r, width)], size, width, flash)
@@ -184,11 +187,8 @@ def plan(options: PlanOptions):
         fits.setdefault(line, []).append(f"{size / 1e9:.0f}")
         report["fits"][f"{size / 1e9:.0f}"] = asdict(found[0]) if found else None
     print("\n".join(f"{', '.join(sizes)} GB: {line}" for line, sizes in fits.items()))
-    if options.memory is not None:
-        recipe = choose(c, work, given, parse_memory(options.memory), "cuda", torch.bfloat16 if width == 2 else torch.float32)
-    else:
-        recipe = Recipe(**given)
-        recipe.check()
+    if limit is not None:
+        recipe = choose(c, work, given, limit, "cuda", torch.bfloat16 if width == 2 else torch.float32)
     print_recipe(c, work, recipe, width, flash, report)
     if options.json:
         write_json(options.json, report)
@@ -218,9 +218,8 @@ def in_time(seconds: float) -> str:
 
 
 def run_hours(c: ModelConfig, work: Workload, recipe: Recipe, gpu: Gpu) -> float:
-    """The largest step's time, scaled to the tokens of the whole run; no step takes less than the optimizer and the host's link do."""
-    full = step_seconds(c, work, recipe, gpu)
-    return full * work.tokens / sum(p.tokens for p in work.largest) / 3600
+    """The largest step's time, scaled to the tokens of the whole run."""
+    return step_seconds(c, work, recipe, gpu) * work.tokens / sum(p.tokens for p in work.largest) / 3600
 
 
 def given_workload(options: PlanOptions) -> Workload:
@@ -254,6 +253,7 @@ def batch_of(options: RunOptions, K: int) -> int:
     """Pairs a step; raises InputError for data options that cannot be run."""
     batch = 16 * K if options.batch_size is None else options.batch_size
     refuse = [(batch < 1, f"--batch-size {batch}: expected at least 1"),
+              (not 0 <= options.seed < 2 ** 63, f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1"),
               (options.sampling == "equal" and batch % K, f"--batch-size {batch}: under equal sampling a step holds the same number of pairs of each "
                f"of the {K} sources; expected a multiple of {K}")]
     for name, most in (("max_length", MOST), ("epochs", MOST), ("pairs_per_source", MOST_PAIRS)):

@@ -27,10 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .checkpoint import Checkpoint, model_tensors, write_model
-from .engine import ENGINES, Recipe
+from .engine import Recipe
 from .host import available_memory
-from .model import RECOMPUTE
-from .optim import MOMENTS, PARAMETERS, AdamW
+from .optim import AdamW
 from .options import InputError, one_line, read_json, write_json, write_text
 from .reward import RewardModel
 from .tensors import Lazy, write_tensors
@@ -140,22 +139,27 @@ def check_whole(directory: Path) -> dict:
     """state.json of a checkpoint, every file of which is as it was written; an InputError names the first that is not."""
     try:
         state = read_json(directory / "state.json")
-        if "step" in state and "sha256" not in state:
-            raise InputError(f"{directory}: was written by an older version of minimore, without checksums; continue this run with that version")
-        if not {"config.json", "state.safetensors"} <= set(state["sha256"]) or not any(name.startswith("model") for name in state["sha256"]):
-            raise ValueError("its list of files is not whole")
-        if type(state["step"]) is not int or state["step"] != int(directory.name.removeprefix("checkpoint-")):
-            raise ValueError(f"its step is {state['step']!r}")
-        for name, digest in dict(state["sha256"]).items():
-            if not (directory / name).is_file():
-                raise ValueError(f"{name} is missing")
-            if file_digest(directory / name) != digest:
-                raise ValueError(f"{name} is damaged: its checksum is another")
+        older = "step" in state and "sha256" not in state
+        if not older:
+            _check_files(directory, state)
     except (InputError, OSError, KeyError, TypeError, ValueError) as error:
-        if "older version" in str(error):
-            raise
         raise InputError(f"{directory}: not a whole checkpoint ({type(error).__name__}: {one_line(error)}); {remedy(directory)}") from None
+    if older:
+        raise InputError(f"{directory}: was written by an older version of minimore, without checksums; continue this run with that version")
     return state
+
+
+def _check_files(directory, state):
+    sums = dict(state["sha256"])
+    if not {"config.json", "state.safetensors"} <= set(sums) or not any(name.startswith("model") for name in sums):
+        raise ValueError("its list of files is not whole")
+    if type(state["step"]) is not int or state["step"] != int(directory.name.removeprefix("checkpoint-")):
+        raise ValueError(f"its step is {state['step']!r}")
+    for name, digest in sums.items():
+        if not (directory / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if file_digest(directory / name) != digest:
+            raise ValueError(f"{name} is damaged: its checksum is another")
 
 
 def load_state(directory: Path, state: dict, optimizer: AdamW, memory: dict, digests: dict, device) -> int:
@@ -242,24 +246,30 @@ def stored_recipe(run: Path) -> dict:
     if not path.is_file():
         return {}
     recipe = read_json(path).get("recipe")
-    known = {"engine": ENGINES, "parameters": PARAMETERS, "moments": MOMENTS, "recompute": RECOMPUTE}
-    if not isinstance(recipe, dict) or not set(RECIPE) <= set(recipe) or any(recipe[key] not in values for key, values in known.items()):
-        raise InputError(f'{path}: "recipe" is not that of a run; restore the file, or start a new run')
+    try:
+        Recipe(**recipe | {"offload": tuple(recipe["offload"])}).check()
+    except (InputError, TypeError, KeyError) as error:
+        raise InputError(f'{path}: "recipe" is not that of a run ({one_line(error)}); restore the file, or start a new run') from None
     return recipe
 
 
 class Lock:
-    """Within, no other process trains in a run directory. A directory that is made within is locked by `take`."""
+    """Within, no other process trains in a run directory. One that is not there yet is made and locked by `take`."""
 
     def __init__(self, run: Path):
         self.run, self.descriptor = run, None
 
     def __enter__(self):
-        self.take()
+        self._lock()
         return self
 
     def take(self):
-        """Lock the directory if it is there and not locked yet; nothing happens on systems without such locks."""
+        """Make the directory, and lock it, before anything is written there."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        self._lock()
+
+    def _lock(self):
+        """Once, where there is a directory and the system has such locks."""
         if fcntl is None or self.descriptor is not None or not self.run.is_dir():
             return
         self.descriptor = os.open(self.run, os.O_RDONLY)
@@ -293,8 +303,7 @@ def sweep(run: Path):
 
 
 def start_run(run: Path, options, recipe: Recipe):
-    """Make the directory with options.json and environment.json."""
-    run.mkdir(parents=True, exist_ok=True)
+    """Write options.json and environment.json into the directory."""
     sweep(run)
     write_json(run / "options.json", {k: v for k, v in asdict(options).items() if k != "resume"} | {"recipe": asdict(recipe)})
     write_json(run / "environment.json", {

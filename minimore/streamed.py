@@ -86,9 +86,9 @@ class Walk:
         self.result = z[0::2].detach(), z[1::2].detach(), weights, loss.detach()
 
     def __iter__(self) -> Iterator[Gradients]:
-        trunk, self.d_last = self.model.trunk, self.d_last.split([len(stream.last) for stream in self.streams])
+        trunk, d_last = self.model.trunk, self.d_last.split([len(stream.last) for stream in self.streams])
         yield self.top
-        d_chunks = [d.new_zeros(len(stream.tokens), d.shape[1]).index_copy_(0, stream.last, d) for d, stream in zip(self.d_last, self.streams)]
+        d_chunks = [d.new_zeros(len(stream.tokens), d.shape[1]).index_copy_(0, stream.last, d) for d, stream in zip(d_last, self.streams)]
         for b in reversed(range(len(trunk.blocks))):
             yield {f"trunk.blocks.{b}.{name}": g for name, g in self._block_gradients(trunk.blocks[b], d_chunks).items()}
         yield self._embedding_gradients(torch.cat(d_chunks))

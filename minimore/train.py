@@ -205,8 +205,8 @@ def train_in(run: Path, lock: Lock, options: TrainOptions, batch_size: int, watc
     if K == 2 and options.method == "more" and options.normalize == "l2":
         print("two sources and --normalize l2: two gradients of equal length always get weights 1/2, so MORE is uniform here")
     digests = {s.name: s.digest() for s in sources}
-    start_run(run, options, recipe)
     lock.take()
+    start_run(run, options, recipe)
 
     memory: dict[str, Tensor] = {}                   # the weighting's own state
     extra = {"normalize": options.normalize, "average": options.gradient_average} if options.method == "more" else {}

@@ -258,6 +258,8 @@ def test_plan_reads_the_real_lengths(world, capsys):
     assert "7 steps" in (said := capsys.readouterr().out) and "largest step 4 pairs" in said
     assert main(["plan", str(directory / "model"), *sources, "--batch-size", "4", "--epochs", "2000"]) == 0
     assert "14,000 steps" in capsys.readouterr().out
+    assert main(["plan", str(directory / "model"), *sources, "--batch-size", "4", "--seed", "-1"]) == 2 and "--seed -1: expected" in capsys.readouterr().err
+    assert main(["plan", str(directory / "model"), *sources, "--micro-tokens", "-5"]) == 2 and not capsys.readouterr().out
 
 
 def test_train_takes_what_fits_and_says_why(world, tmp_path, capsys):
@@ -272,6 +274,7 @@ def test_train_takes_what_fits_and_says_why(world, tmp_path, capsys):
     assert main([*given, "--memory", "3.3MB"]) == 0
     assert json.loads((tmp_path / "run" / "options.json").read_text())["recipe"]["recompute"] == "full" and "would take" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "run")
+    assert main([*given, "--memory", "1GB", "--seed", "-1"]) == 2 and "--seed -1: expected" in capsys.readouterr().err
     assert main([*given, "--memory", "0.3MB"]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "run").exists()
 

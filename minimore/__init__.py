@@ -2,14 +2,40 @@
 
 __version__ = "0.1.0"
 
-from .more import (bradley_terry_losses, frank_wolfe_weights, head_gradients, min_norm_weights, more_loss, pair_losses,
-                   weighted_loss)
 from .calibration import accuracy, expected_calibration_error, pair_ece, reliability
-from .checkpoint import Checkpoint
-from .pairs import load_source, pack_pairs
-from .reward import ModelOptions, RewardModel, open_reward_model, pair_rewards, text_rewards
+from .data.pairs import load_source, pack_pairs
 from .evaluate import evaluate_sources
+from .model.checkpoint import Checkpoint
+from .more import (
+    bradley_terry_losses,
+    frank_wolfe_weights,
+    head_gradients,
+    min_norm_weights,
+    more_loss,
+    pair_losses,
+    weighted_loss,
+)
+from .reward import ModelOptions, RewardModel, open_reward_model, pair_rewards, text_rewards
 
-__all__ = ["bradley_terry_losses", "head_gradients", "min_norm_weights", "frank_wolfe_weights", "more_loss", "pair_losses",
-           "weighted_loss", "accuracy", "pair_ece", "expected_calibration_error", "reliability", "Checkpoint", "load_source",
-           "pack_pairs", "ModelOptions", "RewardModel", "open_reward_model", "pair_rewards", "text_rewards", "evaluate_sources"]
+__all__ = [
+    "bradley_terry_losses",
+    "head_gradients",
+    "min_norm_weights",
+    "frank_wolfe_weights",
+    "more_loss",
+    "pair_losses",
+    "weighted_loss",
+    "accuracy",
+    "pair_ece",
+    "expected_calibration_error",
+    "reliability",
+    "Checkpoint",
+    "load_source",
+    "pack_pairs",
+    "ModelOptions",
+    "RewardModel",
+    "open_reward_model",
+    "pair_rewards",
+    "text_rewards",
+    "evaluate_sources",
+]

@@ -21,6 +21,7 @@ class Reliability(NamedTuple):
 
     Empty bins hold NaN means. For quantile bins the edges are the largest probability of each bin.
     """
+
     count: np.ndarray
     confidence: np.ndarray
     accuracy: np.ndarray
@@ -67,11 +68,13 @@ def fit_temperature(margins) -> float:
     m = _vector(margins, "margins")
     scale = np.abs(m).max()
     m = m / scale if scale > 0 else m
-    if m.mean() <= 1e-12:                                            # of the largest: rounding
+    if m.mean() <= 1e-12:  # of the largest: rounding
         return float("inf")
     if m.min() >= 0:
         return 0.0
-    slope = lambda t: np.mean(m * probability(-t * m))               # falls from mean(m) / 2 at t = 0 to a negative number
+    slope = lambda t: np.mean(
+        m * probability(-t * m)
+    )  # falls from mean(m) / 2 at t = 0 to a negative number
     low, high = 0.0, 1.0
     while slope(high) > 0:
         low, high = high, 2 * high
@@ -89,7 +92,9 @@ def reliability(probabilities, outcomes, bins: int = 10, strategy: str = "unifor
     """
     p, y = _vector(probabilities, "probabilities"), _vector(outcomes, "outcomes")
     if p.shape != y.shape:
-        raise ValueError(f"probabilities and outcomes must have equal lengths, got {len(p)} and {len(y)}")
+        raise ValueError(
+            f"probabilities and outcomes must have equal lengths, got {len(p)} and {len(y)}"
+        )
     if p.min() < 0 or p.max() > 1:
         raise ValueError(f"probabilities must lie in [0, 1], got {p.min()} to {p.max()}")
     if not np.isin(y, (0, 1)).all():
@@ -98,7 +103,7 @@ def reliability(probabilities, outcomes, bins: int = 10, strategy: str = "unifor
         raise ValueError(f"bins must be a whole number of at least 1, got {bins!r}")
     if strategy == "uniform":
         edges = np.linspace(0, 1, bins + 1)
-        index = np.searchsorted(edges[1:-1], p, side="left")         # ((m - 1) / M, m / M]
+        index = np.searchsorted(edges[1:-1], p, side="left")  # ((m - 1) / M, m / M]
     elif strategy == "quantile":
         order = np.argsort(p, kind="stable")
         index = np.empty(len(p), dtype=np.int64)
@@ -114,7 +119,9 @@ def reliability(probabilities, outcomes, bins: int = 10, strategy: str = "unifor
     return Reliability(count, confidence, accuracy, edges)
 
 
-def expected_calibration_error(probabilities, outcomes, bins: int = 10, strategy: str = "uniform") -> float:
+def expected_calibration_error(
+    probabilities, outcomes, bins: int = 10, strategy: str = "uniform"
+) -> float:
     """ECE = sum_m |B_m| / N |acc(B_m) - conf(B_m)|.
 
     Arguments as in `reliability`. Source: Naeini et al. 2015; Guo et al. 2017; section 2 of the paper.
@@ -161,5 +168,7 @@ def _gaps(r: Reliability) -> np.ndarray:
 def _vector(values, name) -> np.ndarray:
     v = np.asarray(values, dtype=np.float64)
     if v.ndim != 1 or v.size == 0 or not np.isfinite(v).all():
-        raise ValueError(f"{name} must be a non-empty vector of finite numbers, got shape {v.shape}")
+        raise ValueError(
+            f"{name} must be a non-empty vector of finite numbers, got shape {v.shape}"
+        )
     return v

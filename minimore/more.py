@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST_SOURCES = 12   # the exact solver tries all 2^K - 1 supports
+MOST_SOURCES = 12  # the exact solver tries all 2^K - 1 supports
 
 
 def pair_losses(margins: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -25,22 +25,36 @@ def pair_losses(margins: Tensor, smoothing: float = 0.0) -> Tensor:
     tensor([0.6931])
     """
     losses = -F.logsigmoid(margins)
-    return losses if smoothing == 0 else (1 - smoothing) * losses - smoothing * F.logsigmoid(-margins)
+    return (
+        losses if smoothing == 0 else (1 - smoothing) * losses - smoothing * F.logsigmoid(-margins)
+    )
 
 
-def bradley_terry_losses(head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: Tensor,
-                         sources: int | None = None, smoothing: float = 0.0) -> Tensor:
+def bradley_terry_losses(
+    head: Tensor,
+    z_chosen: Tensor,
+    z_rejected: Tensor,
+    source: Tensor,
+    sources: int | None = None,
+    smoothing: float = 0.0,
+) -> Tensor:
     """Mean Bradley-Terry loss of each source: L_k = -mean_{b in k} log sigmoid(head . (z_chosen - z_rejected)).
 
     head: (D,); z_chosen, z_rejected: (B, D); source: (B,) integers in [0, K); sources: K, by default the largest + 1.
     Returns (K,), nats; NaN for a source without a pair in the batch. Source: Eq. 1, once per source as in Eq. 7.
     """
-    losses = pair_losses((z_chosen - z_rejected) @ head, smoothing)                       # Eq. 1
+    losses = pair_losses((z_chosen - z_rejected) @ head, smoothing)  # Eq. 1
     return torch.stack([losses[source == k].mean() for k in range(_count(source, sources))])
 
 
-def head_gradients(head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: Tensor,
-                   sources: int | None = None, smoothing: float = 0.0) -> Tensor:
+def head_gradients(
+    head: Tensor,
+    z_chosen: Tensor,
+    z_rejected: Tensor,
+    source: Tensor,
+    sources: int | None = None,
+    smoothing: float = 0.0,
+) -> Tensor:
     """Gradient of each source's loss with respect to the head, in closed form; no backward pass.
 
     g_k = -mean_{b in k} sigmoid(-margin_b) (z_chosen_b - z_rejected_b), with smoothing s: sigmoid(-margin_b) - s
@@ -48,8 +62,10 @@ def head_gradients(head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: T
     Shapes as in `bradley_terry_losses`. Returns (K, D), detached; a NaN row for a source without a pair.
     Source: appendix B, theta_rm; equal to autograd on `bradley_terry_losses`.
     """
-    difference = (z_chosen - z_rejected).detach()                                         # (B, D)
-    per_pair = (smoothing - torch.sigmoid(-(difference @ head.detach())))[:, None] * difference      # (B, D)
+    difference = (z_chosen - z_rejected).detach()  # (B, D)
+    per_pair = (smoothing - torch.sigmoid(-(difference @ head.detach())))[
+        :, None
+    ] * difference  # (B, D)
     return torch.stack([per_pair[source == k].mean(0) for k in range(_count(source, sources))])
 
 
@@ -68,23 +84,31 @@ def min_norm_weights(gradients: Tensor) -> Tensor:
     G = _checked(gradients)
     K = len(G)
     if K > MOST_SOURCES:
-        raise ValueError(f"the exact solver takes at most {MOST_SOURCES} sources, got {K}; use another method")
+        raise ValueError(
+            f"the exact solver takes at most {MOST_SOURCES} sources, got {K}; use another method"
+        )
     norms = G.norm(dim=1)
     if (norms == 0).any():
         return (norms == 0).double() / (norms == 0).sum()
     units = G / norms[:, None]
-    C, b = units @ units.T, norms.min() / norms                      # cosines, and scales in (0, 1]
+    C, b = units @ units.T, norms.min() / norms  # cosines, and scales in (0, 1]
     # On a support S the minimiser solves (C_S + b_S b_S^T) x = b_S, lambda proportional to x b (identity off S).
-    S = torch.tensor(list(product([0.0, 1.0], repeat=K))[1:], dtype=G.dtype, device=G.device)          # (2^K - 1, K)
+    S = torch.tensor(
+        list(product([0.0, 1.0], repeat=K))[1:], dtype=G.dtype, device=G.device
+    )  # (2^K - 1, K)
     A = S[:, :, None] * (C + b[:, None] * b) * S[:, None, :] + torch.diag_embed(1 - S)
     x, _ = torch.linalg.solve_ex(A, (S * b)[..., None])
     candidates = (x[..., 0] * b * S).nan_to_num(0, 0, 0).clamp_min(0)
-    candidates = candidates / candidates.sum(1, keepdim=True)        # every candidate is feasible, or NaN if all clipped
+    candidates = candidates / candidates.sum(
+        1, keepdim=True
+    )  # every candidate is feasible, or NaN if all clipped
     lengths = (candidates @ G).norm(dim=1).nan_to_num(torch.inf)
     return candidates[lengths.argmin()]
 
 
-def frank_wolfe_weights(gradients: Tensor, iterations: int = 1000, tolerance: float = 1e-5) -> Tensor:
+def frank_wolfe_weights(
+    gradients: Tensor, iterations: int = 1000, tolerance: float = 1e-5
+) -> Tensor:
     """The same weights by Frank-Wolfe with exact line search, as the paper solves them; approximate.
 
     gradients: (K, D). Starts at the gradient of least norm, stops when no weight moved by `tolerance`. Returns (K,)
@@ -92,15 +116,17 @@ def frank_wolfe_weights(gradients: Tensor, iterations: int = 1000, tolerance: fl
     to [.001, .999], and it starts at one gradient, not at the best pair.
     """
     G = _checked(gradients)
-    M = G @ G.T                                                      # all that the weights need
+    M = G @ G.T  # all that the weights need
     weights = F.one_hot(M.diagonal().argmin(), len(M)).to(M)
     for _ in range(iterations):
-        towards = F.one_hot((M @ weights).argmin(), len(M)).to(M)    # the vertex that decreases fastest
+        towards = F.one_hot((M @ weights).argmin(), len(M)).to(
+            M
+        )  # the vertex that decreases fastest
         d = towards - weights
         curvature = d @ M @ d
         if curvature <= 0:
             break
-        step = (-(weights @ M @ d) / curvature).clamp(0, 1)          # exact line search
+        step = (-(weights @ M @ d) / curvature).clamp(0, 1)  # exact line search
         weights = weights + step * d
         if (step * d).abs().sum() < tolerance:
             break
@@ -116,17 +142,29 @@ def normalize_gradients(gradients: Tensor, losses: Tensor, how: str) -> Tensor:
     (1/2, 1/2): with two sources `l2` is uniform. Source: the authors' code; the paper's text does not normalise.
     """
     G, l, tiny = gradients.double(), losses.double(), torch.finfo(torch.float64).tiny
-    largest = G.abs().amax(1, keepdim=True).clamp_min(tiny)          # a confident source's squares would vanish in fp32
+    largest = (
+        G.abs().amax(1, keepdim=True).clamp_min(tiny)
+    )  # a confident source's squares would vanish in fp32
     units = G / largest / (G / largest).norm(dim=1, keepdim=True).clamp_min(tiny)
-    scaled = {"none": lambda: G, "l2": lambda: units, "loss": lambda: G / ((l + 1) / (l + 1).sum())[:, None],
-              "loss+": lambda: units / l.clamp_min(1e-100)[:, None]}
+    scaled = {
+        "none": lambda: G,
+        "l2": lambda: units,
+        "loss": lambda: G / ((l + 1) / (l + 1).sum())[:, None],
+        "loss+": lambda: units / l.clamp_min(1e-100)[:, None],
+    }
     if how not in scaled:
         raise ValueError(f"normalize: {how!r} is not one of {', '.join(scaled)}")
     return scaled[how]()
 
 
-def more_loss(head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: Tensor, sources: int | None = None,
-              normalize: str = "l2") -> tuple[Tensor, Tensor]:
+def more_loss(
+    head: Tensor,
+    z_chosen: Tensor,
+    z_rejected: Tensor,
+    source: Tensor,
+    sources: int | None = None,
+    normalize: str = "l2",
+) -> tuple[Tensor, Tensor]:
     """The MORE loss of one batch: L_MORE = sum_k lambda_k L_k, with lambda from `min_norm_weights`, detached.
 
     Shapes as in `bradley_terry_losses`. Returns the loss () and the weights (K,). With one source it is plain
@@ -134,18 +172,21 @@ def more_loss(head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: Tensor
     """
     losses = bradley_terry_losses(head, z_chosen, z_rejected, source, sources)
     gradients = head_gradients(head, z_chosen, z_rejected, source, sources)
-    weights = more_weights(losses, gradients, _pairs_per_source(source, len(losses)), {}, normalize=normalize)
+    weights = more_weights(
+        losses, gradients, _pairs_per_source(source, len(losses)), {}, normalize=normalize
+    )
     return weighted_loss(weights, losses), weights
 
 
 def weighted_loss(weights: Tensor, losses: Tensor) -> Tensor:
     """sum_k lambda_k L_k over the sources that have a weight; an absent source (NaN, weight 0) does not enter. Eq. 7."""
     present = weights > 0
-    return weights[present].to(losses) @ losses[present]                                           # Eq. 7
+    return weights[present].to(losses) @ losses[present]  # Eq. 7
 
 
 # ---- weightings: (losses (K,), gradients (K, D), pairs (K,), state) -> weights (K,), on the simplex -----------------
 # A source with pairs == 0 gets weight 0. `state` is a dict of tensors that lives as long as the run and is saved with it.
+
 
 def uniform_weights(losses: Tensor, gradients: Tensor, pairs: Tensor, state: dict) -> Tensor:
     """The same weight for every source in the batch."""
@@ -158,8 +199,15 @@ def proportional_weights(losses: Tensor, gradients: Tensor, pairs: Tensor, state
     return pairs.to(losses) / pairs.sum()
 
 
-def more_weights(losses: Tensor, gradients: Tensor, pairs: Tensor, state: dict, *, normalize: str = "l2",
-                 average: float = 1.0) -> Tensor:
+def more_weights(
+    losses: Tensor,
+    gradients: Tensor,
+    pairs: Tensor,
+    state: dict,
+    *,
+    normalize: str = "l2",
+    average: float = 1.0,
+) -> Tensor:
     """Min-norm weights of the (normalised, averaged) head gradients: the paper's lambda.
 
     `average` is the weight alpha of the newest gradient in m <- (1 - alpha) m + alpha g; 1 keeps no memory. m starts at
@@ -178,19 +226,27 @@ def more_weights(losses: Tensor, gradients: Tensor, pairs: Tensor, state: dict, 
     return weights
 
 
-def group_dro_weights(losses: Tensor, gradients: Tensor, pairs: Tensor, state: dict, *, rate: float = 0.01) -> Tensor:
+def group_dro_weights(
+    losses: Tensor, gradients: Tensor, pairs: Tensor, state: dict, *, rate: float = 0.01
+) -> Tensor:
     """Worst source first: q_k <- q_k exp(rate L_k), normalised. State: "log_q" (K,), so that no loss overflows.
 
     Source: Sagawa et al. 2020, arXiv 1911.08731, algorithm 1. An absent source keeps its share and gets no weight.
     """
     present = pairs > 0
-    log_q = state.get("log_q", torch.zeros_like(losses.detach())) + torch.where(present, rate * losses.detach(), 0)
+    log_q = state.get("log_q", torch.zeros_like(losses.detach())) + torch.where(
+        present, rate * losses.detach(), 0
+    )
     state["log_q"] = log_q = log_q.log_softmax(0)
     return torch.where(present, log_q, -torch.inf).softmax(0)
 
 
-WEIGHTINGS = {"more": more_weights, "uniform": uniform_weights, "proportional": proportional_weights,
-              "group_dro": group_dro_weights}
+WEIGHTINGS = {
+    "more": more_weights,
+    "uniform": uniform_weights,
+    "proportional": proportional_weights,
+    "group_dro": group_dro_weights,
+}
 
 
 def _count(source, sources):
@@ -204,7 +260,9 @@ def _pairs_per_source(source, sources):
 def _checked(gradients):
     """Float64 copy, scaled so that squares neither overflow nor vanish."""
     if gradients.ndim != 2 or len(gradients) == 0:
-        raise ValueError(f"gradients must have shape (K, D) with K >= 1, got {tuple(gradients.shape)}")
+        raise ValueError(
+            f"gradients must have shape (K, D) with K >= 1, got {tuple(gradients.shape)}"
+        )
     G = gradients.detach().double()
     if not G.isfinite().all():
         raise ValueError("gradients must be finite")

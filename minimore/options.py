@@ -12,8 +12,7 @@ import types
 import typing
 from pathlib import Path
 
-
-MESSAGE = 1000                           # characters of the longest message
+MESSAGE = 1000  # characters of the longest message
 
 
 def printable(text: str) -> str:
@@ -28,12 +27,25 @@ class InputError(ValueError):
         super().__init__(printable(message)[:MESSAGE])
 
 
-def option(default=dataclasses.MISSING, help="", choices=None, repeat=False, value="VALUE", positional=False):
+def option(
+    default=dataclasses.MISSING,
+    help="",
+    choices=None,
+    repeat=False,
+    value="VALUE",
+    positional=False,
+):
     """A dataclass field that is also a command-line option; without a default it is required. value: its name in the help.
 
     positional: it may be given without its name, too.
     """
-    metadata = {"help": help, "choices": choices, "repeat": repeat, "value": value, "positional": positional}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "repeat": repeat,
+        "value": value,
+        "positional": positional,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -48,11 +60,13 @@ def _value_type(annotation):
 
 def _parser_type(kind):
     """Whole numbers may be written 40_000; floats must be finite."""
+
     def parse(text):
         value = kind(text)
         if kind is float and not -float("inf") < value < float("inf"):
             raise ValueError(text)
         return value
+
     parse.__name__ = {"int": "whole number", "float": "number"}.get(kind.__name__, kind.__name__)
     return parse
 
@@ -69,15 +83,29 @@ def add_options(parser, options_class):
             continue
         if field.metadata["positional"]:
             choices = field.metadata["choices"]
-            parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, help=text, metavar="{" + ",".join(choices) + "}" if choices else field.metadata["value"])
+            parser.add_argument(
+                field.name,
+                nargs="?",
+                default=argparse.SUPPRESS,
+                help=text,
+                metavar="{" + ",".join(choices) + "}" if choices else field.metadata["value"],
+            )
             parser.add_argument(name, default=None, help=argparse.SUPPRESS)
             continue
         if not required and field.default not in (None, ()):
             text += f" (default: {field.default})"
-        parser.add_argument(name, type=_parser_type(kind) if kind in (int, float) else kind, required=required,
-                            default=None if required else [] if field.metadata["repeat"] else field.default, choices=field.metadata["choices"],
-                            action="append" if field.metadata["repeat"] else "store", help=text,
-                            metavar=None if field.metadata["choices"] else {int: "N", float: "X"}.get(kind, field.metadata["value"]))
+        parser.add_argument(
+            name,
+            type=_parser_type(kind) if kind in (int, float) else kind,
+            required=required,
+            default=None if required else [] if field.metadata["repeat"] else field.default,
+            choices=field.metadata["choices"],
+            action="append" if field.metadata["repeat"] else "store",
+            help=text,
+            metavar=None
+            if field.metadata["choices"]
+            else {int: "N", float: "X"}.get(kind, field.metadata["value"]),
+        )
 
 
 def from_arguments(options_class, arguments):
@@ -86,8 +114,14 @@ def from_arguments(options_class, arguments):
     for f in dataclasses.fields(options_class):
         if f.metadata["positional"] and values[f.name] is None:
             raise InputError(f"{f.name.upper()} is missing: {f.metadata['help']}")
-        if f.metadata["positional"] and f.metadata["choices"] and values[f.name] not in f.metadata["choices"]:
-            raise InputError(f"{f.name} {values[f.name]}: expected one of {', '.join(f.metadata['choices'])}")
+        if (
+            f.metadata["positional"]
+            and f.metadata["choices"]
+            and values[f.name] not in f.metadata["choices"]
+        ):
+            raise InputError(
+                f"{f.name} {values[f.name]}: expected one of {', '.join(f.metadata['choices'])}"
+            )
     return options_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -113,7 +147,9 @@ def parse_sources(values, test_only=False, flag="--source"):
         if not name.isprintable():
             raise InputError(f"{flag} {value}: expected a name of printable characters")
         if name in sources:
-            raise InputError(f"{flag} {value}: source {name!r} is named twice; give each source one {flag}")
+            raise InputError(
+                f"{flag} {value}: source {name!r} is named twice; give each source one {flag}"
+            )
         sources[name] = paths if test_only else (parts[0], parts[1] if len(parts) == 2 else None)
     if not sources:
         raise InputError(f"{flag} is missing: expected at least one {expected}")
@@ -137,7 +173,11 @@ def refuse_existing(path, flag="--output", make_parents=False):
     if path is None:
         return
     if not path or os.path.lexists(path):
-        raise InputError(f"{flag} {path}: exists already; choose another name or remove it" if path else f"{flag}: the path is empty")
+        raise InputError(
+            f"{flag} {path}: exists already; choose another name or remove it"
+            if path
+            else f"{flag}: the path is empty"
+        )
     parent = Path(path).absolute().parent
     while make_parents and not os.path.lexists(parent):
         parent = parent.parent
@@ -157,13 +197,22 @@ def read_json(path, kind=dict):
             raise InputError(f"{path}: not a plain file; expected a file of JSON")
         value = json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file" + ("; expected a Hugging Face checkpoint directory" if Path(path).name == "config.json" else "")) from None
+        raise InputError(
+            f"{path}: no such file"
+            + (
+                "; expected a Hugging Face checkpoint directory"
+                if Path(path).name == "config.json"
+                else ""
+            )
+        ) from None
     except InputError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from None
     if not isinstance(value, kind):
-        raise InputError(f"{path}: holds {type(value).__name__}; expected a JSON {'object' if kind is dict else 'list'}")
+        raise InputError(
+            f"{path}: holds {type(value).__name__}; expected a JSON {'object' if kind is dict else 'list'}"
+        )
     return value
 
 

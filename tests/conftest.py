@@ -5,19 +5,22 @@ import os
 import shutil
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")    # before torch, and for the processes that tests start: tiny models lose time
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch, and for the processes that tests start: tiny models lose time
 
 import pytest
 import torch
 from reference import quiet_transformers
 from safetensors.torch import load_file, save_file
 
-from minimore.checkpoint import Checkpoint
+from minimore.model.checkpoint import Checkpoint
 from minimore.reward import RewardModel
 
-torch.set_num_threads(1)                         # to a second thread, on a busy machine 20 times over
+torch.set_num_threads(1)  # to a second thread, on a busy machine 20 times over
 
-GOLDENS = Path(__file__).parent / "goldens"
+ROOT = Path(__file__).parents[1]
+GOLDENS = ROOT / "tests" / "goldens"
 
 
 @pytest.fixture(scope="session")
@@ -40,14 +43,18 @@ def model(golden) -> RewardModel:
 @pytest.fixture
 def damaged(tmp_path):
     """damaged(family, config={...}, weights=function): a copy of a stored model with changed files; ... deletes a key."""
+
     def copy(family="llama", config=None, weights=None) -> Path:
         directory = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"
         shutil.copytree(GOLDENS / family, directory)
         if config:
             edit_json(directory / "config.json", config)
         if weights:
-            save_file(weights(load_file(directory / "model.safetensors")), directory / "model.safetensors")
+            save_file(
+                weights(load_file(directory / "model.safetensors")), directory / "model.safetensors"
+            )
         return directory
+
     return copy
 
 

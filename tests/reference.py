@@ -8,21 +8,57 @@ import random
 import torch
 
 SIZES = {
-    "gpt_neox": dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                     max_position_embeddings=512, bos_token_id=0, eos_token_id=0),
-    "llama": dict(vocab_size=300, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
-                  max_position_embeddings=512, bos_token_id=1, eos_token_id=2),
+    "gpt_neox": dict(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "llama": dict(
+        vocab_size=300,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=40,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
 }
-SIZES |= {family: SIZES["llama"] | dict(num_key_value_heads=2) for family in ("mistral", "qwen2", "qwen3")}
+SIZES |= {
+    family: SIZES["llama"] | dict(num_key_value_heads=2) for family in ("mistral", "qwen2", "qwen3")
+}
 SIZES["qwen3"] |= dict(head_dim=8)
-SIZES["opt"] = dict(vocab_size=300, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, ffn_dim=40, word_embed_proj_dim=24,
-                    max_position_embeddings=512, pad_token_id=None, bos_token_id=2, eos_token_id=2)
-CLASS_NAMES = {"gpt_neox": "GPTNeoX", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "opt": "OPT"}
+SIZES["opt"] = dict(
+    vocab_size=300,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    ffn_dim=40,
+    word_embed_proj_dim=24,
+    max_position_embeddings=512,
+    pad_token_id=None,
+    bos_token_id=2,
+    eos_token_id=2,
+)
+CLASS_NAMES = {
+    "gpt_neox": "GPTNeoX",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "opt": "OPT",
+}
 
 
 def quiet_transformers():
     """transformers without its progress bars and notices."""
     import transformers
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
@@ -31,25 +67,38 @@ def quiet_transformers():
 def reference_model(family: str, seed: int = 0, head: str = "ForSequenceClassification", **changes):
     """transformers' model of a family with one label, SIZES unless changed, O(1) weights."""
     transformers = quiet_transformers()
-    config = transformers.AutoConfig.for_model(family, **(SIZES[family] | dict(num_labels=1) | changes))
+    config = transformers.AutoConfig.for_model(
+        family, **(SIZES[family] | dict(num_labels=1) | changes)
+    )
     model = getattr(transformers, CLASS_NAMES[family] + head)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 2:
-                p.normal_(0, 1 if "embed_" in name else p.shape[1] ** -.5, generator=generator)
+                p.normal_(0, 1 if "embed_" in name else p.shape[1] ** -0.5, generator=generator)
             else:
-                p.normal_(*((0, .3) if name.endswith("bias") else (1, .2)), generator=generator)
+                p.normal_(*((0, 0.3) if name.endswith("bias") else (1, 0.2)), generator=generator)
     return model
 
 
 def reference_texts(vocabulary: int = 300, seed: int = 0) -> list[list[int]]:
     """Token ids: lengths 1 to 200, repetitions, the first and the last id, and every id once."""
     chance = random.Random(seed)
-    texts = [[chance.randrange(vocabulary - 15) for _ in range(length)] for length in (1, 2, 3, 17, 64, 200)]
+    texts = [
+        [chance.randrange(vocabulary - 15) for _ in range(length)]
+        for length in (1, 2, 3, 17, 64, 200)
+    ]
     every = list(range(vocabulary))
     chance.shuffle(every)
-    return texts + [[7] * 40, [5, 6] * 20, [0], [vocabulary - 1], [0, vocabulary - 1], [vocabulary - 1, 0], every]
+    return texts + [
+        [7] * 40,
+        [5, 6] * 20,
+        [0],
+        [vocabulary - 1],
+        [0, vocabulary - 1],
+        [vocabulary - 1, 0],
+        every,
+    ]
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ import torch
 from conftest import edit_json
 from reference import SIZES, reference_model
 from safetensors.torch import load_file, save_file
+from test_policy import write
 
 import minimore.check
+from minimore.alignment.policy import LanguageModel, token_losses
 from minimore.check import PARAGRAPH, example_ids
-from minimore.checkpoint import Checkpoint, save_checkpoint
 from minimore.cli import main
-from minimore.policy import LanguageModel, token_losses
-from test_policy import write
+from minimore.model.checkpoint import Checkpoint, save_checkpoint
 
 
 def page(directory, tmp_path, *more, code=0):
@@ -31,9 +31,17 @@ def learned(tmp_path_factory):
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     home = tmp_path_factory.mktemp("learned")
-    checkpoint = write(reference_model("llama", head="ForCausalLM", num_key_value_heads=2, max_position_embeddings=1024), home / "fresh")
+    checkpoint = write(
+        reference_model(
+            "llama", head="ForCausalLM", num_key_value_heads=2, max_position_embeddings=1024
+        ),
+        home / "fresh",
+    )
     trunk, _ = checkpoint.load()
-    model, ids = LanguageModel(trunk, checkpoint.unembedding(trunk)), example_ids(checkpoint)["paragraph"]
+    model, ids = (
+        LanguageModel(trunk, checkpoint.unembedding(trunk)),
+        example_ids(checkpoint)["paragraph"],
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(150):
         token_losses(model, ids).mean().backward()
@@ -41,7 +49,13 @@ def learned(tmp_path_factory):
         optimizer.zero_grad()
     (home / "learned").mkdir()
     save_checkpoint(home / "learned", checkpoint, trunk, torch.ones(24))
-    change_weights(home / "learned", lambda t: {k: v for k, v in t.items() if k != "score.weight"} | {"lm_head.weight": model.unembedding.detach().clone()})
+    change_weights(
+        home / "learned",
+        lambda t: (
+            {k: v for k, v in t.items() if k != "score.weight"}
+            | {"lm_head.weight": model.unembedding.detach().clone()}
+        ),
+    )
     return home / "learned"
 
 
@@ -54,7 +68,9 @@ def copy_of(directory, tmp_path, name="copy"):
     return tmp_path / name
 
 
-def test_what_has_learned_the_paragraph_reads_it_and_is_lost_in_its_words(learned, tmp_path, capsys):
+def test_what_has_learned_the_paragraph_reads_it_and_is_lost_in_its_words(
+    learned, tmp_path, capsys
+):
     found = page(learned, tmp_path)
     assert "untrained, or" not in capsys.readouterr().out
     assert found["language"]["paragraph"] < 3
@@ -65,13 +81,21 @@ def test_what_has_learned_the_paragraph_reads_it_and_is_lost_in_its_words(learne
     assert found["language"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
-@pytest.mark.parametrize("mistake", [
-    dict(rope_parameters=dict(rope_type="default", rope_theta=100.0)), dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0)),
-    dict(rms_norm_eps=10.0)], ids=str)
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        dict(rope_parameters=dict(rope_type="default", rope_theta=100.0)),
+        dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0)),
+        dict(rms_norm_eps=10.0),
+    ],
+    ids=str,
+)
 def test_a_part_that_is_not_the_models_own_shows_in_the_perplexity(learned, tmp_path, mistake):
     damaged = copy_of(learned, tmp_path)
     edit_json(damaged / "config.json", mistake)
-    before, after = (page(d, tmp_path, "--parity", "none")["language"]["paragraph"] for d in (learned, damaged))
+    before, after = (
+        page(d, tmp_path, "--parity", "none")["language"]["paragraph"] for d in (learned, damaged)
+    )
     assert after > 2 * before
 
 
@@ -79,16 +103,22 @@ def test_an_untrained_model_is_said_to_be_one(transformers, tmp_path, capsys):
     write(reference_model("qwen2", head="ForCausalLM"), tmp_path / "model")
     page(tmp_path / "model", tmp_path)
     printed = capsys.readouterr().out
-    assert "it is untrained, or something here is not its own" in printed and "the head is untrained" in printed
+    assert (
+        "it is untrained, or something here is not its own" in printed
+        and "the head is untrained" in printed
+    )
 
 
 # ---- figures -----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("family", SIZES)
 def test_hidden_states_agree_with_transformers(transformers, tmp_path, family, capsys):
     theirs = reference_model(family, head="ForCausalLM", max_position_embeddings=900)
     write(theirs, tmp_path / "model")
-    (tmp_path / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "model" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
     found = page(tmp_path / "model", tmp_path)
     assert found["parity"]["agrees"] is True and found["parity"]["difference"] < 2e-5
     assert found["memory"]["parameters"] == sum(p.numel() for p in theirs.base_model.parameters())
@@ -105,18 +135,22 @@ def test_a_difference_is_an_error(transformers, golden, tmp_path, monkeypatch, c
 
     monkeypatch.setattr("minimore.check.transformers_states", different)
     found = page(golden, tmp_path, code=1)["parity"]
-    assert found["agrees"] is False and found["difference"] == pytest.approx(.0099, rel=.01)
+    assert found["agrees"] is False and found["difference"] == pytest.approx(0.0099, rel=0.01)
     assert "FAILED" in capsys.readouterr().out
 
 
 def test_other_token_ids_are_said(transformers, golden, tmp_path, monkeypatch, capsys):
     theirs = minimore.check.transformers_states
-    monkeypatch.setattr("minimore.check.transformers_states", lambda *a: (*theirs(*a)[:2], [5, 6, 7]))
+    monkeypatch.setattr(
+        "minimore.check.transformers_states", lambda *a: (*theirs(*a)[:2], [5, 6, 7])
+    )
     assert page(golden, tmp_path, code=1)["parity"]["same_ids"] is False
     said = capsys.readouterr()
     assert "differ from place 0 on: theirs [5, 6, 7]" in said.out and said.err.count("\n") == 1
     ours = Checkpoint(str(golden)).tokenizer.encode([PARAGRAPH])[0]
-    monkeypatch.setattr("minimore.check.transformers_states", lambda *a: (*theirs(*a)[:2], ours + [2]))
+    monkeypatch.setattr(
+        "minimore.check.transformers_states", lambda *a: (*theirs(*a)[:2], ours + [2])
+    )
     assert page(golden, tmp_path)["parity"]["same_ids"] is True
     assert "behind which it adds [2]" in capsys.readouterr().out
 
@@ -136,7 +170,9 @@ def test_without_transformers_nothing_is_compared(golden, tmp_path, monkeypatch,
     assert "transformers is not installed" in capsys.readouterr().out
 
 
-def test_what_transformers_does_not_open_is_not_compared(transformers, golden, tmp_path, monkeypatch, capsys):
+def test_what_transformers_does_not_open_is_not_compared(
+    transformers, golden, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *a, **k: 1 / 0)
     assert page(golden, tmp_path)["parity"] == {}
     assert "division by zero" in capsys.readouterr().out
@@ -144,20 +180,41 @@ def test_what_transformers_does_not_open_is_not_compared(transformers, golden, t
 
 def test_rewards_are_those_of_score(golden, tmp_path):
     found = page(golden, tmp_path, "--parity", "none")["rewards"]
-    texts = [f"\n\nHuman: {minimore.check.QUESTION}\n\nAssistant: {answer}" for answer in minimore.check.ANSWERS.values()]
+    texts = [
+        f"\n\nHuman: {minimore.check.QUESTION}\n\nAssistant: {answer}"
+        for answer in minimore.check.ANSWERS.values()
+    ]
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": texts}))
-    assert main(["score", "--model", str(golden), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]) == 0
-    assert list(found.values()) == pytest.approx(json.loads((tmp_path / "out.jsonl").read_text())["rewards"], abs=1e-5)
+    assert (
+        main(
+            [
+                "score",
+                "--model",
+                str(golden),
+                "--input",
+                str(tmp_path / "in.jsonl"),
+                "--output",
+                str(tmp_path / "out.jsonl"),
+            ]
+        )
+        == 0
+    )
+    assert list(found.values()) == pytest.approx(
+        json.loads((tmp_path / "out.jsonl").read_text())["rewards"], abs=1e-5
+    )
 
 
 def test_types_and_files_are_told(golden, tmp_path, monkeypatch):
-    monkeypatch.setattr("minimore.tensors.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("minimore.model.tensors.SHARD_BYTES", 20_000)
     checkpoint, directory = Checkpoint(str(golden)), tmp_path / "shards"
     directory.mkdir()
     save_checkpoint(directory, checkpoint, *checkpoint.load(), dtype="bfloat16")
     found = page(directory, tmp_path, "--parity", "none")["weights"]
     assert found["types"] == ["bfloat16"] and found["heads"] == ["score.weight"]
-    assert found["files"] == sorted(p.name for p in directory.glob("*.safetensors")) and len(found["files"]) > 1
+    assert (
+        found["files"] == sorted(p.name for p in directory.glob("*.safetensors"))
+        and len(found["files"]) > 1
+    )
     assert found["bytes"] == sum(p.stat().st_size for p in directory.glob("*.safetensors"))
 
 

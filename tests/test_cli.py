@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from minimore import calibration
 from minimore.cli import main
-from minimore.world import World
+from minimore.data.world import World
 
 GOOD = {"prompt": "amber", "chosen": " basil", "rejected": " cedar"}
 
@@ -24,20 +24,45 @@ GOOD = {"prompt": "amber", "chosen": " basil", "rejected": " cedar"}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     directory = tmp_path_factory.mktemp("world")
-    return directory, World(annotators=("ana", "ben"), train_pairs=(24,), test_pairs=30, ties=0.1).write(directory)
+    return directory, World(
+        annotators=("ana", "ben"), train_pairs=(24,), test_pairs=30, ties=0.1
+    ).write(directory)
 
 
 @pytest.fixture(scope="module")
 def run(world):
     directory, paths = world
     sources = [a for n, (train, _) in paths.items() for a in ("--source", f"{n}={train}")]
-    assert main(["train", "--model", str(directory / "model"), *sources, "--method", "more", "--output", str(directory / "run"),
-                 "--learning-rate", "1e-3", "--batch-size", "8", "--max-length", "64", "--log-steps", "10"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(directory / "model"),
+                *sources,
+                "--method",
+                "more",
+                "--output",
+                str(directory / "run"),
+                "--learning-rate",
+                "1e-3",
+                "--batch-size",
+                "8",
+                "--max-length",
+                "64",
+                "--log-steps",
+                "10",
+            ]
+        )
+        == 0
+    )
     return directory / "run"
 
 
 def lines(path, *records):
-    path.write_bytes(b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in records))
+    path.write_bytes(
+        b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in records)
+    )
     return str(path)
 
 
@@ -53,7 +78,11 @@ def refused(capsys, *arguments):
     except SystemExit as stop:
         code = stop.code
     said = capsys.readouterr().err
-    assert code == 2 and said.count("\n") == 1 and said.startswith(("minimore:", f"minimore {arguments[0]}:")), said
+    assert (
+        code == 2
+        and said.count("\n") == 1
+        and said.startswith(("minimore:", f"minimore {arguments[0]}:"))
+    ), said
     return said
 
 
@@ -62,30 +91,57 @@ BAD_PAIRS = {
     "not JSON": ([GOOD, b"{nope\n"], ":2: not JSON"),
     "truncated JSON": ([b'{"prompt": "a", "cho'], ":1: not JSON"),
     "not an object": ([GOOD, b"[1, 2]\n"], ":2: a JSON list; expected an object"),
-    "a missing key": ([GOOD, {"prompt": "a", "chosen": "b"}], ':2: "rejected" is missing; found keys: prompt, chosen'),
+    "a missing key": (
+        [GOOD, {"prompt": "a", "chosen": "b"}],
+        ':2: "rejected" is missing; found keys: prompt, chosen',
+    ),
     "no known key": ([{"question": "a"}], ':1: "chosen" is missing; found keys: question'),
     "an empty object": ([{}], "found keys: none"),
     "a number": ([GOOD | {"chosen": 3}], '"chosen" is 3; expected a string'),
     "null": ([GOOD | {"prompt": None}], '"prompt" is null; expected a string'),
     "a list that holds no message": ([GOOD | {"chosen": ["x"]}], "expected a string"),
-    "a message without content": ([GOOD | {"chosen": [{"role": "user"}]}], '"chosen"[0]: "content" is missing; found keys: role'),
-    "a message whose content is null": ([GOOD | {"chosen": [{"role": "user", "content": None}]}], '"content" is null'),
-    "a rejected that is a number": ([GOOD | {"chosen": [{"role": "user", "content": "x"}], "rejected": 3}], "expected a list of messages"),
-    "a rejected that is missing": ([{"chosen": [{"role": "user", "content": "x"}]}], '"rejected" is missing'),
+    "a message without content": (
+        [GOOD | {"chosen": [{"role": "user"}]}],
+        '"chosen"[0]: "content" is missing; found keys: role',
+    ),
+    "a message whose content is null": (
+        [GOOD | {"chosen": [{"role": "user", "content": None}]}],
+        '"content" is null',
+    ),
+    "a rejected that is a number": (
+        [GOOD | {"chosen": [{"role": "user", "content": "x"}], "rejected": 3}],
+        "expected a list of messages",
+    ),
+    "a rejected that is missing": (
+        [{"chosen": [{"role": "user", "content": "x"}]}],
+        '"rejected" is missing',
+    ),
     "a rejected that holds a number": ([GOOD | {"rejected": ["x", 3]}], '"rejected"[1] is 3'),
     "no rejected response": ([GOOD | {"rejected": []}], '"rejected" is []'),
     "not UTF-8": ([GOOD, b'{"prompt": "\xff"}\n'], ":2: not UTF-8"),
-    "half a surrogate pair": ([b'{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}\n'], "surrogate"),
+    "half a surrogate pair": (
+        [b'{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}\n'],
+        "surrogate",
+    ),
     "deep nesting": ([b"[" * 100000 + b"\n"], ": not JSON"),
     "a huge number": ([b'{"a": ' + b"9" * 5000 + b"}\n"], ":1: not JSON"),
-    "only label ties": ([{"text": ["a", "b"], "score": [1, 1]}], "no usable pair: of 1 records, 1 label ties"),
+    "only label ties": (
+        [{"text": ["a", "b"], "score": [1, 1]}],
+        "no usable pair: of 1 records, 1 label ties",
+    ),
     "only identical": ([GOOD | {"chosen": "x", "rejected": "x"}], "no usable pair"),
-    "text without score": ([{"text": ["a", "b"]}], '"score" is missing; expected a list of 2 numbers'),
+    "text without score": (
+        [{"text": ["a", "b"]}],
+        '"score" is missing; expected a list of 2 numbers',
+    ),
     "scores of another length": ([{"text": ["a", "b"], "score": [1]}], '"score" is [1]'),
     "a score that is a string": ([{"text": ["a", "b"], "score": [1, "2"]}], '"score" is [1, "2"]'),
     "a score that is true": ([{"text": ["a", "b"], "score": [1, True]}], '"score"'),
     "a score that is NaN": ([b'{"text": ["a", "b"], "score": [1, NaN]}\n'], '"score"'),
-    "one text": ([{"text": ["a"], "score": [1]}], '"text" is ["a"]; expected a list of two or more'),
+    "one text": (
+        [{"text": ["a"], "score": [1]}],
+        '"text" is ["a"]; expected a list of two or more',
+    ),
     "a text that is a number": ([{"text": ["a", 2], "score": [1, 2]}], '"text"[1] is 2'),
 }
 
@@ -94,12 +150,27 @@ BAD_PAIRS = {
 def test_bad_pairs_are_refused(name, world, run, tmp_path, capsys):
     content, expected = BAD_PAIRS[name]
     path = lines(tmp_path / "bad.jsonl", *content)
-    assert expected in refused(capsys, "train", "--model", run, "--source", f"a={path}", "--output", tmp_path / "out")
-    assert expected in refused(capsys, "evaluate", "--model", run, "--source", f"a={path}", "--json", tmp_path / "out")
+    assert expected in refused(
+        capsys, "train", "--model", run, "--source", f"a={path}", "--output", tmp_path / "out"
+    )
+    assert expected in refused(
+        capsys, "evaluate", "--model", run, "--source", f"a={path}", "--json", tmp_path / "out"
+    )
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["empty file", "not JSON", "not an object", "a missing key", "no known key", "a number", "not UTF-8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "empty file",
+        "not JSON",
+        "not an object",
+        "a missing key",
+        "no known key",
+        "a number",
+        "not UTF-8",
+    ],
+)
 def test_score_refuses_bad_lines_and_leaves_no_output(name, run, tmp_path, capsys):
     path = lines(tmp_path / "bad.jsonl", *BAD_PAIRS[name][0])
     refused(capsys, "score", "--model", run, "--input", path, "--output", tmp_path / "out.jsonl")
@@ -111,11 +182,35 @@ def test_files_that_cannot_be_read(world, run, tmp_path, capsys):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() + b"\n")[:-20])
     (tmp_path / "folder").mkdir()
     (tmp_path / "plain.jsonl.gz").write_bytes(b'{"a": 1}\n')
-    for path, expected in (("absent.jsonl", "no such file"), ("cut.jsonl.gz", "cannot be read"), ("plain.jsonl.gz", "cannot be read"),
-                           ("folder", "a directory without")):
-        said = refused(capsys, "train", "--model", run, "--source", f"a={good}", "--source", f"b={tmp_path / path}", "--output", tmp_path / "out")
+    for path, expected in (
+        ("absent.jsonl", "no such file"),
+        ("cut.jsonl.gz", "cannot be read"),
+        ("plain.jsonl.gz", "cannot be read"),
+        ("folder", "a directory without"),
+    ):
+        said = refused(
+            capsys,
+            "train",
+            "--model",
+            run,
+            "--source",
+            f"a={good}",
+            "--source",
+            f"b={tmp_path / path}",
+            "--output",
+            tmp_path / "out",
+        )
         assert expected in said and str(tmp_path) in said
-        refused(capsys, "score", "--model", run, "--input", tmp_path / path, "--output", tmp_path / "out")
+        refused(
+            capsys,
+            "score",
+            "--model",
+            run,
+            "--input",
+            tmp_path / path,
+            "--output",
+            tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -133,27 +228,51 @@ def test_bad_options_are_refused(world, run, tmp_path, capsys):
         assert "expected NAME=TRAIN.jsonl[,TEST.jsonl]" in bad(sources=(wrong,))
     two = (f"a={good}", f"b={good}")
     assert "expected a multiple of 2" in bad("--batch-size", 3, sources=two)
-    assert "needs --sampling equal" in bad("--lambda-scope", "group", "--sampling", "proportional", sources=two)
+    assert "needs --sampling equal" in bad(
+        "--lambda-scope", "group", "--sampling", "proportional", sources=two
+    )
     assert "at most 12" in bad(sources=tuple(f"s{i}={good}" for i in range(13)))
-    for flag, value in (("--batch-size", 0), ("--batch-size", "many"), ("--epochs", 0), ("--max-length", 0), ("--save-steps", -1),
-                        ("--learning-rate", 0), ("--learning-rate", "nan"), ("--learning-rate", "inf"), ("--warmup", 1.5),
-                        ("--gradient-average", 0), ("--method", "mgda"), ("--seed", -1), ("--pairs-per-source", 0),
-                        ("--micro-tokens", 0), ("--eval-steps", 5), ("--weight-decay", -1), ("--label-smoothing", .5), ("--learning-rat", 1)):
+    for flag, value in (
+        ("--batch-size", 0),
+        ("--batch-size", "many"),
+        ("--epochs", 0),
+        ("--max-length", 0),
+        ("--save-steps", -1),
+        ("--learning-rate", 0),
+        ("--learning-rate", "nan"),
+        ("--learning-rate", "inf"),
+        ("--warmup", 1.5),
+        ("--gradient-average", 0),
+        ("--method", "mgda"),
+        ("--seed", -1),
+        ("--pairs-per-source", 0),
+        ("--micro-tokens", 0),
+        ("--eval-steps", 5),
+        ("--weight-decay", -1),
+        ("--label-smoothing", 0.5),
+        ("--learning-rat", 1),
+    ):
         bad(flag, value)
     if not torch.cuda.is_available():
         assert "--device cuda" in bad("--device", "cuda")
     for flag, value in (("--seed", -1), ("--pairs", 0), ("--pairs", "many")):
         refused(capsys, "demo", "--output", out, flag, value)
     assert not out.exists()
-    refused(capsys, "train", "--model", run, "--source", f"a={good}")                        # no --output
+    refused(capsys, "train", "--model", run, "--source", f"a={good}")  # no --output
     refused(capsys, "evaluate", "--model", run, "--source", f"a={good},{good}")
 
 
 def test_every_message_is_one_short_line_whatever_the_names_hold(world, run, tmp_path, capsys):
-    model = world[0] / "model"                                                   # without a head: its notice must not come first
-    for path in (lines(tmp_path / "a.jsonl", {"a\nb\x1b": 1}), lines(tmp_path / "b.jsonl", {f"key{i}": 1 for i in range(100_000)}),
-                 tmp_path / "no\nfile"):
-        for arguments in (("evaluate", "--source", f"a={path}"), ("score", "--input", path, "--output", tmp_path / "out")):
+    model = world[0] / "model"  # without a head: its notice must not come first
+    for path in (
+        lines(tmp_path / "a.jsonl", {"a\nb\x1b": 1}),
+        lines(tmp_path / "b.jsonl", {f"key{i}": 1 for i in range(100_000)}),
+        tmp_path / "no\nfile",
+    ):
+        for arguments in (
+            ("evaluate", "--source", f"a={path}"),
+            ("score", "--input", path, "--output", tmp_path / "out"),
+        ):
             assert len(refused(capsys, arguments[0], "--model", model, *arguments[1:])) < 1100
     refused(capsys, "evaluate", "--model", run, "--source", f"a\nb={path}")
     refused(capsys, "evaluate", "--model", "x\ny", "--source", f"a={path}", "--wh\nat")
@@ -165,14 +284,25 @@ def test_absurd_outputs_are_refused_before_the_work(run, tmp_path, capsys, monke
     good = lines(tmp_path / "good.jsonl", GOOD)
     for flag in ("--json", "--figures"):
         refused(capsys, "evaluate", "--model", run, "--source", f"a={good}", flag, "")
-    refused(capsys, "evaluate", "--model", run, "--source", f"a={good}", "--json", tmp_path / "f" / "j", "--figures", tmp_path / "f")
+    refused(
+        capsys,
+        "evaluate",
+        "--model",
+        run,
+        "--source",
+        f"a={good}",
+        "--json",
+        tmp_path / "f" / "j",
+        "--figures",
+        tmp_path / "f",
+    )
     for output in ("", tmp_path / "absent" / "out"):
         refused(capsys, "score", "--model", run, "--input", good, "--output", output)
     refused(capsys, "train", "--model", run, "--source", f"a={good}", "--output", "")
     assert "no such directory" in refused(capsys, "check", "--model", "")
     assert "MODEL is missing" in refused(capsys, "check")
     refused(capsys, "demo", "--output", "")
-    refused(capsys, "demo", "--output", tmp_path / "demo", "--pairs", 10 ** 15)
+    refused(capsys, "demo", "--output", tmp_path / "demo", "--pairs", 10**15)
     if not torch.cuda.is_available():
         refused(capsys, "demo", "--output", tmp_path / "demo", "--device", "cuda")
     assert [p.name for p in tmp_path.iterdir()] == ["good.jsonl"]
@@ -181,7 +311,10 @@ def test_absurd_outputs_are_refused_before_the_work(run, tmp_path, capsys, monke
 def test_a_users_own_partial_file_is_left_alone(run, tmp_path):
     good = lines(tmp_path / "good.jsonl", GOOD)
     (tmp_path / "out.partial").write_text("mine")
-    assert main(["score", "--model", str(run), "--input", good, "--output", str(tmp_path / "out")]) == 0
+    assert (
+        main(["score", "--model", str(run), "--input", good, "--output", str(tmp_path / "out")])
+        == 0
+    )
     assert (tmp_path / "out.partial").read_text() == "mine" and len(list(tmp_path.iterdir())) == 3
 
 
@@ -192,8 +325,12 @@ def test_a_disk_that_fills_ends_in_one_line_and_leaves_nothing(run, tmp_path, ca
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    assert "No space left" in refused(capsys, "score", "--model", run, "--input", good, "--output", tmp_path / "out")
-    assert "No space left" in refused(capsys, "evaluate", "--model", run, "--source", f"a={good}", "--json", tmp_path / "out")
+    assert "No space left" in refused(
+        capsys, "score", "--model", run, "--input", good, "--output", tmp_path / "out"
+    )
+    assert "No space left" in refused(
+        capsys, "evaluate", "--model", run, "--source", f"a={good}", "--json", tmp_path / "out"
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["good.jsonl"]
 
 
@@ -201,39 +338,81 @@ def test_the_kernel_refuses_to_write_and_nothing_is_left(run, tmp_path, capsys):
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     good, out = lines(tmp_path / "good.jsonl", *[GOOD] * 300), tmp_path / "out"
-    for arguments in (("score", "--input", good, "--output", out), ("evaluate", "--source", f"a={good}", "--json", out),
-                      ("evaluate", "--source", f"a={good}", "--figures", out), ("check", "--parity", "none", "--json", out)):
+    for arguments in (
+        ("score", "--input", good, "--output", out),
+        ("evaluate", "--source", f"a={good}", "--json", out),
+        ("evaluate", "--source", f"a={good}", "--figures", out),
+        ("check", "--parity", "none", "--json", out),
+    ):
         for limit in (0, 500):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
             try:
                 said = refused(capsys, arguments[0], "--model", run, *arguments[1:])
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, before)
-            assert "too large" in said and [p.name for p in tmp_path.iterdir()] == ["good.jsonl"], arguments
+            assert "too large" in said and [p.name for p in tmp_path.iterdir()] == ["good.jsonl"], (
+                arguments
+            )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_an_interrupted_score_leaves_nothing(run, tmp_path, number):
     """The input is a pipe that never ends: the signal comes while score waits."""
-    script = [sys.executable, "-m", "minimore", "score", "--model", str(run), "--input", "/dev/stdin", "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(script, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))         # nohup and & pass on that it is ignored
+    script = [
+        sys.executable,
+        "-m",
+        "minimore",
+        "score",
+        "--model",
+        str(run),
+        "--input",
+        "/dev/stdin",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(
+        script,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )  # nohup and & pass on that it is ignored
     process.stdin.write((json.dumps(GOOD) + "\n") * 600)
     process.stdin.flush()
     while not list(tmp_path.iterdir()):
         assert process.poll() is None
-        time.sleep(.05)
+        time.sleep(0.05)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == (130 if number == signal.SIGINT else 128 + number) and "Traceback" not in said
+    assert (
+        process.returncode == (130 if number == signal.SIGINT else 128 + number)
+        and "Traceback" not in said
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_score_reads_a_pipe_and_says_what_it_replaced(run, tmp_path):
-    script = [sys.executable, "-m", "minimore", "score", "--model", str(run), "--input", "/dev/stdin", "--output", str(tmp_path / "out")]
+    script = [
+        sys.executable,
+        "-m",
+        "minimore",
+        "score",
+        "--model",
+        str(run),
+        "--input",
+        "/dev/stdin",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     record = json.dumps({"prompt": "amber", "response": " basil", "reward": "mine"}) + "\n"
-    said = subprocess.run(script, input=record * 3, capture_output=True, text=True, check=True).stdout
-    assert "3 lines scored" in said and "3 had such a key already" in said and len(read(tmp_path / "out")) == 3
+    said = subprocess.run(
+        script, input=record * 3, capture_output=True, text=True, check=True
+    ).stdout
+    assert (
+        "3 lines scored" in said
+        and "3 had such a key already" in said
+        and len(read(tmp_path / "out")) == 3
+    )
 
 
 def test_what_cannot_be_saved_is_refused_before_training(run, tmp_path, capsys):
@@ -241,8 +420,12 @@ def test_what_cannot_be_saved_is_refused_before_training(run, tmp_path, capsys):
     for change in ({"note": float("nan")}, {"note": "\ud800"}, {"\ud800": 1}):
         shutil.copytree(run, odd)
         (odd / "options.json").unlink()
-        (odd / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | change))
-        refused(capsys, "train", "--model", odd, "--source", f"a={good}", "--output", tmp_path / "out")
+        (odd / "config.json").write_text(
+            json.dumps(json.loads((run / "config.json").read_text()) | change)
+        )
+        refused(
+            capsys, "train", "--model", odd, "--source", f"a={good}", "--output", tmp_path / "out"
+        )
         shutil.rmtree(odd)
     assert not (tmp_path / "out").exists()
 
@@ -250,13 +433,18 @@ def test_what_cannot_be_saved_is_refused_before_training(run, tmp_path, capsys):
 def test_existing_outputs_are_refused_and_kept(run, tmp_path, capsys):
     good = lines(tmp_path / "good.jsonl", GOOD)
     before = (tmp_path / "good.jsonl").read_bytes()
-    for arguments in (("train", "--model", run, "--source", f"a={good}", "--output", good),
-                      ("evaluate", "--model", run, "--source", f"a={good}", "--json", good),
-                      ("score", "--model", run, "--input", good, "--output", good), ("demo", "--output", good),
-                      ("check", "--model", run, "--json", good)):
+    for arguments in (
+        ("train", "--model", run, "--source", f"a={good}", "--output", good),
+        ("evaluate", "--model", run, "--source", f"a={good}", "--json", good),
+        ("score", "--model", run, "--input", good, "--output", good),
+        ("demo", "--output", good),
+        ("check", "--model", run, "--json", good),
+    ):
         assert "exists already" in refused(capsys, *arguments)
     assert (tmp_path / "good.jsonl").read_bytes() == before
-    assert "not a directory" in refused(capsys, "score", "--model", run, "--input", good, "--output", good + "/x")
+    assert "not a directory" in refused(
+        capsys, "score", "--model", run, "--input", good, "--output", good + "/x"
+    )
 
 
 def test_bad_models_are_refused_by_every_verb(run, tmp_path, capsys):
@@ -268,44 +456,132 @@ def test_bad_models_are_refused_by_every_verb(run, tmp_path, capsys):
         (broken / name).write_bytes((run / name).read_bytes())
     (broken / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:5000])
     for model in (broken, tmp_path / "absent", tmp_path):
-        for arguments in (("train", "--source", f"a={good}", "--output", tmp_path / "out"), ("evaluate", "--source", f"a={good}"),
-                          ("score", "--input", good, "--output", tmp_path / "out"), ("check", "--json", tmp_path / "out")):
+        for arguments in (
+            ("train", "--source", f"a={good}", "--output", tmp_path / "out"),
+            ("evaluate", "--source", f"a={good}"),
+            ("score", "--input", good, "--output", tmp_path / "out"),
+            ("check", "--json", tmp_path / "out"),
+        ):
             refused(capsys, arguments[0], "--model", model, *arguments[1:])
     assert not (tmp_path / "out").exists()
 
 
 def test_handled_and_counted_never_refused(run, tmp_path, capsys):
-    odd = lines(tmp_path / "odd.jsonl", GOOD, GOOD | {"prompt": "amber " * 3000}, GOOD | {"chosen": "x", "rejected": "x"},
-                {"text": ["a", "b", "c"], "score": [1, 1, 0]}, GOOD | {"rejected": ""}, GOOD | {"chosen": " ", "margin": 3},
-                {"prompt": "", "chosen": "", "rejected": "a"})
-    assert main(["evaluate", "--model", str(run), "--source", f"odd={odd}", "--json", str(tmp_path / "r.json")]) == 0
+    odd = lines(
+        tmp_path / "odd.jsonl",
+        GOOD,
+        GOOD | {"prompt": "amber " * 3000},
+        GOOD | {"chosen": "x", "rejected": "x"},
+        {"text": ["a", "b", "c"], "score": [1, 1, 0]},
+        GOOD | {"rejected": ""},
+        GOOD | {"chosen": " ", "margin": 3},
+        {"prompt": "", "chosen": "", "rejected": "a"},
+    )
+    assert (
+        main(
+            [
+                "evaluate",
+                "--model",
+                str(run),
+                "--source",
+                f"odd={odd}",
+                "--json",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        == 0
+    )
     r = json.loads((tmp_path / "r.json").read_text())["sources"]["odd"]
-    assert {k: r[k] for k in ("pairs", "label_ties", "identical", "truncated", "blank", "dropped")} == \
-        {"pairs": 6, "label_ties": 1, "identical": 1, "truncated": 1, "blank": 2, "dropped": 1}
-    assert main(["train", "--model", str(run), "--source", f"odd={odd}", "--output", str(tmp_path / "out")]) == 0
+    assert {
+        k: r[k] for k in ("pairs", "label_ties", "identical", "truncated", "blank", "dropped")
+    } == {"pairs": 6, "label_ties": 1, "identical": 1, "truncated": 1, "blank": 2, "dropped": 1}
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(run),
+                "--source",
+                f"odd={odd}",
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
 
 
 def test_evaluate_writes_the_report(world, run, tmp_path, capsys):
     sources = [a for n, (_, test) in world[1].items() for a in ("--source", f"{n}={test}")]
-    assert main(["evaluate", "--model", str(run), *sources, "--json", str(tmp_path / "r.json"), "--figures", str(tmp_path / "figures")]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "--model",
+                str(run),
+                *sources,
+                "--json",
+                str(tmp_path / "r.json"),
+                "--figures",
+                str(tmp_path / "figures"),
+            ]
+        )
+        == 0
+    )
     report, said = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
-    rates = ["accuracy", "ece", "ace", "mce", "brier", "nll", "mean_margin", "length_accuracy", "random_accuracy", "ece_debiased"]
+    rates = [
+        "accuracy",
+        "ece",
+        "ace",
+        "mce",
+        "brier",
+        "nll",
+        "mean_margin",
+        "length_accuracy",
+        "random_accuracy",
+        "ece_debiased",
+    ]
     assert list(report["mean"]) == rates and list(report["sources"]) == ["ana", "ben"]
     for rate in rates:
-        assert report["mean"][rate] == pytest.approx(np.mean([r[rate] for r in report["sources"].values()]))
+        assert report["mean"][rate] == pytest.approx(
+            np.mean([r[rate] for r in report["sources"].values()])
+        )
     for r in report["sources"].values():
-        assert r["pairs"] + r["label_ties"] == 30 and f"{r['accuracy']:.3f} [".removeprefix("0") in said and r["accuracy_interval"][0] < r["accuracy"] < r["accuracy_interval"][1]
+        assert (
+            r["pairs"] + r["label_ties"] == 30
+            and f"{r['accuracy']:.3f} [".removeprefix("0") in said
+            and r["accuracy_interval"][0] < r["accuracy"] < r["accuracy_interval"][1]
+        )
     assert (tmp_path / "figures" / "margins.png").stat().st_size > 5000
 
 
 def test_evaluate_compares_and_calibrates(world, run, tmp_path, capsys):
     (name, (train, test)), *_ = world[1].items()
     source = ["evaluate", "--model", str(run), "--source", f"{name}={test}"]
-    assert main([*source, "--baseline", str(world[0] / "model"), "--calibrate", f"{name}={train}", "--json", str(tmp_path / "r.json")]) == 0
+    assert (
+        main(
+            [
+                *source,
+                "--baseline",
+                str(world[0] / "model"),
+                "--calibrate",
+                f"{name}={train}",
+                "--json",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        == 0
+    )
     report, said = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
     r, d, t = report["sources"][name], report["differences"][name], report["temperatures"]
-    assert r["calibration"] in ("indistinguishable", "over-confident", "under-confident") and (r["ece_interval"] is None) == (r["calibration"] == "indistinguishable")
-    assert d["pairs"] == r["pairs"] and d["accuracy_interval"][0] <= d["accuracy"] <= d["accuracy_interval"][1] and "exceeds noise" in said
+    assert r["calibration"] in ("indistinguishable", "over-confident", "under-confident") and (
+        r["ece_interval"] is None
+    ) == (r["calibration"] == "indistinguishable")
+    assert (
+        d["pairs"] == r["pairs"]
+        and d["accuracy_interval"][0] <= d["accuracy"] <= d["accuracy_interval"][1]
+        and "exceeds noise" in said
+    )
     assert t["pooled"] == t["sources"][name]["temperature"] and f"{t['pooled']:.3f}" in said
     assert "--baseline" in refused(capsys, *source, "--baseline", tmp_path / "absent")
     assert "is a test file" in refused(capsys, *source, "--calibrate", f"{name}={test}")
@@ -313,28 +589,92 @@ def test_evaluate_compares_and_calibrates(world, run, tmp_path, capsys):
 
 
 def test_the_length_baseline_prefers_the_longer_response(run, tmp_path):
-    path = lines(tmp_path / "in.jsonl", *[GOOD | {"chosen": " basil and cedar"}] * 2, GOOD, GOOD | {"rejected": " copper"})   # longer, longer, alike, shorter
-    assert main(["evaluate", "--model", str(run), "--source", f"a={path}", "--json", str(tmp_path / "r.json")]) == 0
-    assert json.loads((tmp_path / "r.json").read_text())["sources"]["a"]["length_accuracy"] == (1 + 1 + .5 + 0) / 4
+    path = lines(
+        tmp_path / "in.jsonl",
+        *[GOOD | {"chosen": " basil and cedar"}] * 2,
+        GOOD,
+        GOOD | {"rejected": " copper"},
+    )  # longer, longer, alike, shorter
+    assert (
+        main(
+            [
+                "evaluate",
+                "--model",
+                str(run),
+                "--source",
+                f"a={path}",
+                "--json",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        == 0
+    )
+    assert (
+        json.loads((tmp_path / "r.json").read_text())["sources"]["a"]["length_accuracy"]
+        == (1 + 1 + 0.5 + 0) / 4
+    )
 
 
 def test_score_agrees_with_evaluate_and_streams_in_order(world, run, tmp_path):
     path = world[1]["ana"][1]
     records = read(path)
-    extra = [{"prompt": "amber", "response": " basil", "id": 7, "note": "\ud800"}, {"prompt": "amber", "response": ""},
-             {"text": ["amber basil", "amber", "amber basil"], "score": [1, 0, 1]}]
+    extra = [
+        {"prompt": "amber", "response": " basil", "id": 7, "note": "\ud800"},
+        {"prompt": "amber", "response": ""},
+        {"text": ["amber basil", "amber", "amber basil"], "score": [1, 0, 1]},
+    ]
     mixed = lines(tmp_path / "in.jsonl", *[r for r in records if "chosen" in r], *extra)
-    assert main(["score", "--model", str(run), "--input", mixed, "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert (
+        main(
+            [
+                "score",
+                "--model",
+                str(run),
+                "--input",
+                mixed,
+                "--output",
+                str(tmp_path / "out.jsonl"),
+            ]
+        )
+        == 0
+    )
     scored = read(tmp_path / "out.jsonl")
-    assert [{k: v for k, v in s.items() if "reward" not in k and k != "probability" or k == "probability" and "chosen" not in s}
-            for s in scored[-3:]] == extra
-    assert scored[-1]["rewards"][0] == pytest.approx(scored[-3]["reward"], abs=1e-6) == pytest.approx(scored[-1]["rewards"][2], abs=1e-6)
+    assert [
+        {
+            k: v
+            for k, v in s.items()
+            if "reward" not in k and k != "probability" or k == "probability" and "chosen" not in s
+        }
+        for s in scored[-3:]
+    ] == extra
+    assert (
+        scored[-1]["rewards"][0]
+        == pytest.approx(scored[-3]["reward"], abs=1e-6)
+        == pytest.approx(scored[-1]["rewards"][2], abs=1e-6)
+    )
     assert [s["prompt"] for s in scored[:-3]] == [r["prompt"] for r in records if "chosen" in r]
     margins = [s["chosen_reward"] - s["rejected_reward"] for s in scored[:-3]]
-    assert [s["probability"] for s in scored[:-3]] == pytest.approx([1 / (1 + math.exp(-m)) for m in margins])
-    assert main(["evaluate", "--model", str(run), "--source", f"ana={path}", "--json", str(tmp_path / "r.json")]) == 0
+    assert [s["probability"] for s in scored[:-3]] == pytest.approx(
+        [1 / (1 + math.exp(-m)) for m in margins]
+    )
+    assert (
+        main(
+            [
+                "evaluate",
+                "--model",
+                str(run),
+                "--source",
+                f"ana={path}",
+                "--json",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "r.json").read_text())["sources"]["ana"]
-    assert report["accuracy"] == calibration.accuracy(margins) and report["ece"] == pytest.approx(calibration.pair_ece(margins), abs=1e-6)
+    assert report["accuracy"] == calibration.accuracy(margins) and report["ece"] == pytest.approx(
+        calibration.pair_ece(margins), abs=1e-6
+    )
 
 
 def test_scores_do_not_depend_on_company(world, run, tmp_path):
@@ -343,28 +683,100 @@ def test_scores_do_not_depend_on_company(world, run, tmp_path):
     together = lines(tmp_path / "in.jsonl", *records)
     reversed_ = lines(tmp_path / "reversed.jsonl", *records[::-1])
     for name, path, micro in (("a", together, 8192), ("b", together, 1), ("c", reversed_, 100)):
-        assert main(["score", "--model", str(run), "--input", path, "--output", str(tmp_path / name), "--micro-tokens", str(micro)]) == 0
+        assert (
+            main(
+                [
+                    "score",
+                    "--model",
+                    str(run),
+                    "--input",
+                    path,
+                    "--output",
+                    str(tmp_path / name),
+                    "--micro-tokens",
+                    str(micro),
+                ]
+            )
+            == 0
+        )
     a, b, c = ([r["reward"] for r in read(tmp_path / n)] for n in "abc")
     assert a == pytest.approx(b, abs=1e-5) and a == pytest.approx(c[::-1], abs=1e-5)
 
 
 def test_max_length_is_the_runs_own_unless_asked(world, run, tmp_path, capsys):
     path = lines(tmp_path / "in.jsonl", {"prompt": "amber " * 100, "response": " basil"})
-    assert main(["score", "--model", str(run), "--input", path, "--output", str(tmp_path / "a")]) == 0
+    assert (
+        main(["score", "--model", str(run), "--input", path, "--output", str(tmp_path / "a")]) == 0
+    )
     assert "1 truncated to 64 tokens" in capsys.readouterr().out
-    assert main(["score", "--model", str(run), "--input", path, "--output", str(tmp_path / "b"), "--max-length", "500"]) == 0
+    assert (
+        main(
+            [
+                "score",
+                "--model",
+                str(run),
+                "--input",
+                path,
+                "--output",
+                str(tmp_path / "b"),
+                "--max-length",
+                "500",
+            ]
+        )
+        == 0
+    )
     assert "0 truncated to 500 tokens" in capsys.readouterr().out
 
 
 def test_truncation_is_the_runs_own_unless_asked(world, tmp_path, capsys):
-    long = lines(tmp_path / "in.jsonl", {"prompt": "amber " * 100, "chosen": " basil", "rejected": " cedar" * 20}, {"prompt": "amber " * 100, "response": " basil"})
-    assert main(["train", "--model", str(world[0] / "model"), "--source", f"a={world[1]['ana'][0]}", "--output", str(tmp_path / "run"),
-                 "--max-length", "64", "--truncate", "together"]) == 0
+    long = lines(
+        tmp_path / "in.jsonl",
+        {"prompt": "amber " * 100, "chosen": " basil", "rejected": " cedar" * 20},
+        {"prompt": "amber " * 100, "response": " basil"},
+    )
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(world[0] / "model"),
+                "--source",
+                f"a={world[1]['ana'][0]}",
+                "--output",
+                str(tmp_path / "run"),
+                "--max-length",
+                "64",
+                "--truncate",
+                "together",
+            ]
+        )
+        == 0
+    )
     found = {}
-    for name, extra in (("own", []), ("together", ["--truncate", "together"]), ("each", ["--truncate", "each"])):
-        assert main(["score", "--model", str(tmp_path / "run"), "--input", long, "--output", str(tmp_path / name), *extra]) == 0
+    for name, extra in (
+        ("own", []),
+        ("together", ["--truncate", "together"]),
+        ("each", ["--truncate", "each"]),
+    ):
+        assert (
+            main(
+                [
+                    "score",
+                    "--model",
+                    str(tmp_path / "run"),
+                    "--input",
+                    long,
+                    "--output",
+                    str(tmp_path / name),
+                    *extra,
+                ]
+            )
+            == 0
+        )
         found[name] = read(tmp_path / name)
-    assert found["own"] == found["together"] != found["each"] and found["own"][1] == found["each"][1]
+    assert (
+        found["own"] == found["together"] != found["each"] and found["own"][1] == found["each"][1]
+    )
 
 
 def test_an_untrained_head_is_said_to_be_one(world, tmp_path, capsys):
@@ -375,8 +787,26 @@ def test_an_untrained_head_is_said_to_be_one(world, tmp_path, capsys):
 
 def test_a_reward_model_goes_on_with_its_head(run, tmp_path):
     good = lines(tmp_path / "good.jsonl", GOOD)
-    assert main(["train", "--model", str(run), "--source", f"a={good}", "--output", str(tmp_path / "out"), "--learning-rate", "1e-30"]) == 0
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["score.weight"], load_file(run / "model.safetensors")["score.weight"])
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(run),
+                "--source",
+                f"a={good}",
+                "--output",
+                str(tmp_path / "out"),
+                "--learning-rate",
+                "1e-30",
+            ]
+        )
+        == 0
+    )
+    assert torch.equal(
+        load_file(tmp_path / "out" / "model.safetensors")["score.weight"],
+        load_file(run / "model.safetensors")["score.weight"],
+    )
 
 
 def test_weights_that_overflow_end_in_one_line_and_exit_code_1(run, tmp_path, capsys):
@@ -385,24 +815,41 @@ def test_weights_that_overflow_end_in_one_line_and_exit_code_1(run, tmp_path, ca
     for name in ("config.json", "tokenizer.json"):
         (broken / name).write_bytes((run / name).read_bytes())
     tensors = load_file(run / "model.safetensors")
-    save_file({k: t * 1e38 if k == "score.weight" else t for k, t in tensors.items()}, broken / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: t * 1e38 if k == "score.weight" else t for k, t in tensors.items()},
+        broken / "model.safetensors",
+        {"format": "pt"},
+    )
     good = lines(tmp_path / "good.jsonl", GOOD)
     capsys.readouterr()
-    assert main(["score", "--model", str(broken), "--input", good, "--output", str(tmp_path / "out")]) in (0, 1)
+    assert main(
+        ["score", "--model", str(broken), "--input", good, "--output", str(tmp_path / "out")]
+    ) in (0, 1)
     tensors["gpt_neox.final_layer_norm.weight"] *= 1e38
-    save_file({k: t * 1e38 if k == "score.weight" else t for k, t in tensors.items()}, broken / "model.safetensors", {"format": "pt"})
-    assert main(["score", "--model", str(broken), "--input", good, "--output", str(tmp_path / "out2")]) == 1
+    save_file(
+        {k: t * 1e38 if k == "score.weight" else t for k, t in tensors.items()},
+        broken / "model.safetensors",
+        {"format": "pt"},
+    )
+    assert (
+        main(["score", "--model", str(broken), "--input", good, "--output", str(tmp_path / "out2")])
+        == 1
+    )
     assert "not finite" in capsys.readouterr().err and not (tmp_path / "out2").exists()
 
 
 def test_importing_needs_neither_transformers_nor_matplotlib():
-    script = ("import sys\nfor m in ('transformers', 'matplotlib'): sys.modules[m] = None\n"
-              "import minimore, minimore.cli, minimore.plots\nassert not minimore.plots.available()")
+    script = (
+        "import sys\nfor m in ('transformers', 'matplotlib'): sys.modules[m] = None\n"
+        "import minimore, minimore.cli, minimore.plots\nassert not minimore.plots.available()"
+    )
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
 
 
 def test_module_and_command_are_one(capsys):
-    out = subprocess.run([sys.executable, "-m", "minimore", "--version"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-m", "minimore", "--version"], capture_output=True, text=True, check=True
+    ).stdout
     with pytest.raises(SystemExit):
         main(["--version"])
     assert out == capsys.readouterr().out

@@ -6,9 +6,21 @@ import pytest
 import torch
 
 from minimore import more
-from minimore.more import (WEIGHTINGS, bradley_terry_losses, frank_wolfe_weights, group_dro_weights, head_gradients,
-                           min_norm_weights, more_loss, more_weights, normalize_gradients, pair_losses,
-                           proportional_weights, uniform_weights, weighted_loss)
+from minimore.more import (
+    WEIGHTINGS,
+    bradley_terry_losses,
+    frank_wolfe_weights,
+    group_dro_weights,
+    head_gradients,
+    min_norm_weights,
+    more_loss,
+    more_weights,
+    normalize_gradients,
+    pair_losses,
+    proportional_weights,
+    uniform_weights,
+    weighted_loss,
+)
 
 
 def batch(B=12, K=3, D=5, seed=0, dtype=torch.float64):
@@ -29,8 +41,12 @@ def optimality_gap(gradients):
 def test_losses_are_means_per_source_of_the_logistic_loss():
     head, zc, zr, source = batch()
     for k, loss in enumerate(bradley_terry_losses(head, zc, zr, source)):
-        margins = [(zc[b] @ head - zr[b] @ head).item() for b in range(len(source)) if source[b] == k]
-        slow = sum(torch.log1p(torch.exp(torch.tensor(-m, dtype=torch.float64))).item() for m in margins) / len(margins)
+        margins = [
+            (zc[b] @ head - zr[b] @ head).item() for b in range(len(source)) if source[b] == k
+        ]
+        slow = sum(
+            torch.log1p(torch.exp(torch.tensor(-m, dtype=torch.float64))).item() for m in margins
+        ) / len(margins)
         assert abs(loss.item() - slow) < 1e-12
 
 
@@ -43,25 +59,37 @@ def test_head_gradients_equal_autograd(K):
     head, zc, zr, source = batch(K=K)
     head.requires_grad_()
     losses = bradley_terry_losses(head, zc, zr, source)
-    autograd = torch.stack([torch.autograd.grad(loss, head, retain_graph=True)[0] for loss in losses])
+    autograd = torch.stack(
+        [torch.autograd.grad(loss, head, retain_graph=True)[0] for loss in losses]
+    )
     assert torch.allclose(head_gradients(head, zc, zr, source), autograd, rtol=0, atol=1e-14)
 
 
 def test_label_smoothing_mixes_in_the_other_way_round():
     head, zc, zr, source = batch(K=3)
     head.requires_grad_()
-    losses = bradley_terry_losses(head, zc, zr, source, smoothing=.1)
-    plain, other = bradley_terry_losses(head, zc, zr, source), bradley_terry_losses(head, zr, zc, source)
-    assert torch.allclose(losses, .9 * plain + .1 * other, rtol=0, atol=1e-14)
-    autograd = torch.stack([torch.autograd.grad(loss, head, retain_graph=True)[0] for loss in losses])
-    assert torch.allclose(head_gradients(head, zc, zr, source, smoothing=.1), autograd, rtol=0, atol=1e-14)
-    best = torch.tensor(.9).logit()                                              # of all margins the smoothed loss wants this one
-    assert pair_losses(best, .1) < min(pair_losses(best + d, .1) for d in (-.01, .01))
+    losses = bradley_terry_losses(head, zc, zr, source, smoothing=0.1)
+    plain, other = (
+        bradley_terry_losses(head, zc, zr, source),
+        bradley_terry_losses(head, zr, zc, source),
+    )
+    assert torch.allclose(losses, 0.9 * plain + 0.1 * other, rtol=0, atol=1e-14)
+    autograd = torch.stack(
+        [torch.autograd.grad(loss, head, retain_graph=True)[0] for loss in losses]
+    )
+    assert torch.allclose(
+        head_gradients(head, zc, zr, source, smoothing=0.1), autograd, rtol=0, atol=1e-14
+    )
+    best = torch.tensor(0.9).logit()  # of all margins the smoothed loss wants this one
+    assert pair_losses(best, 0.1) < min(pair_losses(best + d, 0.1) for d in (-0.01, 0.01))
 
 
 def test_a_source_without_a_pair_is_nan_and_stays_out_of_the_solve():
     head, zc, zr, source = batch(K=2)
-    losses, gradients = bradley_terry_losses(head, zc, zr, source, 3), head_gradients(head, zc, zr, source, 3)
+    losses, gradients = (
+        bradley_terry_losses(head, zc, zr, source, 3),
+        head_gradients(head, zc, zr, source, 3),
+    )
     assert losses.isnan().tolist() == [False, False, True] and gradients[2].isnan().all()
     for name, weigh in WEIGHTINGS.items():
         weights = weigh(losses, gradients, torch.bincount(source, minlength=3), {})
@@ -71,7 +99,11 @@ def test_a_source_without_a_pair_is_nan_and_stays_out_of_the_solve():
     loss, weights = more_loss(head, zc, zr, source, 3)
     loss.backward()
     two = more_loss(head, zc, zr, source, 2)
-    assert head.grad.isfinite().all() and torch.equal(weights[:2], two[1]) and loss.item() == two[0].item()
+    assert (
+        head.grad.isfinite().all()
+        and torch.equal(weights[:2], two[1])
+        and loss.item() == two[0].item()
+    )
 
 
 def zoo():
@@ -90,8 +122,20 @@ def zoo():
         yield "tiny", G * 1e-150
 
 
-@pytest.mark.parametrize("name", ["plain", "scaled", "near parallel", "near parallel in fp32", "duplicate", "opposite",
-                                  "opposite, other length", "huge", "tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain",
+        "scaled",
+        "near parallel",
+        "near parallel in fp32",
+        "duplicate",
+        "opposite",
+        "opposite, other length",
+        "huge",
+        "tiny",
+    ],
+)
 def test_min_norm_weights_are_optimal(name):
     assert max(optimality_gap(G) for kind, G in zoo() if kind == name) < 1e-9
 
@@ -101,7 +145,12 @@ def test_two_sources_have_the_closed_form():
     for _ in range(200):
         g1, g2 = torch.randn(2, 3, generator=g, dtype=torch.float64)
         first = (((g2 - g1) @ g2) / ((g1 - g2) @ (g1 - g2))).clamp(0, 1)
-        assert torch.allclose(min_norm_weights(torch.stack([g1, g2])), torch.stack([first, 1 - first]), rtol=0, atol=1e-10)
+        assert torch.allclose(
+            min_norm_weights(torch.stack([g1, g2])),
+            torch.stack([first, 1 - first]),
+            rtol=0,
+            atol=1e-10,
+        )
 
 
 def test_special_rows():
@@ -109,7 +158,13 @@ def test_special_rows():
     assert min_norm_weights(one).tolist() == [1.0]
     assert min_norm_weights(torch.zeros(3, 2)).tolist() == pytest.approx([1 / 3] * 3)
     assert min_norm_weights(torch.tensor([[1.0, 0], [0, 0], [0, 1]])).tolist() == [0, 1, 0]
-    for bad in (torch.tensor([[1.0, float("nan")]]), torch.tensor([[float("inf"), 1.0]]), torch.ones(3), torch.ones(0, 2), torch.eye(13)):
+    for bad in (
+        torch.tensor([[1.0, float("nan")]]),
+        torch.tensor([[float("inf"), 1.0]]),
+        torch.ones(3),
+        torch.ones(0, 2),
+        torch.eye(13),
+    ):
         with pytest.raises(ValueError):
             min_norm_weights(bad)
 
@@ -124,13 +179,24 @@ def test_frank_wolfe_approaches_the_exact_solution_from_above():
 
 
 def test_small_gradients_capture_the_weight_unless_normalised():
-    G = torch.diag(torch.tensor([1, .5, .3, .1, .02], dtype=torch.float64))
-    assert min_norm_weights(G).tolist() == pytest.approx([.0004, .0015, .0042, .0376, .9403], abs=.02)
-    assert min_norm_weights(normalize_gradients(G, torch.ones(5, dtype=torch.float64), "l2")).tolist() == pytest.approx([.2] * 5)
+    G = torch.diag(torch.tensor([1, 0.5, 0.3, 0.1, 0.02], dtype=torch.float64))
+    assert min_norm_weights(G).tolist() == pytest.approx(
+        [0.0004, 0.0015, 0.0042, 0.0376, 0.9403], abs=0.02
+    )
+    assert min_norm_weights(
+        normalize_gradients(G, torch.ones(5, dtype=torch.float64), "l2")
+    ).tolist() == pytest.approx([0.2] * 5)
 
 
-@pytest.mark.parametrize("how, expected", [("none", [3.0, 4.0]), ("l2", [.6, .8]), ("loss", [3 / (3 / 8), 4 / (3 / 8)]),
-                                           ("loss+", [3 / 10, 4 / 10])])
+@pytest.mark.parametrize(
+    "how, expected",
+    [
+        ("none", [3.0, 4.0]),
+        ("l2", [0.6, 0.8]),
+        ("loss", [3 / (3 / 8), 4 / (3 / 8)]),
+        ("loss+", [3 / 10, 4 / 10]),
+    ],
+)
 def test_normalisations_are_the_authors_formulas(how, expected):
     G, losses = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([2.0, 4.0])
     assert normalize_gradients(G, losses, how)[0].tolist() == pytest.approx(expected)
@@ -141,24 +207,30 @@ def test_normalisations_are_the_authors_formulas(how, expected):
 @pytest.mark.parametrize("scale", [1e-30, 1e-39, 1.0, 1e30])
 def test_l2_keeps_tiny_and_huge_rows_of_length_one(scale):
     G = torch.tensor([[3.0, 4.0], [1.0, 0.0]]) * torch.tensor([[scale], [1.0]])
-    assert normalize_gradients(G, torch.ones(2), "l2").norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert normalize_gradients(G, torch.ones(2), "l2").norm(dim=1).tolist() == pytest.approx(
+        [1, 1], abs=1e-5
+    )
 
 
 def test_a_saturated_source_does_not_break_loss_plus():
     G, losses = torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([0.0, 2.0])
-    assert normalize_gradients(G, losses, "loss+").tolist() == [[0, 0], pytest.approx([.3, .4])]
+    assert normalize_gradients(G, losses, "loss+").tolist() == [[0, 0], pytest.approx([0.3, 0.4])]
     assert more_weights(losses, G, torch.tensor([1, 1]), {}, normalize="loss+").tolist() == [1, 0]
 
 
 def test_two_sources_of_unit_length_are_uniform():
     G = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
-    assert more_weights(torch.ones(2), G, torch.tensor([1, 1]), {}).tolist() == pytest.approx([.5, .5])
+    assert more_weights(torch.ones(2), G, torch.tensor([1, 1]), {}).tolist() == pytest.approx(
+        [0.5, 0.5]
+    )
 
 
 def test_more_loss_with_one_source_is_bradley_terry():
     head, zc, zr, _ = batch()
     loss, weights = more_loss(head, zc, zr, torch.zeros(12, dtype=torch.int64))
-    assert weights.tolist() == [1.0] and loss.item() == pytest.approx(pair_losses((zc - zr) @ head).mean().item(), abs=1e-14)
+    assert weights.tolist() == [1.0] and loss.item() == pytest.approx(
+        pair_losses((zc - zr) @ head).mean().item(), abs=1e-14
+    )
 
 
 def test_the_gradient_of_more_is_the_shortest_vector():
@@ -168,15 +240,22 @@ def test_the_gradient_of_more_is_the_shortest_vector():
     loss.backward()
     gradients = head_gradients(head, zc, zr, source)
     assert torch.allclose(head.grad, weights @ gradients, rtol=0, atol=1e-14)
-    assert (gradients @ head.grad).min() >= head.grad.square().sum() - 1e-12      # going down it goes down for everyone
+    assert (
+        gradients @ head.grad
+    ).min() >= head.grad.square().sum() - 1e-12  # going down it goes down for everyone
     assert not weights.requires_grad
 
 
 def test_the_readers_five_lines_run_in_fp32():
     head, zc, zr, source = batch(dtype=torch.float32)
-    losses, gradients = bradley_terry_losses(head, zc, zr, source), head_gradients(head, zc, zr, source)
+    losses, gradients = (
+        bradley_terry_losses(head, zc, zr, source),
+        head_gradients(head, zc, zr, source),
+    )
     loss = weighted_loss(min_norm_weights(gradients), losses)
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(more_loss(head, zc, zr, source, normalize="none")[0].item())
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(
+        more_loss(head, zc, zr, source, normalize="none")[0].item()
+    )
 
 
 def test_proportional_weights_are_the_plain_mean_over_pairs():
@@ -184,25 +263,31 @@ def test_proportional_weights_are_the_plain_mean_over_pairs():
     source = torch.tensor([0] * 7 + [1] * 4 + [2])
     losses = bradley_terry_losses(head, zc, zr, source)
     weights = proportional_weights(losses, None, torch.bincount(source), {})
-    assert weighted_loss(weights, losses).item() == pytest.approx(pair_losses((zc - zr) @ head).mean().item())
-    assert uniform_weights(losses, None, torch.bincount(source), {}).tolist() == pytest.approx([1 / 3] * 3)
+    assert weighted_loss(weights, losses).item() == pytest.approx(
+        pair_losses((zc - zr) @ head).mean().item()
+    )
+    assert uniform_weights(losses, None, torch.bincount(source), {}).tolist() == pytest.approx(
+        [1 / 3] * 3
+    )
 
 
 def test_gradient_average_starts_at_the_first_gradient_and_skips_absent_sources():
     losses, pairs = torch.ones(2), torch.tensor([1, 1])
     first, second = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[0, 1.0], [0, 2]])
     state = {}
-    more_weights(losses, first, pairs, state, average=.25)
+    more_weights(losses, first, pairs, state, average=0.25)
     assert torch.equal(state["average"], first)
     nan = second.clone()
     nan[1] = torch.nan
-    more_weights(losses, nan, torch.tensor([1, 0]), state, average=.25)
-    assert torch.equal(state["average"], torch.tensor([[.75, .25], [0, 1]]))
+    more_weights(losses, nan, torch.tensor([1, 0]), state, average=0.25)
+    assert torch.equal(state["average"], torch.tensor([[0.75, 0.25], [0, 1]]))
     fresh = {}
-    weights = more_weights(losses, nan, torch.tensor([1, 0]), fresh, average=.25)
+    weights = more_weights(losses, nan, torch.tensor([1, 0]), fresh, average=0.25)
     assert weights.tolist() == [1, 0] and fresh["seen"].tolist() == [True, False]
-    more_weights(losses, second, pairs, fresh, average=.25)
-    assert torch.equal(fresh["average"][1], second[1])                            # its first gradient, not an average with zero
+    more_weights(losses, second, pairs, fresh, average=0.25)
+    assert torch.equal(
+        fresh["average"][1], second[1]
+    )  # its first gradient, not an average with zero
     untouched = {}
     more_weights(losses, first, pairs, untouched)
     assert untouched == {}
@@ -211,14 +296,22 @@ def test_gradient_average_starts_at_the_first_gradient_and_skips_absent_sources(
 def test_group_dro_multiplies_and_remembers():
     losses, pairs, state = torch.tensor([1.0, 0.0]), torch.tensor([1, 1]), {}
     for n in (1, 2):
-        weights = group_dro_weights(losses, None, pairs, state, rate=.5)
-        e = torch.tensor(.5 * n).exp()
+        weights = group_dro_weights(losses, None, pairs, state, rate=0.5)
+        e = torch.tensor(0.5 * n).exp()
         assert weights.tolist() == pytest.approx([(e / (e + 1)).item(), (1 / (e + 1)).item()])
     before = state["log_q"].clone()
-    assert group_dro_weights(torch.tensor([1.0, float("nan")]), None, torch.tensor([3, 0]), state, rate=0.0).tolist() == [1, 0]
+    assert group_dro_weights(
+        torch.tensor([1.0, float("nan")]), None, torch.tensor([3, 0]), state, rate=0.0
+    ).tolist() == [1, 0]
     assert torch.allclose(state["log_q"], before)
-    assert group_dro_weights(torch.tensor([1e6, 1.0]), None, pairs, {}).tolist() == [1, 0]        # exp(1e4) would overflow
+    assert group_dro_weights(torch.tensor([1e6, 1.0]), None, pairs, {}).tolist() == [
+        1,
+        0,
+    ]  # exp(1e4) would overflow
 
 
 def test_every_weighting_is_named():
-    assert list(WEIGHTINGS) == ["more", "uniform", "proportional", "group_dro"] and more.MOST_SOURCES == 12
+    assert (
+        list(WEIGHTINGS) == ["more", "uniform", "proportional", "group_dro"]
+        and more.MOST_SOURCES == 12
+    )

@@ -21,7 +21,9 @@ generator = torch.Generator().manual_seed(4)
 # (-1, 0) for the first source and (.5, -1) for the second.
 
 z_chosen, z_rejected = torch.tensor([[2.0, 0], [0, 2]]), torch.tensor([[0.0, 0], [1, 0]])
-from_pairs = head_gradients(torch.zeros(2), z_chosen, z_rejected, source=torch.tensor([0, 1]))              # (K, D)
+from_pairs = head_gradients(
+    torch.zeros(2), z_chosen, z_rejected, source=torch.tensor([0, 1])
+)  # (K, D)
 print("gradients of two sources:", from_pairs.tolist())
 
 # A small step against d changes the loss of source k by -g_k . d per unit of step. Two gradients agree if g_1 . g_2 > 0: a step
@@ -45,10 +47,12 @@ def two_by_formula(G):
     return torch.stack([w, 1 - w])
 
 
-cases = {"at right angles": torch.tensor([[2.0, 0], [0, 1]]),            # .2 and .8: the shorter one weighs more
-         "one far longer": torch.tensor([[3.0, 0], [1, 0.5]]),           # 0 and 1: an end of the line
-         "loud and quiet": loud,                                         # 5/17 and 12/17
-         "opposite": torch.tensor([[1.0, 0], [-3, 0]])}                  # 3/4 and 1/4: the shortest vector is 0
+cases = {
+    "at right angles": torch.tensor([[2.0, 0], [0, 1]]),  # .2 and .8: the shorter one weighs more
+    "one far longer": torch.tensor([[3.0, 0], [1, 0.5]]),  # 0 and 1: an end of the line
+    "loud and quiet": loud,  # 5/17 and 12/17
+    "opposite": torch.tensor([[1.0, 0], [-3, 0]]),
+}  # 3/4 and 1/4: the shortest vector is 0
 for name, G in cases.items():
     print(f"{name:15} weights {two_by_formula(G)} shortest vector {two_by_formula(G) @ G}")
 
@@ -68,7 +72,7 @@ five = torch.randn(5, 8, generator=generator) + 0.5
 weights = min_norm_weights(five)
 d = weights @ five
 others = torch.rand(10_000, 5, generator=generator) ** 3
-others = others / others.sum(1, keepdim=True) @ five                                                         # (10000, D)
+others = others / others.sum(1, keepdim=True) @ five  # (10000, D)
 print("weights of five sources", weights, "\n     g_k . d / ||d||^2 ", five @ d / (d @ d))
 print(f"length {d.norm():.4f}, the best of 10,000 random weightings {others.norm(dim=1).min():.4f}")
 
@@ -78,8 +82,13 @@ print(f"length {d.norm():.4f}, the best of 10,000 random weightings {others.norm
 # 1,000 iterations. minimore solves exactly, and so has no tolerance to choose.
 
 iterations = [1, 10, 100, 1000]
-excess = [float((frank_wolfe_weights(five, n, tolerance=0.0) @ five).norm() - d.norm()) for n in iterations]
-print("Frank-Wolfe, too long by:", ", ".join(f"{e:.4f} after {n}" for n, e in zip(iterations, excess)))
+excess = [
+    float((frank_wolfe_weights(five, n, tolerance=0.0) @ five).norm() - d.norm())
+    for n in iterations
+]
+print(
+    "Frank-Wolfe, too long by:", ", ".join(f"{e:.4f} after {n}" for n, e in zip(iterations, excess))
+)
 
 # %% What lengths do
 # Five gradients at right angles, of lengths 1, .5, .3, .1 and .02. The weights go with 1 / length^2, 1 : 4 : 11.1 : 100 : 2500,
@@ -114,13 +123,18 @@ print("weights beside a zero gradient:", with_zero)
 # If the third has less of it, .3, the weights lean to the third: the shared part of the step falls from .77 to .63, and .29 of
 # drift remains where uniform weights leave none.
 
-drift = torch.tensor([[0, 1, 0], [0, -0.5, 0.75 ** 0.5], [0, -0.5, -(0.75 ** 0.5)]])
-alike, unlike = drift + torch.tensor([1.0, 0, 0]), drift + torch.tensor([[1, 0, 0], [1, 0, 0], [0.3, 0, 0]])
+drift = torch.tensor([[0, 1, 0], [0, -0.5, 0.75**0.5], [0, -0.5, -(0.75**0.5)]])
+alike, unlike = (
+    drift + torch.tensor([1.0, 0, 0]),
+    drift + torch.tensor([[1, 0, 0], [1, 0, 0], [0.3, 0, 0]]),
+)
 agree, lean = min_norm_weights(alike), min_norm_weights(unlike)
 more, uniform = lean @ unlike, unlike.mean(0)
 print("weights, shared part the same:", agree, "\nweights, the third has less:  ", lean)
-print(f"the third has less: MORE keeps {more[0]:.2f} shared and {more[1:].norm():.2f} drift, "
-      f"uniform {uniform[0]:.2f} shared and {uniform[1:].norm():.2f} drift")
+print(
+    f"the third has less: MORE keeps {more[0]:.2f} shared and {more[1:].norm():.2f} drift, "
+    f"uniform {uniform[0]:.2f} shared and {uniform[1:].norm():.2f} drift"
+)
 
 # %% What was claimed
 close = lambda a, *b, atol=1e-9: torch.allclose(a, torch.tensor(b, dtype=a.dtype), atol=atol)
@@ -130,10 +144,16 @@ for G, expected in zip(cases.values(), [(0.2, 0.8), (0, 1), (5 / 17, 12 / 17), (
     assert close(two_by_formula(G), *expected) and close(min_norm_weights(G), *expected)
 assert (loud @ fair >= fair @ fair - 1e-9).all() and fair @ fair > 0.5
 assert (min_norm_weights(cases["opposite"]) @ cases["opposite"]).norm() < 1e-9
-assert (weights == 0).sum() == 2 and torch.allclose((five @ d)[weights > 0], d @ d) and ((five @ d)[weights == 0] > d @ d).all()
+assert (
+    (weights == 0).sum() == 2
+    and torch.allclose((five @ d)[weights > 0], d @ d)
+    and ((five @ d)[weights == 0] > d @ d).all()
+)
 assert (others.norm(dim=1) > d.norm()).all()
 assert all(abs(e / told - 1) < 0.5 for e, told in zip(excess, (0.3, 0.06, 0.01, 0.002)))
-assert close(by_length, *(lengths ** -2 / (lengths ** -2).sum())) and close(by_length[4], 0.956, atol=5e-4)
+assert close(by_length, *(lengths**-2 / (lengths**-2).sum())) and close(
+    by_length[4], 0.956, atol=5e-4
+)
 assert (by_direction - 1 / 5).abs().max() < 0.02 and min_norm_weights(wide)[4] > 0.9
 assert close(twins[2], 0.5) and close(twins[:2].sum(), 0.5) and with_zero.tolist() == [0, 1, 0]
 assert close(agree, 1 / 3, 1 / 3, 1 / 3) and uniform[1:].norm() < 1e-9

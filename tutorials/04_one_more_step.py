@@ -13,11 +13,19 @@ from pathlib import Path
 
 import torch
 
-from minimore import (ModelOptions, bradley_terry_losses, head_gradients, load_source, min_norm_weights, open_reward_model,
-                      pack_pairs, weighted_loss)
-from minimore.engine import Weighing, step
+from minimore import (
+    ModelOptions,
+    bradley_terry_losses,
+    head_gradients,
+    load_source,
+    min_norm_weights,
+    open_reward_model,
+    pack_pairs,
+    weighted_loss,
+)
+from minimore.data.world import World
+from minimore.engine.plain import Weighing, step
 from minimore.more import more_weights, normalize_gradients
-from minimore.world import World
 
 torch.set_printoptions(precision=4, sci_mode=False, linewidth=120)
 
@@ -26,10 +34,16 @@ torch.set_printoptions(precision=4, sci_mode=False, linewidth=120)
 # as real data would be. The model is a GPT-NeoX of width 64 with random weights and a random head.
 
 with tempfile.TemporaryDirectory() as name:
-    world, folder = World(annotators=("ana", "ben", "cleo"), conflict=0.6, train_pairs=(8,), test_pairs=1), Path(name)
+    world, folder = (
+        World(annotators=("ana", "ben", "cleo"), conflict=0.6, train_pairs=(8,), test_pairs=1),
+        Path(name),
+    )
     paths = world.write(folder)
     model, checkpoint = open_reward_model(ModelOptions(model=str(folder / "model"), device="cpu"))
-    sources = [load_source(name, str(train), checkpoint.tokenizer, max_length=64) for name, (train, _) in paths.items()]
+    sources = [
+        load_source(name, str(train), checkpoint.tokenizer, max_length=64)
+        for name, (train, _) in paths.items()
+    ]
 for source in sources:
     print(source.line())
 
@@ -39,7 +53,9 @@ for source in sources:
 order = [(k, i) for i in range(4) for k in range(3)]
 pairs = [sources[k].pairs[i] for k, i in order]
 batch = pack_pairs(pairs, [k for k, _ in order])
-print(f"tokens ({len(batch.stream.tokens)},), read at {len(batch.stream.last)} places, {batch.stream.last[:4].tolist()} and so on")
+print(
+    f"tokens ({len(batch.stream.tokens)},), read at {len(batch.stream.last)} places, {batch.stream.last[:4].tolist()} and so on"
+)
 print("source (12,):", batch.source.tolist())
 
 # %% Forward: hidden states, margins, losses
@@ -48,7 +64,7 @@ print("source (12,):", batch.source.tolist())
 
 z_chosen, z_rejected = model.features(batch)
 margins = ((z_chosen - z_rejected) @ model.head).detach()
-losses = bradley_terry_losses(model.head, z_chosen, z_rejected, batch.source)                                # Eq. 1
+losses = bradley_terry_losses(model.head, z_chosen, z_rejected, batch.source)  # Eq. 1
 print("z_chosen", tuple(z_chosen.shape), "begins", z_chosen[0, :5].detach())
 print("margins (12,):", margins)
 print("losses (3,):", losses.detach())
@@ -74,7 +90,7 @@ print("weights, raw gradients:", raw, "\nweights, after l2:     ", weights)
 # sum_k lambda_k L_k (Eq. 7) is an ordinary loss, and backward gives every parameter its gradient. For the head we know it
 # already: weights @ gradients.
 
-loss = weighted_loss(weights, losses)                                                                        # Eq. 7
+loss = weighted_loss(weights, losses)  # Eq. 7
 loss.backward()
 by_hand = {name: p.grad.clone() for name, p in model.named_parameters()}
 known = weights @ gradients
@@ -82,7 +98,7 @@ print(f"loss {loss:.4f}; {len(by_hand)} tensors of parameters have a gradient")
 print("head, by backward:        ", by_hand["head"][:5], "\nhead, weights @ gradients:", known[:5])
 
 # %% The library's step, and micro-batches
-# `minimore.engine.step` does what you have just seen. If 12 pairs are too many for the memory it takes them in parts, but the
+# `minimore.engine.plain.step` does what you have just seen. If 12 pairs are too many for the memory it takes them in parts, but the
 # weights must see all 12 at once: a first pass collects every z, the weights are solved, a second pass carries the gradient down.
 # Up to rounding this is the same gradient. Solving the weights in each half, and averaging, gives another one.
 
@@ -96,12 +112,18 @@ def gradient_of(*batches, apart=False):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-halves = [pack_pairs(pairs[i:i + 6], batch.source[i:i + 6].tolist()) for i in (0, 6)]
+halves = [pack_pairs(pairs[i : i + 6], batch.source[i : i + 6].tolist()) for i in (0, 6)]
 mine = torch.cat([g.flatten() for g in by_hand.values()])
-found = {"one batch": gradient_of(batch), "two micro-batches": gradient_of(*halves),
-         "weights per half": gradient_of(*halves, apart=True)}
+found = {
+    "one batch": gradient_of(batch),
+    "two micro-batches": gradient_of(*halves),
+    "weights per half": gradient_of(*halves, apart=True),
+}
 distance = {name: float((g - mine).norm() / mine.norm()) for name, g in found.items()}
-print("relative distance from the gradient by hand:", ", ".join(f"{name} {x:.0e}" for name, x in distance.items()))
+print(
+    "relative distance from the gradient by hand:",
+    ", ".join(f"{name} {x:.0e}" for name, x in distance.items()),
+)
 
 # %% What the shortest gradient promises
 # Let d be the shortest mean of the raw gradients. Then g_k . d >= ||d||^2 for every source, so a small step of the head against d
@@ -123,16 +145,30 @@ equal = min_norm_weights(normalize_gradients(loud, torch.ones(2), "l2")).float()
 print("loud and quiet: weights after l2", equal, "g_k . d", loud @ (equal @ loud))
 
 # %% What was claimed
-assert z_chosen.shape == z_rejected.shape == (12, 64) and losses.shape == (3,) and gradients.shape == (3, 64)
+assert (
+    z_chosen.shape == z_rejected.shape == (12, 64)
+    and losses.shape == (3,)
+    and gradients.shape == (3, 64)
+)
 assert len(batch.stream.last) == 24 and len(batch.stream.tokens) == sum(p.tokens for p in pairs)
 assert (margins > 0).any() and (margins < 0).any() and (losses > math.log(2)).all()
 assert (cosines - torch.eye(3)).abs().max() < 0.2 and (weights - 1 / 3).abs().max() < 0.06
 assert raw.argmax() == gradients.norm(dim=1).argmin() == 1 and not weights.requires_grad
 assert torch.isclose(loss, sum(w * l for w, l in zip(weights, losses)))
 assert torch.allclose(by_hand["head"], known, atol=1e-5) and known.norm() > 1
-assert distance["one batch"] < 1e-5 and distance["two micro-batches"] < 1e-5 and distance["weights per half"] > 0.05
-assert (gradients @ d >= d @ d - 1e-4).all() and torch.allclose(change, -(d @ d), rtol=0.01) and (change < 0).all()
-assert torch.allclose(equal, torch.tensor([0.5, 0.5])) and torch.isclose(loud[1] @ (equal @ loud), torch.tensor(-0.5))
+assert (
+    distance["one batch"] < 1e-5
+    and distance["two micro-batches"] < 1e-5
+    and distance["weights per half"] > 0.05
+)
+assert (
+    (gradients @ d >= d @ d - 1e-4).all()
+    and torch.allclose(change, -(d @ d), rtol=0.01)
+    and (change < 0).all()
+)
+assert torch.allclose(equal, torch.tensor([0.5, 0.5])) and torch.isclose(
+    loud[1] @ (equal @ loud), torch.tensor(-0.5)
+)
 
 # %% Two exercises
 # Exercise 1. Give every annotator 400 pairs and put them all into one batch. Compare the cosines for conflict 0, .6 and 1, and

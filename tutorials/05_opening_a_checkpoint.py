@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from minimore import Checkpoint
-from minimore.attention import pack
-from minimore.checkpoint import random_checkpoint
+from minimore.data.world import small_gpt_neox, train_tokenizer
+from minimore.model.attention import pack
+from minimore.model.checkpoint import random_checkpoint
 from minimore.options import InputError
-from minimore.world import small_gpt_neox, train_tokenizer
 
 # %% A directory
 # One block of width 32 with two heads of 16, random weights of standard deviation .3. Real ones differ in size only: Pythia-6.9B
@@ -26,10 +26,23 @@ from minimore.world import small_gpt_neox, train_tokenizer
 folder = tempfile.TemporaryDirectory()
 directory = Path(folder.name) / "model"
 train_tokenizer(["the cat sat on the mat"], Path(folder.name) / "tokenizer.json", vocabulary=280)
-random_checkpoint(directory, small_gpt_neox(32, 1, 2, 280), Path(folder.name) / "tokenizer.json", seed=0, std=0.3)
+random_checkpoint(
+    directory, small_gpt_neox(32, 1, 2, 280), Path(folder.name) / "tokenizer.json", seed=0, std=0.3
+)
 config = json.loads((directory / "config.json").read_text())
 print({p.name: p.stat().st_size for p in directory.iterdir()})
-print({key: config[key] for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "rotary_pct")})
+print(
+    {
+        key: config[key]
+        for key in (
+            "model_type",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "rotary_pct",
+        )
+    }
+)
 
 # %% The bytes of a safetensors file
 # Eight bytes say how long the header is; the header is JSON: name -> type, shape, and where its bytes begin and end; the rest is
@@ -37,9 +50,11 @@ print({key: config[key] for key in ("model_type", "hidden_size", "num_hidden_lay
 
 data = (directory / "model.safetensors").read_bytes()
 length = int.from_bytes(data[:8], "little")
-header = json.loads(data[8:8 + length])
+header = json.loads(data[8 : 8 + length])
 header.pop("__metadata__")
-print(f"{len(data)} bytes: 8 + {length} of header + {len(data) - 8 - length} of numbers, {len(header)} tensors")
+print(
+    f"{len(data)} bytes: 8 + {length} of header + {len(data) - 8 - length} of numbers, {len(header)} tensors"
+)
 
 
 def tensor(name):
@@ -54,7 +69,9 @@ def linear(x, name):
 
 def norm(x, name):
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + config["layer_norm_eps"]).sqrt() * tensor(name + ".weight") + tensor(name + ".bias")
+    return centred / (
+        centred.square().mean(-1, keepdim=True) + config["layer_norm_eps"]
+    ).sqrt() * tensor(name + ".weight") + tensor(name + ".bias")
 
 
 # %% From tokens to queries, keys and values
@@ -63,10 +80,12 @@ def norm(x, name):
 
 opened = Checkpoint(str(directory))
 tokens = opened.tokenizer.encode(["the cat sat on the mat"])[0]
-x = tensor("embed_in.weight")[tokens]                                                        # (N, D)
+x = tensor("embed_in.weight")[tokens]  # (N, D)
 N, H, C, R = len(tokens), 2, 16, 4
-qkv = linear(norm(x, "layers.0.input_layernorm"), "layers.0.attention.query_key_value").view(N, H, 3, C)
-angle = torch.arange(N)[:, None] * 10000.0 ** (-torch.arange(0, R, 2) / R)                   # (N, R / 2)
+qkv = linear(norm(x, "layers.0.input_layernorm"), "layers.0.attention.query_key_value").view(
+    N, H, 3, C
+)
+angle = torch.arange(N)[:, None] * 10000.0 ** (-torch.arange(0, R, 2) / R)  # (N, R / 2)
 
 
 def rotate(heads):
@@ -75,15 +94,17 @@ def rotate(heads):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
-q, k, v = rotate(qkv[:, :, 0]), rotate(qkv[:, :, 1]), qkv[:, :, 2]                           # (N, H, C) each
+q, k, v = rotate(qkv[:, :, 0]), rotate(qkv[:, :, 1]), qkv[:, :, 2]  # (N, H, C) each
 print(f"{N} tokens, hidden states {tuple(x.shape)}, queries {tuple(q.shape)}")
 
 # %% Attention, MLP, residual, final norm
 # Each token sees itself and what came before. GPT-NeoX adds attention and MLP to the stream in parallel: both read the same x.
 
-scores = torch.einsum("qhc,khc->hqk", q, k) / C ** 0.5
+scores = torch.einsum("qhc,khc->hqk", q, k) / C**0.5
 scores = scores.masked_fill(torch.ones(N, N, dtype=torch.bool).triu(1), -torch.inf)
-attended = linear(torch.einsum("hqk,khc->qhc", scores.softmax(-1), v).reshape(N, -1), "layers.0.attention.dense")
+attended = linear(
+    torch.einsum("hqk,khc->qhc", scores.softmax(-1), v).reshape(N, -1), "layers.0.attention.dense"
+)
 inner = F.gelu(linear(norm(x, "layers.0.post_attention_layernorm"), "layers.0.mlp.dense_h_to_4h"))
 by_hand = norm(x + attended + linear(inner, "layers.0.mlp.dense_4h_to_h"), "final_layer_norm")[-1]
 print("last hidden state by hand:    ", by_hand[:4])
@@ -108,7 +129,11 @@ print("with hidden_size 64:", refusal)
 folder.cleanup()
 
 # %% What was claimed
-assert len(header) == 15 and sum(e["data_offsets"][1] - e["data_offsets"][0] for e in header.values()) == len(data) - 8 - length
+assert (
+    len(header) == 15
+    and sum(e["data_offsets"][1] - e["data_offsets"][0] for e in header.values())
+    == len(data) - 8 - length
+)
 assert all(e["dtype"] == "F32" for e in header.values())
 assert torch.allclose(by_hand, hidden, atol=1e-5) and hidden.std() > 0.5
 assert head is None and "has shape (280, 32), but config.json asks for (280, 64)" in refusal

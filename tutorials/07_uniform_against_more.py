@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from minimore.calibration import accuracy, pair_ece
-from minimore.features import ProbeOptions, train_head
+from minimore.data.world import WORDS, World
+from minimore.lab.features import ProbeOptions, train_head
 from minimore.uncertainty import detectable, over_seeds
-from minimore.world import WORDS, World
 
 # %% Heads on word counts
 # As in tutorial 6 a head reads word counts, so a run takes a tenth of a second and ten seeds are no luxury. A seed is another world, other
@@ -26,7 +26,9 @@ def differences(random, world, k, count):
     words = random.integers(W, size=(2, count, 14))
     counts = [np.stack([np.bincount(w, minlength=W) for w in side]) for side in words]
     d, (shared, drifts) = (counts[0] - counts[1]) / np.sqrt(14), world.values()
-    p = 1 / (1 + np.exp(-world.decisiveness[k % len(world.decisiveness)] * d @ (shared + drifts[k])))
+    p = 1 / (
+        1 + np.exp(-world.decisiveness[k % len(world.decisiveness)] * d @ (shared + drifts[k]))
+    )
     return d * np.where(random.random(count) < p, 1, -1)[:, None]
 
 
@@ -35,15 +37,35 @@ def compare(sizes=(1500,) * 5, epochs=1, **fields):
     rows = []
     for seed in range(SEEDS):
         world, random = World(seed=seed, **fields), np.random.default_rng(seed)
-        train = [torch.tensor(differences(random, world, k, n), dtype=torch.float32) for k, n in enumerate(sizes)]
+        train = [
+            torch.tensor(differences(random, world, k, n), dtype=torch.float32)
+            for k, n in enumerate(sizes)
+        ]
         test = [differences(random, world, k, 1500) for k in range(5)]
         row = []
         for method in ("uniform", "more"):
-            head, weights = train_head(train, method, ProbeOptions(features="", epochs=epochs, batch_size=80, pairs_per_source=1500, learning_rate=0.03), seed)
+            head, weights = train_head(
+                train,
+                method,
+                ProbeOptions(
+                    features="",
+                    epochs=epochs,
+                    batch_size=80,
+                    pairs_per_source=1500,
+                    learning_rate=0.03,
+                ),
+                seed,
+            )
             margins = [t @ head.numpy() for t in test]
-            row += [np.mean([accuracy(m) for m in margins]), np.mean([pair_ece(m) for m in margins])]
+            row += [
+                np.mean([accuracy(m) for m in margins]),
+                np.mean([pair_ece(m) for m in margins]),
+            ]
         rows.append((*row, weights.mean(0)))
-    return {name: np.array([row[i] for row in rows]) for i, name in enumerate(("accuracy", "ece", "accuracy of MORE", "ece of MORE", "weights"))}
+    return {
+        name: np.array([row[i] for row in rows])
+        for i, name in enumerate(("accuracy", "ece", "accuracy of MORE", "ece of MORE", "weights"))
+    }
 
 
 worlds = {
@@ -59,18 +81,26 @@ worlds = {
 mild = worlds["mild"]
 gaps = mild["ece of MORE"] - mild["ece"]
 print("mild world, ECE of MORE minus uniform, ten seeds:", gaps.round(4))
-print(f"the largest and the smallest of these single runs: {gaps.max():+.4f}, {gaps.min():+.4f}: one could publish either\n")
+print(
+    f"the largest and the smallest of these single runs: {gaps.max():+.4f}, {gaps.min():+.4f}: one could publish either\n"
+)
 
 # %% Ten seeds, paired
 # The same seed gives both methods the same world, pairs, start and order, so differences are taken seed by seed; their mean has an interval
 # from Student's t. "could show" is the smallest true difference that ten seeds with this spread would find four times in five.
 
-print(f"{'MORE minus uniform':20}{'accuracy':>20}{'could show':>12}{'ECE':>20}{'could show':>12}   MORE's mean weights")
+print(
+    f"{'MORE minus uniform':20}{'accuracy':>20}{'could show':>12}{'ECE':>20}{'could show':>12}   MORE's mean weights"
+)
 found = {}
 for name, w in worlds.items():
     found[name] = {rate: w[f"{rate} of MORE"] - w[rate] for rate in ("accuracy", "ece")}
-    cells = ["{:+.4f} ± {:.4f}".format(*over_seeds(found[name][rate])) for rate in ("accuracy", "ece")]
-    print(f"{name:20}{cells[0]:>20}{detectable(found[name]['accuracy']):12.4f}{cells[1]:>20}{detectable(found[name]['ece']):12.4f}   {w['weights'].mean(0).round(2)}")
+    cells = [
+        "{:+.4f} ± {:.4f}".format(*over_seeds(found[name][rate])) for rate in ("accuracy", "ece")
+    ]
+    print(
+        f"{name:20}{cells[0]:>20}{detectable(found[name]['accuracy']):12.4f}{cells[1]:>20}{detectable(found[name]['ece']):12.4f}   {w['weights'].mean(0).round(2)}"
+    )
 
 # %% What the weights do
 # In the mild world they are 1/5 on average and nothing differs. The noisiest source, whose gradients agree least with the others', and the smallest
@@ -79,10 +109,16 @@ for name, w in worlds.items():
 
 # %% What was claimed
 clear = lambda values: abs(over_seeds(values)[0]) > over_seeds(values)[1]
-assert gaps.max() > 0 > gaps.min()                                               # single runs say either
-assert abs(found["mild"]["accuracy"].mean()) < 0.006 and np.allclose(worlds["mild"]["weights"].mean(0), 0.2, atol=0.02)
-assert clear(found["one reversed"]["accuracy"]) and found["one reversed"]["accuracy"].mean() < 0       # it hurts
-assert worlds["one reversed"]["weights"].mean(0)[4] > 0.25                       # the reversed source got more than its share
+assert gaps.max() > 0 > gaps.min()  # single runs say either
+assert abs(found["mild"]["accuracy"].mean()) < 0.006 and np.allclose(
+    worlds["mild"]["weights"].mean(0), 0.2, atol=0.02
+)
+assert (
+    clear(found["one reversed"]["accuracy"]) and found["one reversed"]["accuracy"].mean() < 0
+)  # it hurts
+assert (
+    worlds["one reversed"]["weights"].mean(0)[4] > 0.25
+)  # the reversed source got more than its share
 assert all(detectable(v) > 0 for f in found.values() for v in f.values())
 
 # %% Two exercises

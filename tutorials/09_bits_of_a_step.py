@@ -13,59 +13,86 @@ from pathlib import Path
 
 import torch
 
-import minimore.optim as optim
+import minimore.engine.optim as optim
 from minimore import ModelOptions, load_source, open_reward_model
-from minimore.engine import Recipe, Weighing
+from minimore.data.pairs import epoch_steps
+from minimore.data.world import World
+from minimore.engine.optim import AdamW, join, key_of, random_bits, round_at_random, split
+from minimore.engine.plain import Recipe, Weighing
+from minimore.engine.streamed import open_engine
 from minimore.evaluate import evaluate_sources
 from minimore.more import uniform_weights
-from minimore.optim import AdamW, join, key_of, random_bits, round_at_random, split
-from minimore.pairs import epoch_steps
-from minimore.streamed import open_engine
-from minimore.world import World
 
 torch.manual_seed(0)
 
 # %% The grid
 # fp32 has 24 bits of precision, bf16 has 8 (and the same range: it is the upper half of an fp32 number). So bf16 numbers between 1/64 and
 # 1/32, where a weight of .02 lies, are 2^-13 = .000122 apart. A step of 1e-6 is a hundredth and more of that.
-weight = torch.tensor(.02)
+weight = torch.tensor(0.02)
 here = weight.bfloat16()
 above = (here.view(torch.int16) + 1).view(torch.bfloat16)
 gap = float(above.double() - here.double())
-print(f"bf16 next to .02: {here.item():.6f}, {above.item():.6f}; the gap is {gap:.2e}, a step of 1e-6 is {1e-6 / gap:.1%} of it")
+print(
+    f"bf16 next to .02: {here.item():.6f}, {above.item():.6f}; the gap is {gap:.2e}, a step of 1e-6 is {1e-6 / gap:.1%} of it"
+)
 
 # %% One step, four ways
 # A million weights, as a transformer has them (standard deviation .02), each takes a step of 1e-6 upwards.
-weights, step = torch.randn(1_000_000) * .02, 1e-6
-start = weights.bfloat16()                                                   # what is stored before the step
+weights, step = torch.randn(1_000_000) * 0.02, 1e-6
+start = weights.bfloat16()  # what is stored before the step
 nearest = (start.float() + step).bfloat16()
-bits = lambda t: random_bits(key_of(seed=0, step=t, name="weights", what="value"), torch.arange(len(weights), dtype=torch.int32))
+bits = lambda t: random_bits(
+    key_of(seed=0, step=t, name="weights", what="value"),
+    torch.arange(len(weights), dtype=torch.int32),
+)
 at_random = round_at_random(start.float() + step, bits(1))
 high, low = split(weights)
 exact = join(*split(join(high, low) + step))
 moved = lambda after, before: float((after.double() - before.double()).mean() / step)
-arrived = {"nearest": moved(nearest, start), "at random": moved(at_random, start), "split": moved(exact, weights)}
+arrived = {
+    "nearest": moved(nearest, start),
+    "at random": moved(at_random, start),
+    "split": moved(exact, weights),
+}
 print("share of the step that arrives:", {name: f"{share:.3f}" for name, share in arrived.items()})
-print(f"weights that changed at all: nearest {(nearest != start).float().mean():.1%}, at random {(at_random != start).float().mean():.1%}")
+print(
+    f"weights that changed at all: nearest {(nearest != start).float().mean():.1%}, at random {(at_random != start).float().mean():.1%}"
+)
 # To the nearest, only weights so near to zero that their grid is fine enough can move. At random, one weight in a hundred jumps a whole gap: up
 # with the probability that the step is of the gap. No weight is right, their mean is; so is each one's over many steps.
 
 # %% Where the missing bits are
 # `split` keeps the bf16 number to compute with, and the other 16 bits beside it, as an int16. Together they are the fp32 number to the bit.
-x = torch.tensor([.02])
+x = torch.tensor([0.02])
 h, l = split(x)
-print(f"{x.item():.10f} = {h.item():.10f} and {l.item()} x 2^-29; joined again: {join(h, l).item():.10f}")
+print(
+    f"{x.item():.10f} = {h.item():.10f} and {l.item()} x 2^-29; joined again: {join(h, l).item():.10f}"
+)
 
 # %% A moment that cannot fall
 # Adam's second moment decays by a thousandth a step: v <- .999 v + .001 g^2. bf16 numbers are up to 1/128 apart: rounded to the nearest, v never falls.
 # Here g^2 has been 1 and is .25 from now on; after 5,000 steps v should be .25 (+ .75 x .999^5000 = .005).
-v = {"fp32": torch.ones(2000), "nearest": torch.ones(2000).bfloat16(), "at random": torch.ones(2000).bfloat16()}
+v = {
+    "fp32": torch.ones(2000),
+    "nearest": torch.ones(2000).bfloat16(),
+    "at random": torch.ones(2000).bfloat16(),
+}
 place = torch.arange(2000, dtype=torch.int32)
 for t in range(5000):
-    new = {name: .999 * value.float() + .001 * .25 for name, value in v.items()}
-    v = {"fp32": new["fp32"], "nearest": new["nearest"].bfloat16(), "at random": round_at_random(new["at random"], random_bits(key_of(0, t, "v", "second"), place))}
+    new = {name: 0.999 * value.float() + 0.001 * 0.25 for name, value in v.items()}
+    v = {
+        "fp32": new["fp32"],
+        "nearest": new["nearest"].bfloat16(),
+        "at random": round_at_random(
+            new["at random"], random_bits(key_of(0, t, "v", "second"), place)
+        ),
+    }
 found = {name: float(value.float().mean()) for name, value in v.items()}
-print("v after 5,000 steps:", {name: f"{value:.3f}" for name, value in found.items()}, f"spread at random: {v['at random'].float().std():.3f}")
+print(
+    "v after 5,000 steps:",
+    {name: f"{value:.3f}" for name, value in found.items()},
+    f"spread at random: {v['at random'].float().std():.3f}",
+)
 # An optimizer with that v takes steps half as long as it should, for ever.
 
 # %% Four trainings
@@ -79,36 +106,68 @@ paths = World(annotators=("ana", "ben", "cleo"), train_pairs=(1600,), test_pairs
 
 def train(parameters, moments):
     model, checkpoint = open_reward_model(ModelOptions(model=str(home / "model"), device="cpu"))
-    sources, tests = ([load_source(name, str(files[i]), checkpoint.tokenizer, 64) for name, files in paths.items()] for i in (0, 1))
+    sources, tests = (
+        [
+            load_source(name, str(files[i]), checkpoint.tokenizer, 64)
+            for name, files in paths.items()
+        ]
+        for i in (0, 1)
+    )
     optimizer = AdamW(parameters, moments)
     optimizer.adopt_all(model)
-    before = torch.cat([optimizer.value(name, p).flatten() for name, p in model.named_parameters() if p.ndim > 1])
+    before = torch.cat(
+        [optimizer.value(name, p).flatten() for name, p in model.named_parameters() if p.ndim > 1]
+    )
     engine = open_engine(model, optimizer, Recipe("streamed", parameters, moments))
     optimizer.learning_rate = 3e-5
     for chosen in epoch_steps([1600] * 3, "equal", None, 24, 0, 0):
-        engine.step([sources[k].pairs[i] for k, i in chosen], chosen[:, 0].tolist(), Weighing(3, partial(uniform_weights, state={})))
-    after = torch.cat([optimizer.value(name, p).flatten() for name, p in model.named_parameters() if p.ndim > 1])
+        engine.step(
+            [sources[k].pairs[i] for k, i in chosen],
+            chosen[:, 0].tolist(),
+            Weighing(3, partial(uniform_weights, state={})),
+        )
+    after = torch.cat(
+        [optimizer.value(name, p).flatten() for name, p in model.named_parameters() if p.ndim > 1]
+    )
     return float((after - before).norm()), evaluate_sources(model, tests)[0]["mean"]
 
 
-RUNS = {"fp32": ("float32", "float32"), "split": ("split", "float32"), "at random, 8-bit moments": ("bfloat16", "int8"), "nearest": ("bfloat16", "float32")}
+RUNS = {
+    "fp32": ("float32", "float32"),
+    "split": ("split", "float32"),
+    "at random, 8-bit moments": ("bfloat16", "int8"),
+    "nearest": ("bfloat16", "float32"),
+}
 way = {}
 for name, (parameters, moments) in RUNS.items():
     optim.round_at_random = (lambda x, bits: x.bfloat16()) if name == "nearest" else round_at_random
     way[name], report = train(parameters, moments)
-    print(f"{name:26} matrices moved by {way[name]:6.3f}, held-out loss {report['nll']:.4f}, accuracy {report['accuracy']:.3f}")
+    print(
+        f"{name:26} matrices moved by {way[name]:6.3f}, held-out loss {report['nll']:.4f}, accuracy {report['accuracy']:.3f}"
+    )
     way[name, "loss"] = report["nll"]
 optim.round_at_random = round_at_random
 folder.cleanup()
 # The first three end at the same loss. The last one trains its head on a trunk that hardly moves: no error, no warning, a worse model.
 
 # %% Claims
-assert gap == 2 ** -13 and 1e-6 / gap < .01
-assert arrived["nearest"] < .05 and abs(arrived["at random"] - 1) < .1 and abs(arrived["split"] - 1) < 1e-3
+assert gap == 2**-13 and 1e-6 / gap < 0.01
+assert (
+    arrived["nearest"] < 0.05
+    and abs(arrived["at random"] - 1) < 0.1
+    and abs(arrived["split"] - 1) < 1e-3
+)
 assert torch.equal(join(high, low), weights) and join(h, l) == x
-assert found["nearest"] == 1 and abs(found["at random"] / found["fp32"] - 1) < .01
-assert abs(way["split"] - way["fp32"]) < .01 and max(abs(way[name, "loss"] - way["fp32", "loss"]) for name in ("split", "at random, 8-bit moments")) < .005
-assert way["nearest"] < .8 * way["fp32"] and way["nearest", "loss"] > way["fp32", "loss"] + .04
+assert found["nearest"] == 1 and abs(found["at random"] / found["fp32"] - 1) < 0.01
+assert (
+    abs(way["split"] - way["fp32"]) < 0.01
+    and max(
+        abs(way[name, "loss"] - way["fp32", "loss"])
+        for name in ("split", "at random, 8-bit moments")
+    )
+    < 0.005
+)
+assert way["nearest"] < 0.8 * way["fp32"] and way["nearest", "loss"] > way["fp32", "loss"] + 0.04
 
 # %% Exercises
 # Exercise 1. Make the learning rate 1e-5, then 1e-6, and compare how far the matrices move. When does nearest stop altogether, and why does random

@@ -14,25 +14,44 @@ from functools import partial
 import numpy as np
 import torch
 
-from minimore.cost import PairShape, Workload, in_bytes, kept_of_block, memory_of, sizes_of
-from minimore.engine import PlainEngine, Recipe, Weighing, cut
-from minimore.model import ModelConfig, Trunk
+from minimore.data.pairs import TokenPair
+from minimore.engine.cost import PairShape, Workload, in_bytes, kept_of_block, memory_of, sizes_of
+from minimore.engine.optim import AdamW
+from minimore.engine.plain import PlainEngine, Recipe, Weighing, cut
+from minimore.engine.plan import RECIPES
+from minimore.engine.streamed import StreamedEngine, Walk, parts_of
+from minimore.model.trunk import ModelConfig, Trunk
 from minimore.more import more_weights
-from minimore.optim import AdamW
-from minimore.pairs import TokenPair
-from minimore.plan import RECIPES
 from minimore.reward import RewardModel, fresh_head
-from minimore.streamed import StreamedEngine, Walk, parts_of
 
-c = ModelConfig(vocabulary=500, width=256, blocks=6, heads=4, kv_heads=4, head_width=64, mlp_width=1024, activation="gelu", gated=False, norm="layer", norm_eps=1e-5,
-                parallel_residual=True, qkv_bias=True, attention_output_bias=True, mlp_bias=True, rotary_width=16, rope_base=1e4)
+c = ModelConfig(
+    vocabulary=500,
+    width=256,
+    blocks=6,
+    heads=4,
+    kv_heads=4,
+    head_width=64,
+    mlp_width=1024,
+    activation="gelu",
+    gated=False,
+    norm="layer",
+    norm_eps=1e-5,
+    parallel_residual=True,
+    qkv_bias=True,
+    attention_output_bias=True,
+    mlp_bias=True,
+    rotary_width=16,
+    rope_base=1e4,
+)
 
 
 def make_model():
     torch.manual_seed(0)
     trunk = Trunk(c)
     for name, p in trunk.named_parameters():
-        torch.nn.init.normal_(p, 0, p.shape[1] ** -.5) if p.ndim > 1 else torch.nn.init.constant_(p, float(name.endswith("norm.weight")))
+        torch.nn.init.normal_(p, 0, p.shape[1] ** -0.5) if p.ndim > 1 else torch.nn.init.constant_(
+            p, float(name.endswith("norm.weight"))
+        )
     return RewardModel(trunk, fresh_head(256, 0))
 
 
@@ -48,7 +67,11 @@ source, how = [i % 5 for i in range(20)], Weighing(5, partial(more_weights, stat
 def alive() -> int:
     """Bytes of all tensors that Python knows of; a storage that several share counts once. (What only autograd holds is not among them.)"""
     gc.collect()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in gc.get_objects()
+        if type(t) in (torch.Tensor, torch.nn.Parameter)
+    }
     return sum(storages.values())
 
 
@@ -57,15 +80,21 @@ def alive() -> int:
 model, optimizer, nothing = make_model(), AdamW(), alive()
 P = sum(p.numel() for p in model.parameters())
 optimizer.adopt_all(model)
-print(f"{P:,} parameters, {in_bytes(4 * P)}; with moments {in_bytes(optimizer.bytes(model))}; with gradients {in_bytes(16 * P)}")
+print(
+    f"{P:,} parameters, {in_bytes(4 * P)}; with moments {in_bytes(optimizer.bytes(model))}; with gradients {in_bytes(16 * P)}"
+)
 
 # %% Three ways to keep a block's activations
 # Backward needs what forward computed. Keep all of it, or keep matrix products and attention and make norms and activations again, or keep
 # the block's input alone and make the block again. These are bytes of one block on our 1,000 tokens (20 pairs of 50), in fp32.
-shapes = tuple(PairShape(p.shared, len(p.chosen) - p.shared, len(p.rejected) - p.shared) for p in pairs)
+shapes = tuple(
+    PairShape(p.shared, len(p.chosen) - p.shared, len(p.rejected) - p.shared) for p in pairs
+)
 for recompute in ("none", "selective", "full"):
     kept = kept_of_block(c, shapes, 4, recompute, flash=False)
-    print(f"--recompute {recompute:10} {in_bytes(kept):>9} a block: {kept / 1000 / 256:.1f} bytes a token and unit of width")
+    print(
+        f"--recompute {recompute:10} {in_bytes(kept):>9} a block: {kept / 1000 / 256:.1f} bytes a token and unit of width"
+    )
 
 # %% The plain step
 # Forward through everything, backward through everything; only then does the optimizer know all gradients and take its step.
@@ -73,32 +102,54 @@ plain_model = make_model()
 plain = PlainEngine(plain_model, AdamW(), Recipe())
 plain.optimizer.adopt_all(plain_model)
 expected = {}
-plain.optimizer.update = lambda name, p, gradient: expected.update({name: gradient})          # look, do not step
+plain.optimizer.update = lambda name, p, gradient: expected.update(
+    {name: gradient}
+)  # look, do not step
 plain.step(pairs, source, how)
-print(f"the plain step's gradient, all at once: {in_bytes(sum(g.nbytes for g in expected.values()))}")
+print(
+    f"the plain step's gradient, all at once: {in_bytes(sum(g.nbytes for g in expected.values()))}"
+)
 
 # %% The streamed step
 # Forward without a graph: of each block only the input is kept. At the head all pairs are in view, so losses, weights and the gradient with
 # respect to the last tokens are exact. Then back: make a block again, with a graph, take its gradient; the block may be updated at once.
 base = alive()
-walk = Walk(model, cut(pairs, source, 400), how, recompute="full")           # three chunks of at most 400 tokens
-print(f"after the way forward: {in_bytes(alive() - base)} more, {c.blocks} inputs of {in_bytes(1000 * 256 * 4)} among them; weights {walk.result[2].numpy().round(2)}")
+walk = Walk(
+    model, cut(pairs, source, 400), how, recompute="full"
+)  # three chunks of at most 400 tokens
+print(
+    f"after the way forward: {in_bytes(alive() - base)} more, {c.blocks} inputs of {in_bytes(1000 * 256 * 4)} among them; weights {walk.result[2].numpy().round(2)}"
+)
 found, growth = {}, []
 for names, gradients in zip(parts_of(model), walk):
     growth.append(alive() - base)
-    what = ".".join(names[0].split(".")[1:3]) if len(names) > 3 else ", ".join(n.removeprefix("trunk.") for n in names)
-    print(f"  {what:50} gradient {in_bytes(sum(g.nbytes for g in gradients.values())):>9}, alive {in_bytes(growth[-1]):>9}")
+    what = (
+        ".".join(names[0].split(".")[1:3])
+        if len(names) > 3
+        else ", ".join(n.removeprefix("trunk.") for n in names)
+    )
+    print(
+        f"  {what:50} gradient {in_bytes(sum(g.nbytes for g in gradients.values())):>9}, alive {in_bytes(growth[-1]):>9}"
+    )
     found.update({name: g.clone() for name, g in gradients.items()})
-    base += sum(g.nbytes for g in gradients.values())                        # our copies, kept for the comparison below, do not count
+    base += sum(
+        g.nbytes for g in gradients.values()
+    )  # our copies, kept for the comparison below, do not count
     del gradients
 # It falls block by block: each block's input goes when its gradient is taken, and the gradient goes when the block is updated.
-error = max(float((found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-3)) for name in expected)
+error = max(
+    float((found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-3))
+    for name in expected
+)
 print(f"largest relative difference of a gradient: {error:.0e}")
 
 # %% The engine
 # `StreamedEngine` is that loop with an update in it. Twice the same start, one step each: the same parameters.
 ends = []
-for engine_of, recipe in ((PlainEngine, Recipe()), (StreamedEngine, Recipe("streamed", recompute="full", micro_tokens=400))):
+for engine_of, recipe in (
+    (PlainEngine, Recipe()),
+    (StreamedEngine, Recipe("streamed", recompute="full", micro_tokens=400)),
+):
     model = make_model().double()
     model.trunk.compute_dtype = torch.float64
     optimizer = AdamW()
@@ -106,26 +157,47 @@ for engine_of, recipe in ((PlainEngine, Recipe()), (StreamedEngine, Recipe("stre
     optimizer.learning_rate = 1e-3
     engine_of(model, optimizer, recipe).step(pairs, source, how)
     ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-print(f"one step in float64, plain and streamed: parameters differ by at most {float((ends[0] - ends[1]).abs().max()):.0e}")
+print(
+    f"one step in float64, plain and streamed: parameters differ by at most {float((ends[0] - ends[1]).abs().max()):.0e}"
+)
 
 # %% 6.9 billion parameters
 # The same arithmetic for Pythia-6.9B, 80 pairs of 342 tokens, bf16 on a GPU. `minimore plan` prints this table for any config.json.
-big = replace(c, vocabulary=50432, width=4096, blocks=32, heads=32, kv_heads=32, head_width=128, mlp_width=16384, rotary_width=32)
+big = replace(
+    c,
+    vocabulary=50432,
+    width=4096,
+    blocks=32,
+    heads=32,
+    kv_heads=32,
+    head_width=128,
+    mlp_width=16384,
+    rotary_width=32,
+)
 work = Workload((PairShape(140, 101, 101),) * 80, 2500, 200_000 * 342)
 print(f"{sizes_of(big).parameters / 1e9:.2f} billion parameters")
 peaks = {}
 for name, recipe in RECIPES.items():
     memory = memory_of(big, work, replace(recipe, recompute="full"), 2, flash=True)
     peaks[name] = memory.peak
-    print(f"  {name:45} {in_bytes(memory.peak):>9}" + (f" and {in_bytes(sum(memory.host.values()))} of the host's" if memory.host else ""))
+    print(
+        f"  {name:45} {in_bytes(memory.peak):>9}"
+        + (f" and {in_bytes(sum(memory.host.values()))} of the host's" if memory.host else "")
+    )
 
 # %% Claims
-assert optimizer.bytes(model) == 3 * 8 * P                                   # float64 now: 8 bytes each
-assert [kept_of_block(c, shapes, 4, r, False) for r in ("none", "selective", "full")] == sorted((kept_of_block(c, shapes, 4, r, False) for r in ("none", "selective", "full")), reverse=True)
+assert optimizer.bytes(model) == 3 * 8 * P  # float64 now: 8 bytes each
+assert [kept_of_block(c, shapes, 4, r, False) for r in ("none", "selective", "full")] == sorted(
+    (kept_of_block(c, shapes, 4, r, False) for r in ("none", "selective", "full")), reverse=True
+)
 assert error < 1e-4 and float((ends[0] - ends[1]).abs().max()) < 1e-12
 assert growth[1] > growth[-2] and all(a > b for a, b in zip(growth[1:-2], growth[2:-1]))
-assert max(growth) < .75 * 4 * P                                             # never near a whole gradient
-assert peaks["fp32 AdamW, plain"] > 100e9 and peaks["stochastic bf16, 8-bit moments (rounds)"] < 40e9 and peaks["split master, states and inputs on the host"] < 24e9
+assert max(growth) < 0.75 * 4 * P  # never near a whole gradient
+assert (
+    peaks["fp32 AdamW, plain"] > 100e9
+    and peaks["stochastic bf16, 8-bit moments (rounds)"] < 40e9
+    and peaks["split master, states and inputs on the host"] < 24e9
+)
 
 # %% Exercises
 # Exercise 1. Change a block before its gradient is taken: in the loop above, after the part of block 5, multiply `model.trunk.blocks[4].mlp.up.weight`

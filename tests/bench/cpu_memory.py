@@ -14,14 +14,21 @@ from functools import partial
 import numpy as np
 import torch
 
-from minimore.cost import PairShape, Workload, memory_of, parameter_bytes, sizes_of, state_bytes
-from minimore.engine import Recipe, Weighing
-from minimore.model import ModelConfig, Trunk
+from minimore.data.pairs import TokenPair
+from minimore.engine.cost import (
+    PairShape,
+    Workload,
+    memory_of,
+    parameter_bytes,
+    sizes_of,
+    state_bytes,
+)
+from minimore.engine.optim import AdamW, replace_parameter
+from minimore.engine.plain import Recipe, Weighing
+from minimore.engine.streamed import open_engine
+from minimore.model.trunk import ModelConfig, Trunk
 from minimore.more import more_weights
-from minimore.optim import AdamW, replace_parameter
-from minimore.pairs import TokenPair
 from minimore.reward import RewardModel, fresh_head
-from minimore.streamed import open_engine
 
 
 def anonymous():
@@ -56,26 +63,59 @@ def random_model(c, optimizer):
     generator = torch.Generator().manual_seed(0)
     for name, p in list(model.named_parameters()):
         value = torch.empty(p.shape)
-        value.normal_(0, .02, generator=generator) if p.ndim > 1 else value.fill_(float(name.endswith("norm.weight")))
+        value.normal_(0, 0.02, generator=generator) if p.ndim > 1 else value.fill_(
+            float(name.endswith("norm.weight"))
+        )
         value = fresh_head(c.width, 0) if name == "head" else value
         replace_parameter(model, name, optimizer.adopt(name, value))
     return model
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("engine", "parameters", "moments", "recompute"):
         parser.add_argument(f"--{name}", default=getattr(Recipe, name))
-    for name, default in (("micro-tokens", 8192), ("width", 1024), ("blocks", 24), ("vocabulary", 512), ("pairs", 5), ("length", 16)):
+    for name, default in (
+        ("micro-tokens", 8192),
+        ("width", 1024),
+        ("blocks", 24),
+        ("vocabulary", 512),
+        ("pairs", 5),
+        ("length", 16),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
-    recipe = Recipe(given.engine, given.parameters, given.moments, given.recompute, micro_tokens=given.micro_tokens)
-    c = ModelConfig(vocabulary=given.vocabulary, width=given.width, blocks=given.blocks, heads=given.width // 64, kv_heads=given.width // 64, head_width=64, mlp_width=4 * given.width,
-                    activation="gelu", gated=False, norm="layer", norm_eps=1e-5, parallel_residual=True, qkv_bias=True, attention_output_bias=True,
-                    mlp_bias=True, rotary_width=16, rope_base=1e4)
+    recipe = Recipe(
+        given.engine,
+        given.parameters,
+        given.moments,
+        given.recompute,
+        micro_tokens=given.micro_tokens,
+    )
+    c = ModelConfig(
+        vocabulary=given.vocabulary,
+        width=given.width,
+        blocks=given.blocks,
+        heads=given.width // 64,
+        kv_heads=given.width // 64,
+        head_width=64,
+        mlp_width=4 * given.width,
+        activation="gelu",
+        gated=False,
+        norm="layer",
+        norm_eps=1e-5,
+        parallel_residual=True,
+        qkv_bias=True,
+        attention_output_bias=True,
+        mlp_bias=True,
+        rotary_width=16,
+        rope_base=1e4,
+    )
     torch.set_num_threads(1)
     warm = torch.randn(64, 64, requires_grad=True)
-    (warm @ warm).sum().backward()                   # the libraries' own memory
+    (warm @ warm).sum().backward()  # the libraries' own memory
 
     before, peak = anonymous(), Peak()
     optimizer = AdamW(recipe.parameters, recipe.moments)
@@ -83,18 +123,45 @@ def main():
     engine, optimizer.learning_rate = open_engine(model, optimizer, recipe), 1e-6
     random, pairs = np.random.default_rng(0), []
     for _ in range(given.pairs):
-        prompt, a, b = (random.integers(2, given.vocabulary, given.length).astype(np.int32) for _ in range(3))
-        pairs.append(TokenPair(np.concatenate([prompt, a]), np.concatenate([prompt, b]), given.length, 0))
+        prompt, a, b = (
+            random.integers(2, given.vocabulary, given.length).astype(np.int32) for _ in range(3)
+        )
+        pairs.append(
+            TokenPair(np.concatenate([prompt, a]), np.concatenate([prompt, b]), given.length, 0)
+        )
     began = time.perf_counter()
     for _ in range(2):
-        engine.step(pairs, [i % 5 for i in range(given.pairs)], Weighing(5, partial(more_weights, state={})))
+        engine.step(
+            pairs, [i % 5 for i in range(given.pairs)], Weighing(5, partial(more_weights, state={}))
+        )
     seconds = (time.perf_counter() - began) / 2
     highest = peak.stop() - before
 
-    work, s = Workload((PairShape(given.length, given.length, given.length),) * given.pairs, 1, 3 * given.length * given.pairs), sizes_of(c)
+    work, s = (
+        Workload(
+            (PairShape(given.length, given.length, given.length),) * given.pairs,
+            1,
+            3 * given.length * given.pairs,
+        ),
+        sizes_of(c),
+    )
     memory = memory_of(c, work, recipe, 4, False)
-    print(json.dumps({"recipe": str(recipe), "parameters": sum(p.numel() for p in model.parameters()), "peak": highest, "planned_peak": memory.peak, "moment": memory.moment,
-                      "states": optimizer.bytes(model), "planned_states": sum(parameter_bytes(part, recipe) + state_bytes(part, recipe) for part in s.parts), "seconds_a_step": seconds}))
+    print(
+        json.dumps(
+            {
+                "recipe": str(recipe),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "peak": highest,
+                "planned_peak": memory.peak,
+                "moment": memory.moment,
+                "states": optimizer.bytes(model),
+                "planned_states": sum(
+                    parameter_bytes(part, recipe) + state_bytes(part, recipe) for part in s.parts
+                ),
+                "seconds_a_step": seconds,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

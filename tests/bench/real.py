@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from minimore.checkpoint import random_checkpoint
-from minimore.world import small_gpt_neox
+from minimore.data.world import small_gpt_neox
+from minimore.model.checkpoint import random_checkpoint
 
 SOURCES = ("hh_helpful", "hh_harmless", "oasst1", "webgpt", "summeval")
 
@@ -25,7 +25,9 @@ def find(directory, name, split):
     for end in (".jsonl.gz", ".jsonl"):
         if (path := directory / f"{name}.{split}{end}").is_file():
             return path
-    sys.exit(f"{directory}: no {name}.{split}.jsonl.gz; expected train and test files of {', '.join(SOURCES)}")
+    sys.exit(
+        f"{directory}: no {name}.{split}.jsonl.gz; expected train and test files of {', '.join(SOURCES)}"
+    )
 
 
 def minimore(*arguments):
@@ -33,7 +35,9 @@ def minimore(*arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
@@ -49,23 +53,62 @@ def main():
     train = [f"{n}={find(given.data, n, 'train')}" for n in SOURCES]
     test = [f"{n}={find(given.data, n, 'test')}" for n in SOURCES]
 
-    rows = 1 + max(Tokenizer.from_file(str(given.tokenizer)).get_vocab(with_added_tokens=True).values())
-    config = small_gpt_neox(given.width, given.blocks, heads=max(1, given.width // 32), vocabulary=-(-(rows + 1) // 64) * 64)
+    rows = 1 + max(
+        Tokenizer.from_file(str(given.tokenizer)).get_vocab(with_added_tokens=True).values()
+    )
+    config = small_gpt_neox(
+        given.width,
+        given.blocks,
+        heads=max(1, given.width // 32),
+        vocabulary=-(-(rows + 1) // 64) * 64,
+    )
     given.output.mkdir(parents=True)
     random_checkpoint(given.output / "model", config, given.tokenizer, given.seed)
 
     for method in ("uniform", "more"):
         began, run = time.time(), given.output / method
-        minimore("train", "--model", given.output / "model", *(a for s in train for a in ("--source", s)), "--method", method,
-                 "--output", run, "--seed", given.seed, "--max-length", given.max_length, "--learning-rate", given.learning_rate,
-                 "--pairs-per-source", given.pairs_per_source, "--log-steps", 10, "--save-steps", 50)
+        minimore(
+            "train",
+            "--model",
+            given.output / "model",
+            *(a for s in train for a in ("--source", s)),
+            "--method",
+            method,
+            "--output",
+            run,
+            "--seed",
+            given.seed,
+            "--max-length",
+            given.max_length,
+            "--learning-rate",
+            given.learning_rate,
+            "--pairs-per-source",
+            given.pairs_per_source,
+            "--log-steps",
+            10,
+            "--save-steps",
+            50,
+        )
         print(f"{method}: {time.time() - began:.0f} s of training", flush=True)
     for method in ("uniform", "more"):
         print(f"\n== {method}", flush=True)
-        minimore("evaluate", "--model", given.output / method, *(a for s in test for a in ("--source", s)),
-                 "--json", given.output / f"{method}.json")
-    means = {m: json.loads((given.output / f"{m}.json").read_text())["mean"] for m in ("uniform", "more")}
-    print("\nmean over sources: " + "; ".join(f"{m} accuracy {r['accuracy']:.4f}, ECE {r['ece']:.4f}" for m, r in means.items()))
+        minimore(
+            "evaluate",
+            "--model",
+            given.output / method,
+            *(a for s in test for a in ("--source", s)),
+            "--json",
+            given.output / f"{method}.json",
+        )
+    means = {
+        m: json.loads((given.output / f"{m}.json").read_text())["mean"] for m in ("uniform", "more")
+    }
+    print(
+        "\nmean over sources: "
+        + "; ".join(
+            f"{m} accuracy {r['accuracy']:.4f}, ECE {r['ece']:.4f}" for m, r in means.items()
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,495 @@
+"""Rewards against transformers: stored references, live models in many configurations, and mistakes that must show."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import GOLDENS, edit_json, open_model
+from reference import SIZES, reference_model, reference_rewards, reference_texts
+
+import minimore.model.checkpoint
+import minimore.model.trunk
+from minimore.model.attention import Stream, attend, pack
+from minimore.model.checkpoint import Checkpoint, save_checkpoint
+from minimore.reward import RewardModel
+
+TEXTS = reference_texts()
+
+
+@torch.no_grad()
+def rewards_of(model, texts=TEXTS):
+    return model.rewards(pack([([], [text]) for text in texts]))
+
+
+def errors(found, expected):
+    """Deviations in units of the tolerance 2e-5 max(1, |expected|)."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype == torch.float32
+    return (found - expected).abs() / (2e-5 * expected.abs().clamp_min(1))
+
+
+def expected_of(golden):
+    stored = json.loads((golden / "expected.json").read_text())
+    assert stored["texts"] == TEXTS
+    return torch.tensor(stored["rewards"])
+
+
+def test_rewards_equal_the_stored_references(golden):
+    assert errors(rewards_of(open_model(golden)), expected_of(golden)).max() <= 1
+
+
+# ---- live comparison -------------------------------------------------------------------------------------------------
+
+
+def rope(kind="default", **fields):
+    return dict(rope_parameters=dict(rope_type=kind, **(dict(rope_theta=10000.0) | fields)))
+
+
+LLAMA3 = dict(
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+CONFIGURATIONS = [
+    ("gpt_neox", {}),
+    ("gpt_neox", dict(use_parallel_residual=False)),
+    ("gpt_neox", rope(partial_rotary_factor=0.5)),
+    ("gpt_neox", rope(partial_rotary_factor=1.0)),
+    (
+        "gpt_neox",
+        dict(hidden_size=36, num_attention_heads=3) | rope(partial_rotary_factor=0.25),
+    ),  # 3 dimensions rotate: odd
+    ("gpt_neox", rope(partial_rotary_factor=0.25, rope_theta=500.0)),
+    ("gpt_neox", rope("linear", partial_rotary_factor=0.5, factor=4.0)),
+    ("gpt_neox", rope("llama3", partial_rotary_factor=1.0, **LLAMA3)),
+    ("gpt_neox", dict(hidden_act="gelu_new", layer_norm_eps=0.05)),
+    ("gpt_neox", dict(hidden_act="gelu_fast")),
+    ("gpt_neox", dict(hidden_act="relu")),
+    ("gpt_neox", dict(attention_bias=False)),
+    ("llama", {}),
+    ("llama", dict(num_key_value_heads=2, rms_norm_eps=0.05)),
+    ("llama", dict(num_key_value_heads=1, head_dim=16)),
+    ("llama", dict(attention_bias=True)),
+    ("llama", dict(mlp_bias=True, hidden_act="gelu_pytorch_tanh")),
+    ("llama", rope(rope_theta=500.0)),
+    ("llama", rope(partial_rotary_factor=0.5)),  # which transformers ignores in this family
+    ("llama", rope("llama3", **LLAMA3)),
+    ("llama", rope("linear", factor=4.0)),
+    ("llama", dict(tie_word_embeddings=True)),
+    ("mistral", dict(sliding_window=None)),
+    ("mistral", dict(sliding_window=16, head_dim=8)),  # shorter than the texts
+    ("mistral", dict(sliding_window=1000) | rope(rope_theta=1e6)),
+    ("qwen2", {}),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
+    (
+        "qwen2",
+        dict(
+            use_sliding_window=True,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+    ),
+    ("qwen2", dict(tie_word_embeddings=True) | rope(rope_theta=1e6)),
+    ("qwen3", {}),
+    (
+        "qwen3",
+        dict(
+            attention_bias=True,
+            head_dim=16,
+            use_sliding_window=True,
+            sliding_window=5,
+            max_window_layers=0,
+        ),
+    ),
+    ("opt", {}),
+    ("opt", dict(enable_bias=False, activation_function="gelu")),
+]
+OLD_SPELLINGS = [  # configuration, and its spelling in config.json before transformers 5
+    (
+        "gpt_neox",
+        rope(partial_rotary_factor=0.5, rope_theta=500.0),
+        dict(rotary_pct=0.5, rotary_emb_base=500),
+    ),
+    (
+        "gpt_neox",
+        rope("linear", partial_rotary_factor=0.5, factor=4.0),
+        dict(rotary_pct=0.5, rotary_emb_base=10000, rope_scaling={"type": "linear", "factor": 4.0}),
+    ),
+    ("llama", rope(rope_theta=500.0), dict(rope_theta=500.0, rope_scaling=None)),
+    (
+        "llama",
+        rope("linear", rope_theta=500.0, factor=4.0),
+        dict(rope_theta=500.0, rope_scaling={"type": "linear", "factor": 4.0}),
+    ),
+    (
+        "llama",
+        rope("llama3", **LLAMA3),
+        dict(
+            rope_theta=500.0,
+            rope_scaling={
+                "rope_type": "llama3",
+                **{k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+            },
+        ),
+    ),
+    (
+        "llama",
+        rope("llama3", **LLAMA3),
+        dict(
+            rope_theta=500.0,
+            original_max_position_embeddings=64,
+            rope_scaling={
+                "rope_type": "llama3",
+                **{k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+                "original_max_position_embeddings": 16,
+            },
+        ),
+    ),
+    *(
+        (
+            family,
+            rope("llama3", **LLAMA3 | dict(original_max_position_embeddings=longest)),
+            dict(
+                max_position_embeddings=...,
+                rope_parameters={
+                    "rope_type": "llama3",
+                    **{k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"},
+                },
+            ),
+        )
+        for family, longest in (
+            ("gpt_neox", 2048),
+            ("llama", 2048),
+            ("mistral", 131072),
+            ("qwen2", 32768),
+            ("qwen3", 32768),
+        )
+    ),
+    (
+        "llama",
+        rope(rope_theta=500.0),
+        dict(rope_scaling={}, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+    ),
+    ("qwen2", dict(num_key_value_heads=4), dict(num_key_value_heads=None)),
+    ("gpt_neox", {}, dict(num_key_value_heads=1)),
+    ("opt", {}, dict(head_dim=5, num_key_value_heads=1)),
+]
+
+
+def write(theirs, directory):
+    theirs.save_pretrained(directory)
+    shutil.copy(
+        GOLDENS
+        / ("gpt_neox" if theirs.config.model_type == "gpt_neox" else "llama")
+        / "tokenizer.json",
+        directory,
+    )
+
+
+@torch.no_grad()
+def padded_rewards(model, texts, side):
+    """transformers' rewards of one padded batch."""
+    width = max(map(len, texts))
+    tokens = torch.full((len(texts), width), model.config.pad_token_id)
+    mask = torch.zeros_like(tokens)
+    for row, text in enumerate(texts):
+        place = slice(width - len(text), width) if side == "left" else slice(len(text))
+        tokens[row, place] = torch.tensor(text)
+        mask[row, place] = 1
+    return model(tokens, attention_mask=mask).logits[:, 0]
+
+
+@pytest.mark.parametrize("family, changes", CONFIGURATIONS, ids=str)
+def test_rewards_equal_those_of_transformers_in_both_directions(
+    transformers, tmp_path, family, changes
+):
+    theirs = reference_model(family, **changes)
+    expected = reference_rewards(theirs, TEXTS)
+    write(theirs, tmp_path / "theirs")
+    checkpoint = Checkpoint(str(tmp_path / "theirs"))
+    ours = RewardModel(*checkpoint.load())
+    assert errors(rewards_of(ours), expected).max() <= 1
+
+    (tmp_path / "ours").mkdir()
+    save_checkpoint(tmp_path / "ours", checkpoint, ours.trunk, ours.head)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours"
+    ).eval()
+    assert type(again) is type(theirs) and again.config.num_labels == 1
+    assert errors(reference_rewards(again, TEXTS), expected).max() <= 1
+    for side in ("right", "left"):
+        assert errors(padded_rewards(again, TEXTS, side), expected).max() <= 1
+
+
+@pytest.mark.parametrize("family, changes, spelling", OLD_SPELLINGS, ids=str)
+def test_the_old_spelling_of_config_json_means_the_same(
+    transformers, tmp_path, family, changes, spelling
+):
+    theirs = reference_model(family, **changes)
+    expected = reference_rewards(theirs, TEXTS)
+    write(theirs, tmp_path)
+    edit_json(tmp_path / "config.json", dict(rope_parameters=...) | spelling)
+    assert errors(rewards_of(open_model(tmp_path)), expected).max() <= 1
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path
+    ).eval()  # the spelling is a real one
+    assert errors(reference_rewards(again, TEXTS), expected).max() <= 1
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_a_config_of_sizes_alone_has_the_defaults_of_transformers(transformers, tmp_path, family):
+    theirs = reference_model(family)
+    write(theirs, tmp_path)
+    sizes = {k: v for k, v in SIZES[family].items() if not k.endswith("token_id")}
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type=family, **sizes)))
+    assert errors(rewards_of(open_model(tmp_path)), reference_rewards(theirs, TEXTS)).max() <= 1
+    eps = getattr(theirs.config, "rms_norm_eps", None) or getattr(
+        theirs.config, "layer_norm_eps", 1e-5
+    )  # too small to show
+    assert Checkpoint(str(tmp_path)).config.norm_eps == eps
+
+
+@pytest.mark.parametrize(
+    "family, tied",
+    [("gpt_neox", False), ("llama", False), ("llama", True), ("qwen3", True), ("opt", True)],
+)
+def test_a_language_model_has_the_hidden_states_of_transformers_and_no_reward_head(
+    transformers, tmp_path, family, tied
+):
+    theirs = reference_model(family, head="ForCausalLM", tie_word_embeddings=tied)
+    write(theirs, tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    assert (
+        any(k in checkpoint.tensors.files for k in ("lm_head.weight", "embed_out.weight")) != tied
+    )
+    trunk, head = checkpoint.load()
+    assert head is None and not checkpoint.has_head
+    text = TEXTS[4]
+    with torch.no_grad():
+        found = trunk(pack([([], [text[: n + 1]]) for n in range(len(text))]))  # (N, D)
+        expected = theirs.base_model(torch.tensor([text])).last_hidden_state[0]
+    assert errors(found, expected).max() <= 1
+
+
+# ---- mistakes that the comparison must catch -------------------------------------------------------------------------
+
+FAR = 50  # tolerances that a mistake moves some reward by, at least
+
+WRONG_CONFIGURATIONS = [
+    ("gpt_neox", dict(norm_eps=1e-5)),
+    ("gpt_neox", dict(activation="relu")),
+    ("gpt_neox", dict(rotary_width=8)),
+    ("gpt_neox", dict(rotary_width=16)),
+    ("gpt_neox", dict(rope_base=500.0)),
+    ("gpt_neox", dict(rope_factor=4.0)),
+    ("gpt_neox", dict(parallel_residual=False)),
+    ("llama", dict(norm_eps=1e-6)),
+    ("llama", dict(activation="gelu")),
+    ("llama", dict(rotary_width=4)),
+    ("llama", dict(rope_base=10000.0)),
+    ("llama", dict(rope_factor=4.0)),
+    ("llama", dict(rope_llama3=None)),
+    ("llama", dict(rope_llama3=(4.0, 1.0, 4.0, 64))),
+    ("llama", dict(rope_llama3=(8.0, 1.0, 4.0, 512))),
+    ("llama", dict(rope_llama3=(8.0, 2.0, 4.0, 64))),
+    ("llama", dict(rope_llama3=(8.0, 1.0, 8.0, 64))),
+    ("llama", dict(parallel_residual=True)),
+]
+
+
+def assert_shows(family, model):
+    assert errors(rewards_of(model), expected_of(GOLDENS / family)).max() >= FAR
+
+
+@pytest.mark.parametrize("family, changes", WRONG_CONFIGURATIONS, ids=str)
+def test_a_wrong_configuration_shows(family, changes):
+    checkpoint = Checkpoint(str(GOLDENS / family))
+    checkpoint.config = dataclasses.replace(checkpoint.config, **changes)
+    assert_shows(family, RewardModel(*checkpoint.load()))
+
+
+@pytest.mark.parametrize(
+    "family, right, wrong",
+    [
+        ("mistral", dict(sliding_window=16), dict(windows=(15, 15))),
+        ("mistral", dict(sliding_window=16), dict(windows=(17, 17))),
+        ("mistral", dict(sliding_window=16), dict(windows=())),
+        (
+            "qwen2",
+            dict(use_sliding_window=True, sliding_window=8, max_window_layers=1),
+            dict(windows=(8, 8)),
+        ),
+        ("opt", {}, dict(position_offset=1)),
+        ("opt", {}, dict(position_offset=0)),
+        ("opt", {}, dict(activation="gelu")),
+        ("qwen3", dict(rms_norm_eps=0.05), dict(norm_eps=1e-6)),
+        ("qwen3", {}, dict(rope_base=500.0)),
+    ],
+    ids=str,
+)
+def test_a_wrong_configuration_of_another_family_shows(
+    transformers, tmp_path, family, right, wrong
+):
+    theirs = reference_model(family, **right)
+    write(theirs, tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    checkpoint.config = dataclasses.replace(checkpoint.config, **wrong)
+    assert (
+        errors(rewards_of(RewardModel(*checkpoint.load())), reference_rewards(theirs, TEXTS)).max()
+        >= FAR
+    )
+
+
+def test_missing_query_and_key_norms_show(transformers, tmp_path):
+    theirs = reference_model("qwen3")
+    write(theirs, tmp_path)
+    ours = open_model(tmp_path)
+    for block in ours.trunk.blocks:
+        block.attention.query_norm = block.attention.key_norm = torch.nn.Identity()
+    assert errors(rewards_of(ours), reference_rewards(theirs, TEXTS)).max() >= FAR
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_a_run_stored_in_bfloat16_scores_alike_to_its_rounding(transformers, tmp_path, family):
+    theirs = reference_model(family)
+    write(theirs, tmp_path / "theirs")
+    checkpoint = Checkpoint(str(tmp_path / "theirs"))
+    (tmp_path / "ours").mkdir()
+    save_checkpoint(tmp_path / "ours", checkpoint, *checkpoint.load(), "bfloat16")
+    exact = rewards_of(open_model(tmp_path / "ours"))  # the stored weights, computed in fp32
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours"
+    ).eval()
+    assert again.dtype == torch.bfloat16
+    rounding = (reference_rewards(again, TEXTS).float() - exact).abs().max()
+    ours = open_model(tmp_path / "ours")
+    ours.trunk.compute_dtype = torch.bfloat16
+    assert 0 < (rewards_of(ours) - exact).abs().max() < 2 * rounding < 0.5
+    assert errors(reference_rewards(again.float(), TEXTS), exact).max() <= 1
+
+
+def test_the_other_gelu_shows():
+    """The two differ by 5e-4 at most, so less far; rounding alone stays below a tenth of the tolerance."""
+    checkpoint, expected = Checkpoint(str(GOLDENS / "gpt_neox")), expected_of(GOLDENS / "gpt_neox")
+    assert errors(rewards_of(RewardModel(*checkpoint.load())), expected).max() < 0.2
+    checkpoint.config = dataclasses.replace(checkpoint.config, activation="gelu_tanh")
+    assert errors(rewards_of(RewardModel(*checkpoint.load())), expected).max() > 4
+
+
+def test_every_parameter_shows(golden):
+    """A bias left out, a norm's weight left at 1, rows of a matrix or entries of the head in another order."""
+    expected, unseen = expected_of(golden), []
+    for name, _ in open_model(golden).named_parameters():
+        model = open_model(golden)
+        with torch.no_grad():
+            p = model.get_parameter(name)
+            p.copy_(
+                torch.zeros_like(p)
+                if name.endswith("bias")
+                else torch.ones_like(p)
+                if "norm" in name
+                else p.roll(1, 0)
+            )
+        if errors(rewards_of(model), expected).max() < FAR:
+            unseen.append(name)
+    assert not unseen
+
+
+def swap(model, one, other):
+    a, b = (model.get_parameter(f"trunk.blocks.0.{name}.weight").data for name in (one, other))
+    a[:], b[:] = b.clone(), a.clone()
+
+
+@pytest.mark.parametrize(
+    "family, one, other",
+    [
+        ("gpt_neox", "attention_norm", "mlp_norm"),
+        ("gpt_neox", "attention.query", "attention.key"),
+        ("gpt_neox", "attention.key", "attention.value"),
+        ("llama", "attention_norm", "mlp_norm"),
+        ("llama", "mlp.gate", "mlp.up"),
+    ],
+)
+def test_swapped_weights_show(family, one, other):
+    model = open_model(GOLDENS / family)
+    swap(model, one, other)
+    assert_shows(family, model)
+
+
+def test_a_negated_head_shows(golden):
+    model = open_model(golden)
+    model.head.data.neg_()
+    assert_shows(golden.name, model)
+
+
+def test_another_grouping_of_heads_shows(monkeypatch):
+    """Query head h reads key head h % G instead of h // (H / G)."""
+    order = torch.tensor([0, 2, 1, 3])
+    monkeypatch.setattr(
+        minimore.model.trunk,
+        "attend",
+        lambda q, k, v, stream, window: attend(q[:, order], k, v, stream, window)[
+            :, order.argsort()
+        ],
+    )
+    assert_shows("llama", open_model(GOLDENS / "llama"))
+
+
+def test_the_other_layout_of_the_fused_projection_shows(monkeypatch):
+    """[all queries, all keys, all values] instead of head by head."""
+    monkeypatch.setattr(
+        minimore.model.checkpoint, "split_heads", lambda fused, heads: list(fused.chunk(3))
+    )
+    assert_shows("gpt_neox", open_model(GOLDENS / "gpt_neox"))
+
+
+def test_rotating_neighbouring_dimensions_shows(golden, monkeypatch):
+    """Dimension 2j pairs with 2j + 1 instead of j with j + R / 2."""
+
+    def rotate(x, rotation):
+        cos, sin = rotation
+        width = 2 * cos.shape[-1]
+        a, b = x[..., 0:width:2], x[..., 1:width:2]
+        return torch.cat(
+            [torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2), x[..., width:]],
+            -1,
+        )
+
+    monkeypatch.setattr(minimore.model.trunk, "rotate", rotate)
+    assert_shows(golden.name, open_model(golden))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: dict(positions=torch.zeros_like(s.positions)),
+        lambda s: dict(positions=s.positions.clamp(max=100)),
+        lambda s: dict(positions=s.positions.flip(0)),
+        lambda s: dict(last=(s.last - 1).clamp_min(0)),
+        lambda s: dict(last=s.last.flip(0)),
+    ],
+    ids=[
+        "no rotation",
+        "positions stop",
+        "positions reversed",
+        "pooled one early",
+        "texts exchanged",
+    ],
+)
+def test_wrong_positions_and_wrong_pooling_show(golden, change):
+    stream = pack([([], [text]) for text in TEXTS])
+    wrong = Stream(
+        **dict(
+            tokens=stream.tokens,
+            positions=stream.positions,
+            last=stream.last,
+            segments=stream.segments,
+        )
+        | change(stream)
+    )
+    with torch.no_grad():
+        found = open_model(golden).rewards(wrong)
+    assert errors(found, expected_of(golden)).max() >= FAR

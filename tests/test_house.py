@@ -1,0 +1,76 @@
+"""The house: every file has its place in one order, and imports only files before it."""
+
+import ast
+import doctest
+import importlib
+
+import pytest
+from conftest import ROOT
+
+ORDER = """
+options files tables more calibration uncertainty plots
+model.attention model.recompute model.trunk model.families model.tokenizer model.tensors
+model.checkpoint
+data.records data.pairs data.world
+reward score evaluate
+engine.recipe engine.objective engine.optim engine.plain engine.host engine.streamed
+engine.cost engine.plan
+run train
+alignment.policy
+lab.features lab.published lab.grid lab.reproduce lab.demo
+check cli
+""".split()
+
+
+def path_of(module):
+    return (ROOT / "minimore").joinpath(*module.split(".")).with_suffix(".py")
+
+
+def imports(module):
+    """The modules of ours that a module imports, relative to the package, and those inside functions."""
+    tree = ast.parse(path_of(module).read_text("utf-8"))
+    package = module.split(".")[:-1]
+    at_top = {node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level}
+    inside = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level and node not in at_top
+    ]
+    found = set()
+    for node in at_top:
+        base = package[: len(package) + 1 - node.level] + (node.module or "").split(".")
+        base = ".".join(part for part in base if part)
+        if base in ORDER:
+            found.add(base)
+        else:  # `from . import plots`
+            found |= {f"{base}.{alias.name}".lstrip(".") for alias in node.names}
+    return found - {"__version__"}, inside
+
+
+def test_every_file_has_its_place():
+    files = (ROOT / "minimore").rglob("*.py")
+    modules = {
+        ".".join(file.relative_to(ROOT / "minimore").with_suffix("").parts)
+        for file in files
+        if not file.name.startswith("__")
+    }
+    assert modules == set(ORDER) and len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_only_point_up_the_page(module):
+    found, inside = imports(module)
+    assert found <= set(ORDER[: ORDER.index(module)]), module
+    assert not inside, "an import of ours inside a function"
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_doctests(module):
+    assert doctest.testmod(importlib.import_module(f"minimore.{module}")).failed == 0
+
+
+def test_no_line_is_wider_than_a_hundred_characters():
+    for folder in ("minimore", "tests", "tutorials"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+                assert len(line) <= 100, f"{file.relative_to(ROOT)}:{number}"

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from .alignment.policy import LanguageModel, token_losses
 from .engine.cost import PairShape, Workload, in_bytes, memory_of
-from .engine.plain import Recipe
 from .engine.plan import is_exact, recipes
+from .engine.recipe import Recipe
+from .files import one_line, refuse_existing, write_json
 from .model.attention import pack
 from .model.checkpoint import Checkpoint, pad_id
 from .model.families import LANGUAGE_HEADS
 from .model.trunk import Trunk
-from .options import InputError, one_line, option, refuse_existing, write_json
+from .options import InputError, option
 from .reward import ModelOptions, RewardModel, load_reward_model, text_rewards
 
 PARAGRAPH = (

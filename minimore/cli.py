@@ -15,7 +15,7 @@ from .lab.features import FeaturesOptions, ProbeOptions, features, probe
 from .lab.grid import ReproduceOptions
 from .lab.reproduce import reproduce
 from .options import InputError, Parser, add_options, from_arguments, printable
-from .reward import ScoreOptions, score
+from .score import ScoreOptions, score
 from .train import TrainOptions, train
 
 VERBS = {

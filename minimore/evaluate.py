@@ -10,8 +10,9 @@ import numpy as np
 
 from . import calibration, plots, uncertainty
 from .data.pairs import Source, load_source
+from .files import refuse_existing, write_json
 from .model.checkpoint import Checkpoint
-from .options import InputError, option, parse_sources, refuse_existing, write_json
+from .options import InputError, option, parse_sources
 from .reward import ReadingOptions, RewardModel, load_reward_model, pair_rewards
 
 RATES = (

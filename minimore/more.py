@@ -248,6 +248,10 @@ WEIGHTINGS = {
     "group_dro": group_dro_weights,
 }
 
+# What a weighting may weigh on its own: single pairs, groups of one pair a source, or else only the
+# whole step. It decides how a step may be cut into micro-batches.
+SEPARABLE = {"proportional": "pairs", "uniform": "groups"}
+
 
 def _count(source, sources):
     return sources if sources is not None else int(source.max()) + 1

@@ -1,43 +1,96 @@
-"""Options: a frozen dataclass is the single description of a command; argparse is generated from it.
+"""Options: a frozen dataclass is the one description of a command; argparse is generated from it.
 
-Also the one error type that a user can cause. Standard library only.
+Also here: the one error that a user can cause, and what it may look like. Standard library only.
 """
 
 import argparse
 import dataclasses
-import json
-import os
-import secrets
 import types
 import typing
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-MESSAGE = 1000  # characters of the longest message
-
-
-def printable(text: str) -> str:
-    """Line breaks and other control characters, which a name or a file may hold, as escapes: a message is one line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+LONGEST_MESSAGE = 1000  # characters
+MOST = 10**9  # of anything that is counted
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: one line saying what, where, expected, what next. Exit code 2."""
+    """Something the user gave cannot be used.
+
+    The message is one line that says what, where, what was expected and what to do next. A command
+    that ends in it has the exit code 2.
+    """
 
     def __init__(self, message: str):
-        super().__init__(printable(message)[:MESSAGE])
+        super().__init__(printable(message)[:LONGEST_MESSAGE])
+
+
+def require(condition: object, message: str) -> None:
+    """Raise InputError unless the condition holds: a check reads as a sentence."""
+    if not condition:
+        raise InputError(message)
+
+
+def printable(text: str) -> str:
+    """The text with line breaks and other control characters as escapes, so that it is one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---- one option ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that an option may take, both ends included; `above` and `below` exclude theirs.
+
+    >>> 0 in Range(above=0), 1 in Range(above=0, most=1)
+    (False, True)
+    >>> print(Range(above=0, most=1))
+    more than 0, at most 1
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return not (
+            (self.least is not None and value < self.least)
+            or (self.most is not None and value > self.most)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and value >= self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"{self.least} to {self.most}"
+        limits = (
+            ("at least", self.least),
+            ("more than", self.above),
+            ("at most", self.most),
+            ("less than", self.below),
+        )
+        return ", ".join(f"{words} {limit}" for words, limit in limits if limit is not None)
+
+
+COUNT = Range(least=1, most=MOST)  # of anything that is counted
 
 
 def option(
-    default=dataclasses.MISSING,
-    help="",
-    choices=None,
-    repeat=False,
-    value="VALUE",
-    positional=False,
-):
-    """A dataclass field that is also a command-line option; without a default it is required. value: its name in the help.
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    choices: Sequence[str] | None = None,
+    repeat: bool = False,
+    value: str = "VALUE",
+    positional: bool = False,
+    within: Range | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line option; without a default it is required.
 
-    positional: it may be given without its name, too.
+    value: what its value is called in the help. positional: it may be given without its name, too.
+    within: the numbers it may take, which `check_ranges` checks.
     """
     metadata = {
         "help": help,
@@ -45,11 +98,93 @@ def option(
         "repeat": repeat,
         "value": value,
         "positional": positional,
+        "within": within,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _value_type(annotation):
+def flag_of(name: str) -> str:
+    """The flag of a field: `learning_rate` is `--learning-rate`."""
+    return "--" + name.replace("_", "-")
+
+
+def check_ranges(options: Any) -> None:
+    """Raise InputError for the first option of a dataclass that lies outside its range."""
+    for field in dataclasses.fields(options):
+        within, value = field.metadata.get("within"), getattr(options, field.name)
+        if within is not None and value is not None and value not in within:
+            raise InputError(f"{flag_of(field.name)} {value}: expected {within}")
+
+
+# ---- from a dataclass to a command line, and back ------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and exit code 2, without usage and without abbreviations."""
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, allow_abbrev=False, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the one line and leave."""
+        text = printable(message)[:LONGEST_MESSAGE]
+        self.exit(2, f"{self.prog}: {text} (see {self.prog} --help)\n")
+
+
+def add_options(parser: argparse.ArgumentParser, options_class: type) -> None:
+    """Add one argument for every field of the dataclass."""
+    types_of = typing.get_type_hints(options_class)
+    for field in dataclasses.fields(options_class):
+        kind = _value_type(types_of[field.name])
+        if kind is bool:
+            _add_switch(parser, field)
+        elif field.metadata["positional"]:
+            _add_positional(parser, field)
+        else:
+            _add_flag(parser, field, kind)
+
+
+def _add_switch(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    parser.add_argument(
+        flag_of(field.name), action="store_true", default=field.default, help=_help_of(field)
+    )
+
+
+def _add_positional(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    """The same value without its name or with it; `from_arguments` says if both are missing."""
+    choices = field.metadata["choices"]
+    shown = "{" + ",".join(choices) + "}" if choices else field.metadata["value"]
+    parser.add_argument(
+        field.name, nargs="?", default=argparse.SUPPRESS, help=_help_of(field), metavar=shown
+    )
+    parser.add_argument(flag_of(field.name), default=None, help=argparse.SUPPRESS)
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: type) -> None:
+    required = field.default is dataclasses.MISSING
+    repeated, choices = field.metadata["repeat"], field.metadata["choices"]
+    default: Any = [] if repeated else field.default
+    shown = {int: "N", float: "X"}.get(kind, field.metadata["value"])
+    text = _help_of(field)
+    if not required and field.default not in (None, ()):
+        text += f" (default: {field.default})"
+    parser.add_argument(
+        flag_of(field.name),
+        type=_parser_of(kind) if kind in (int, float) else kind,
+        required=required,
+        default=None if required else default,
+        choices=choices,
+        action="append" if repeated else "store",
+        help=text,
+        metavar=None if choices else shown,
+    )
+
+
+def _help_of(field: dataclasses.Field) -> str:
+    return field.metadata["help"].replace("%", "%%")
+
+
+def _value_type(annotation: Any) -> type:
     """The type that parses one value: `int` for `int | None`, `str` for `tuple[str, ...]`."""
     if isinstance(annotation, types.UnionType):
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
@@ -58,186 +193,76 @@ def _value_type(annotation):
     return annotation
 
 
-def _parser_type(kind):
-    """Whole numbers may be written 40_000; floats must be finite."""
+def _parser_of(kind: type) -> Any:
+    """A parser of numbers: whole ones may be written 40_000, others must be finite."""
 
-    def parse(text):
+    def parse(text: str) -> Any:
         value = kind(text)
         if kind is float and not -float("inf") < value < float("inf"):
             raise ValueError(text)
         return value
 
-    parse.__name__ = {"int": "whole number", "float": "number"}.get(kind.__name__, kind.__name__)
+    names = {"int": "whole number", "float": "number"}
+    parse.__name__ = names.get(kind.__name__, kind.__name__)  # argparse prints it
     return parse
 
 
-def add_options(parser, options_class):
-    """Add one argument per field of the dataclass: `learning_rate` becomes `--learning-rate`."""
-    hints = typing.get_type_hints(options_class)
-    for field in dataclasses.fields(options_class):
-        name, kind = "--" + field.name.replace("_", "-"), _value_type(hints[field.name])
-        required = field.default is dataclasses.MISSING
-        text = field.metadata["help"].replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(name, action="store_true", default=field.default, help=text)
-            continue
-        if field.metadata["positional"]:
-            choices = field.metadata["choices"]
-            parser.add_argument(
-                field.name,
-                nargs="?",
-                default=argparse.SUPPRESS,
-                help=text,
-                metavar="{" + ",".join(choices) + "}" if choices else field.metadata["value"],
-            )
-            parser.add_argument(name, default=None, help=argparse.SUPPRESS)
-            continue
-        if not required and field.default not in (None, ()):
-            text += f" (default: {field.default})"
-        parser.add_argument(
-            name,
-            type=_parser_type(kind) if kind in (int, float) else kind,
-            required=required,
-            default=None if required else [] if field.metadata["repeat"] else field.default,
-            choices=field.metadata["choices"],
-            action="append" if field.metadata["repeat"] else "store",
-            help=text,
-            metavar=None
-            if field.metadata["choices"]
-            else {int: "N", float: "X"}.get(kind, field.metadata["value"]),
-        )
-
-
-def from_arguments(options_class, arguments):
+def from_arguments(options_class: type, arguments: argparse.Namespace) -> Any:
     """Build the frozen dataclass from an argparse namespace; repeated options become tuples."""
-    values = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(options_class)}
-    for f in dataclasses.fields(options_class):
-        if f.metadata["positional"] and values[f.name] is None:
-            raise InputError(f"{f.name.upper()} is missing: {f.metadata['help']}")
-        if (
-            f.metadata["positional"]
-            and f.metadata["choices"]
-            and values[f.name] not in f.metadata["choices"]
-        ):
-            raise InputError(
-                f"{f.name} {values[f.name]}: expected one of {', '.join(f.metadata['choices'])}"
-            )
-    return options_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values = {}
+    for field in dataclasses.fields(options_class):
+        value = getattr(arguments, field.name)
+        if field.metadata["positional"]:
+            _check_positional(field, value)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return options_class(**values)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and exit code 2, without the usage block; no abbreviations."""
+def _check_positional(field: dataclasses.Field, value: Any) -> None:
+    choices = field.metadata["choices"]
+    require(value is not None, f"{field.name.upper()} is missing: {field.metadata['help']}")
+    require(
+        not choices or value in choices,
+        f"{field.name} {value}: expected one of {', '.join(choices or ())}",
+    )
 
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, allow_abbrev=False, **keywords)
 
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {printable(message)[:MESSAGE]} (see {self.prog} --help)\n")
+# ---- NAME=PATH -----------------------------------------------------------------------------------
 
 
-def parse_sources(values, test_only=False, flag="--source"):
-    """`NAME=TRAIN[,TEST]` strings -> {name: (train, test or None)}; with test_only `NAME=TEST` -> {name: path}."""
+def parse_sources(
+    values: Iterable[str], test_only: bool = False, flag: str = "--source"
+) -> dict[str, Any]:
+    """`NAME=TRAIN[,TEST]` strings become {name: (train, test or None)}.
+
+    With test_only, `NAME=TEST` strings become {name: path}.
+    """
     expected = "NAME=TEST.jsonl" if test_only else "NAME=TRAIN.jsonl[,TEST.jsonl]"
-    sources = {}
+    sources: dict[str, Any] = {}
     for value in values:
         name, equals, paths = value.partition("=")
         parts = [paths] if test_only else paths.split(",")
-        if not (name and equals and all(parts) and len(parts) <= 2):
-            raise InputError(f"{flag} {value}: expected {expected}")
-        if not name.isprintable():
-            raise InputError(f"{flag} {value}: expected a name of printable characters")
-        if name in sources:
-            raise InputError(
-                f"{flag} {value}: source {name!r} is named twice; give each source one {flag}"
-            )
-        sources[name] = paths if test_only else (parts[0], parts[1] if len(parts) == 2 else None)
-    if not sources:
-        raise InputError(f"{flag} is missing: expected at least one {expected}")
+        is_whole = name and equals and all(parts) and len(parts) <= 2
+        require(is_whole, f"{flag} {value}: expected {expected}")
+        require(name.isprintable(), f"{flag} {value}: expected a name of printable characters")
+        require(
+            name not in sources,
+            f"{flag} {value}: source {name!r} is named twice; give each source one {flag}",
+        )
+        train_and_test = (parts[0], parts[1] if len(parts) == 2 else None)
+        sources[name] = paths if test_only else train_and_test
+    require(sources, f"{flag} is missing: expected at least one {expected}")
     return sources
 
 
-def require_tests(paths: dict[str, tuple[str, str | None]]):
-    """Refuse a source without a test file, or whose test file is not there or is its training file."""
+def require_tests(paths: dict[str, tuple[str, str | None]]) -> None:
+    """Refuse a source without a test file, or whose test file is missing or is its training file."""
     for name, (train, test) in paths.items():
         if test is None:
             raise InputError(f"--source {name}: has no test file; expected NAME=TRAIN,TEST")
         for path in (train, test):
-            if not Path(path).exists():
-                raise InputError(f"--source {name}: {path}: no such file")
-        if Path(train).resolve() == Path(test).resolve():
-            raise InputError(f"--source {name}: {test} is both training and test file")
-
-
-def refuse_existing(path, flag="--output", make_parents=False):
-    """Outputs are never overwritten: refuse a path that exists, that is empty, or that lies in no directory."""
-    if path is None:
-        return
-    if not path or os.path.lexists(path):
-        raise InputError(
-            f"{flag} {path}: exists already; choose another name or remove it"
-            if path
-            else f"{flag}: the path is empty"
+            require(Path(path).exists(), f"--source {name}: {path}: no such file")
+        require(
+            Path(train).resolve() != Path(test).resolve(),
+            f"--source {name}: {test} is both training and test file",
         )
-    parent = Path(path).absolute().parent
-    while make_parents and not os.path.lexists(parent):
-        parent = parent.parent
-    if not parent.is_dir():
-        raise InputError(f"{flag} {path}: {parent} is not a directory; make it first")
-
-
-def one_line(error) -> str:
-    """An error's text on one line, at most 160 characters."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-def read_json(path, kind=dict):
-    """A JSON object (or a list) from a file, or one clear line."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{path}: not a plain file; expected a file of JSON")
-        value = json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file"
-            + (
-                "; expected a Hugging Face checkpoint directory"
-                if Path(path).name == "config.json"
-                else ""
-            )
-        ) from None
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from None
-    if not isinstance(value, kind):
-        raise InputError(
-            f"{path}: holds {type(value).__name__}; expected a JSON {'object' if kind is dict else 'list'}"
-        )
-    return value
-
-
-def beside(path: Path) -> Path:
-    """A name next to path that nobody else uses; what is written there whole is then renamed to path."""
-    return path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.partial")
-
-
-def write_text(path, text):
-    """Write a whole file or nothing: beside it first, then renamed into place."""
-    path = Path(path)
-    unfinished = beside(path)
-    try:
-        with open(unfinished, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    """`write_text` of indented strict JSON (no NaN; escapes only where UTF-8 has no bytes for a character)."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        text = json.dumps(value, indent=2, allow_nan=False)
-    write_text(path, text + "\n")

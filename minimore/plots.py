@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from .calibration import pair_reliability
-from .options import InputError, beside
+from .files import beside
+from .options import InputError
 
 PALETTE = (
     "#0072B2",

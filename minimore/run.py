@@ -28,10 +28,11 @@ from safetensors.torch import load_file
 
 from .engine.host import available_memory
 from .engine.optim import AdamW
-from .engine.plain import Recipe
+from .engine.recipe import Recipe
+from .files import one_line, read_json, write_json, write_text
 from .model.checkpoint import Checkpoint, model_tensors, write_model
 from .model.tensors import Lazy, write_tensors
-from .options import InputError, one_line, read_json, write_json, write_text
+from .options import InputError
 from .reward import RewardModel
 
 RECIPE = tuple(field.name for field in fields(Recipe))

@@ -16,17 +16,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .data.pairs import Source, epoch_steps, load_source
+from .data.pairs import Source, load_source
+from .data.sampling import batch_size_of, epoch_steps
 from .engine.host import available_memory, pinned
+from .engine.objective import NonFiniteGradient, NonFiniteLoss, RewardObjective
 from .engine.optim import AdamW, replace_parameter
-from .engine.plain import NonFiniteGradient, NonFiniteLoss, Recipe, Weighing
-from .engine.plan import MOST, RunOptions, batch_of, choose, parse_memory, workload_of
+from .engine.plan import RunOptions, choose, parse_memory, workload_of
+from .engine.recipe import Recipe
 from .engine.streamed import open_engine
 from .evaluate import evaluate_sources, table
+from .files import write_json, write_text
 from .model.checkpoint import Checkpoint, model_tensors, saved_config, write_config
 from .model.tensors import STORAGE, write_sharded
 from .more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients
-from .options import InputError, option, parse_sources, write_json, write_text
+from .options import MOST, InputError, check_ranges, option, parse_sources
 from .reward import RewardModel, check_length, compute_type, device_of, load_reward_model
 from .run import (
     Lock,
@@ -177,7 +180,8 @@ def stop_requests():
 
 def check_options(options: TrainOptions, K: int) -> int:
     """Refuse what cannot be run (InputError); returns the batch size."""
-    batch = batch_of(options, K)
+    check_ranges(options)
+    batch = batch_size_of(options, K)
     refuse = [
         (
             options.lambda_scope == "group" and options.sampling != "equal",
@@ -222,7 +226,7 @@ def check_options(options: TrainOptions, K: int) -> int:
         if wrong:
             raise InputError(message)
     if options.memory is None:
-        Recipe(**options.recipe_given({})).check()
+        Recipe(**options.chosen_recipe(options.micro_tokens)).check()
     else:
         parse_memory(options.memory)
     return batch
@@ -255,7 +259,9 @@ def recipe_of(
 
     A run that is continued keeps the storage of numbers that it began with.
     """
-    given = options.recipe_given(stored_recipe(Path(options.output)) if options.resume else {})
+    given = options.chosen_recipe(
+        options.micro_tokens, stored_recipe(Path(options.output)) if options.resume else None
+    )
     if options.memory is not None:
         return choose(
             checkpoint.config,
@@ -327,7 +333,7 @@ def train_in(
         if options.method == "more"
         else {}
     )
-    how = Weighing(
+    how = RewardObjective(
         K,
         partial(WEIGHTINGS[options.method], state=memory, **extra),
         options.method,

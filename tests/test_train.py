@@ -21,10 +21,12 @@ import minimore.train as training
 from minimore.cli import main
 from minimore.data.pairs import load_source, pack_pairs
 from minimore.data.world import World
+from minimore.engine.objective import NonFiniteLoss, RewardObjective
 from minimore.engine.optim import AdamW
-from minimore.engine.plain import NonFiniteLoss, Weighing, plain_step
+from minimore.engine.plain import PlainEngine
+from minimore.engine.recipe import Recipe
 from minimore.evaluate import evaluate_sources
-from minimore.model.trunk import RECOMPUTE
+from minimore.model.recompute import RECOMPUTE
 from minimore.more import WEIGHTINGS, more_loss, pair_losses
 from minimore.options import InputError
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
@@ -80,15 +82,23 @@ def run_step(
     micro_tokens=8192,
 ):
     weigh = partial(WEIGHTINGS[method], state={} if state is None else state)
-    return plain_step(
-        model, pairs, source, Weighing(sources, weigh, method, scope, sampling), micro_tokens
-    )
+    engine = PlainEngine(model, KeepsGradients(model), Recipe(micro_tokens=micro_tokens))
+    return engine.step(pairs, source, RewardObjective(sources, weigh, method, scope, sampling))
+
+
+class KeepsGradients:
+    """Stands in for the optimizer: changes nothing, and keeps the gradients of the last step."""
+
+    def __init__(self, model):
+        self.model, self.steps = model, 0
+        model.gradients = getattr(model, "gradients", {})
+
+    def update(self, name, parameter, gradient):
+        self.model.gradients[name] = gradient.clone()
 
 
 def gradients_of(model):
-    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
-    model.zero_grad()
-    return grads
+    return torch.cat([gradient.flatten() for gradient in model.gradients.values()])
 
 
 @pytest.mark.parametrize(

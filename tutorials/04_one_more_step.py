@@ -24,7 +24,8 @@ from minimore import (
     weighted_loss,
 )
 from minimore.data.world import World
-from minimore.engine.plain import Weighing, step
+from minimore.engine.objective import RewardObjective
+from minimore.engine.plain import step
 from minimore.more import more_weights, normalize_gradients
 
 torch.set_printoptions(precision=4, sci_mode=False, linewidth=120)
@@ -106,7 +107,7 @@ print("head, by backward:        ", by_hand["head"][:5], "\nhead, weights @ grad
 def gradient_of(*batches, apart=False):
     """The gradient of all parameters in one vector: one step over all batches, or one for each, averaged."""
     model.zero_grad()
-    how = Weighing(sources=3, weigh=partial(more_weights, state={}, normalize="l2"))
+    how = RewardObjective(sources=3, weigh=partial(more_weights, state={}, normalize="l2"))
     for together in [[b] for b in batches] if apart else [batches]:
         step(model, together, how, share=1 / len(batches) if apart else 1.0)
     return torch.cat([p.grad.flatten() for p in model.parameters()])

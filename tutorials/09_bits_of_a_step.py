@@ -15,10 +15,11 @@ import torch
 
 import minimore.engine.optim as optim
 from minimore import ModelOptions, load_source, open_reward_model
-from minimore.data.pairs import epoch_steps
+from minimore.data.sampling import epoch_steps
 from minimore.data.world import World
+from minimore.engine.objective import RewardObjective
 from minimore.engine.optim import AdamW, join, key_of, random_bits, round_at_random, split
-from minimore.engine.plain import Recipe, Weighing
+from minimore.engine.recipe import Recipe
 from minimore.engine.streamed import open_engine
 from minimore.evaluate import evaluate_sources
 from minimore.more import uniform_weights
@@ -124,7 +125,7 @@ def train(parameters, moments):
         engine.step(
             [sources[k].pairs[i] for k, i in chosen],
             chosen[:, 0].tolist(),
-            Weighing(3, partial(uniform_weights, state={})),
+            RewardObjective(3, partial(uniform_weights, state={})),
         )
     after = torch.cat(
         [optimizer.value(name, p).flatten() for name, p in model.named_parameters() if p.ndim > 1]

@@ -16,9 +16,11 @@ import torch
 
 from minimore.data.pairs import TokenPair
 from minimore.engine.cost import PairShape, Workload, in_bytes, kept_of_block, memory_of, sizes_of
+from minimore.engine.objective import RewardObjective, micro_batches
 from minimore.engine.optim import AdamW
-from minimore.engine.plain import PlainEngine, Recipe, Weighing, cut
+from minimore.engine.plain import PlainEngine
 from minimore.engine.plan import RECIPES
+from minimore.engine.recipe import Recipe
 from minimore.engine.streamed import StreamedEngine, Walk, parts_of
 from minimore.model.trunk import ModelConfig, Trunk
 from minimore.more import more_weights
@@ -61,7 +63,7 @@ pairs = []
 for _ in range(20):
     prompt, a, b = ids(20), ids(15), ids(15)
     pairs.append(TokenPair(np.concatenate([prompt, a]), np.concatenate([prompt, b]), 20, 0))
-source, how = [i % 5 for i in range(20)], Weighing(5, partial(more_weights, state={}))
+source, how = [i % 5 for i in range(20)], RewardObjective(5, partial(more_weights, state={}))
 
 
 def alive() -> int:
@@ -115,7 +117,7 @@ print(
 # respect to the last tokens are exact. Then back: make a block again, with a graph, take its gradient; the block may be updated at once.
 base = alive()
 walk = Walk(
-    model, cut(pairs, source, 400), how, recompute="full"
+    model, micro_batches(pairs, source, 400), how, recompute="full"
 )  # three chunks of at most 400 tokens
 print(
     f"after the way forward: {in_bytes(alive() - base)} more, {c.blocks} inputs of {in_bytes(1000 * 256 * 4)} among them; weights {walk.result[2].numpy().round(2)}"

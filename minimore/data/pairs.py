@@ -17,6 +17,7 @@ from ..model.tokenizer import Tokenizer
 from ..options import InputError
 from .records import read_records, record_pairs
 
+TRUNCATE = ("each", "together")
 CHUNK = 512  # pairs tokenised at a time
 
 
@@ -231,39 +232,3 @@ def split_by_tokens(tokens: Sequence[int], budget: int, unit: int = 1) -> list[r
             start, filled = first, 0
         filled += size
     return ranges + [range(start, len(tokens))]
-
-
-def epoch_steps(
-    sizes: Sequence[int],
-    sampling: str,
-    per_source: int | None,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-) -> list[np.ndarray]:
-    """The pairs of every optimizer step of one epoch: a list of (B, 2) arrays of (source, index in the source).
-
-    `equal`: per_source pairs of every source (by default all pooled pairs / K; a smaller source is repeated, a larger one
-    sampled), B / K of each source in every step, one of each in turn. `proportional`: a random mix of everything, each
-    source resampled first if per_source is given. A pure function of its arguments, so a resumed run continues in place.
-    """
-    K = len(sizes)
-    each = (
-        [per_source or max(1, sum(sizes) // K)] * K
-        if sampling == "equal" or per_source
-        else list(sizes)
-    )
-    orders = []
-    for k, (size, count) in enumerate(zip(sizes, each)):
-        random = np.random.default_rng([seed, epoch, k])
-        rounds = [random.permutation(size) for _ in range(-(-count // size))]
-        orders.append(
-            np.stack([np.full(count, k), np.concatenate(rounds)[:count]], 1)
-        )  # (count, 2)
-    if sampling == "equal":
-        pool = np.stack(orders, 1).reshape(-1, 2)  # one of each in turn
-    else:
-        pool = np.concatenate(orders)[
-            np.random.default_rng([seed, epoch, K]).permutation(sum(each))
-        ]
-    return [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]

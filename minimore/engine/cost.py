@@ -17,7 +17,7 @@ from ..data.pairs import Source, split_by_tokens
 from ..model.attention import Segment, tile_shapes
 from ..model.trunk import ModelConfig, Trunk
 from .optim import BLOCK
-from .plain import Recipe
+from .recipe import Recipe
 
 BYTES = {
     "float32": 4,

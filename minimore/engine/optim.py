@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PARAMETERS, MOMENTS = ("float32", "split", "bfloat16"), ("float32", "bfloat16", "int8")
 BLOCK = 256  # numbers that share the scales of an 8-bit code
 SLICE = {
     "cpu": 1 << 16,

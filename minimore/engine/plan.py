@@ -8,12 +8,15 @@ from itertools import product
 
 import torch
 
-from ..data.pairs import Source, epoch_steps, load_source
+from ..data.pairs import Source, load_source
+from ..data.sampling import DataOptions, batch_size_of, epoch_steps
+from ..files import refuse_existing, write_json
 from ..model.checkpoint import find, read_config
+from ..model.recompute import RECOMPUTE
 from ..model.tokenizer import Tokenizer
-from ..model.trunk import RECOMPUTE, ModelConfig
-from ..options import InputError, option, parse_sources, refuse_existing, write_json
-from ..reward import TRUNCATE, ModelOptions, check_length
+from ..model.trunk import ModelConfig
+from ..options import MOST, InputError, option, parse_sources
+from ..reward import ModelOptions, check_length
 from .cost import (
     EFFICIENCY,
     GPUS,
@@ -30,14 +33,11 @@ from .cost import (
     step_seconds,
     workload,
 )
-from .optim import MOMENTS, PARAMETERS
-from .plain import ENGINES, OFFLOADS, Recipe
+from .recipe import ENGINES, MOMENTS, OFFLOADS, PARAMETERS, Recipe, RecipeOptions
 
 SIZES = (24e9, 40e9, 80e9, 141e9)
-MOST = 10**9  # of anything that is counted
 MOST_PLANNED = 10**4  # pairs of a step that is made up
 EPOCHS = 20  # are looked at before a training
-MOST_PAIRS = 10**7  # of one source in an epoch: their order is made at once
 
 
 # ---- choosing ----------------------------------------------------------------------------------------------------------
@@ -178,82 +178,8 @@ def parse_memory(text: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ModelOptions):
-    """What `train` and `plan` both take: the data of a run, and its recipe."""
-
-    source: tuple[str, ...] = option(
-        (), repeat=True, value="NAME=TRAIN.jsonl[,TEST.jsonl]", help="once per source"
-    )
-    sampling: str = option(
-        "equal",
-        choices=("equal", "proportional"),
-        help="equal shares of every source in every step, or a random mix of everything",
-    )
-    pairs_per_source: int | None = option(
-        None,
-        help="resample every source to this many pairs an epoch (default under equal sampling: all pairs / sources)",
-    )
-    max_length: int = option(512, help="tokens a text, cut on the left")
-    truncate: str = option(
-        "each",
-        choices=TRUNCATE,
-        help="cut each side of a pair on its own (the paper), or both alike, so that long pairs share their prompt",
-    )
-    epochs: int = option(1, help="passes over the sampled pairs")
-    batch_size: int | None = option(
-        None,
-        help="pairs a step; a multiple of the sources under equal sampling (default: 16 x sources)",
-    )
-    memory: str | None = option(
-        None,
-        value="24GB",
-        help="what the training may take of the device's memory: what is not given of the recipe is then chosen, exact "
-        "and as fast as fits",
-    )
-    engine: str | None = option(
-        None,
-        choices=ENGINES,
-        help="plain: autograd over the whole model (default); streamed: block by block, each updated as soon as its gradient is known",
-    )
-    parameters: str | None = option(
-        None,
-        choices=PARAMETERS,
-        help="storage of matrices: float32 (default); split: bf16 to compute with and the 16 bits that are missing; "
-        "bfloat16: rounded at random (the last two with --engine streamed)",
-    )
-    moments: str | None = option(
-        None,
-        choices=MOMENTS,
-        help="storage of AdamW's moments: float32 (default), bfloat16 or int8, rounded at random",
-    )
-    recompute: str | None = option(
-        None,
-        choices=RECOMPUTE,
-        help="what is made again in backward: none (default), selective (all but matrix products and attention) or full (whole blocks)",
-    )
-    offload: tuple[str, ...] = option(
-        (),
-        repeat=True,
-        choices=OFFLOADS,
-        help="keep the blocks' inputs, or the optimizer's states, in the host's memory (with --engine streamed)",
-    )
-    max_grad_norm: float | None = option(
-        None, help="clip the gradient's global norm (with --engine plain; default: no clipping)"
-    )
-
-    def recipe_given(self, before: dict) -> dict:
-        """What of the recipe is given; before: the recipe of a run that is continued, whose storage is kept."""
-        given = {
-            name: getattr(self, name)
-            or (before.get(name) if name in ("parameters", "moments") else None)
-            for name in ("engine", "parameters", "moments", "recompute")
-        }
-        given |= {
-            "micro_tokens": self.micro_tokens,
-            "offload": tuple(sorted(set(self.offload))) or None,
-            "max_grad_norm": self.max_grad_norm,
-        }
-        return {name: value for name, value in given.items() if value is not None}
+class RunOptions(RecipeOptions, DataOptions, ModelOptions):
+    """What `train` and `plan` both take: a model, the data of a run, and its recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +214,7 @@ def plan(options: PlanOptions):
     """Print what a training will take: by recipe, by GPU, and for the recipe that the options name."""
     refuse_existing(options.json, "--json")
     given, limit = (
-        options.recipe_given({}),
+        options.chosen_recipe(options.micro_tokens),
         parse_memory(options.memory) if options.memory is not None else None,
     )
     recipe = Recipe(**given)
@@ -451,7 +377,7 @@ def given_workload(options: PlanOptions) -> Workload:
 def real_workload(options: RunOptions, tokenizer: Tokenizer) -> Workload:
     """Of the files that --source names."""
     paths = parse_sources(options.source)
-    batch = batch_of(options, len(paths))
+    batch = batch_size_of(options, len(paths))
     return workload_of(
         options,
         [
@@ -475,32 +401,3 @@ def workload_of(options: RunOptions, sources: Sequence[Source], batch: int) -> W
     return replace(
         work, steps=work.steps * options.epochs // seen, tokens=work.tokens * options.epochs // seen
     )
-
-
-def batch_of(options: RunOptions, K: int) -> int:
-    """Pairs a step; raises InputError for data options that cannot be run."""
-    batch = 16 * K if options.batch_size is None else options.batch_size
-    refuse = [
-        (batch < 1, f"--batch-size {batch}: expected at least 1"),
-        (
-            not 0 <= options.seed < 2**63,
-            f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1",
-        ),
-        (
-            options.sampling == "equal" and batch % K,
-            f"--batch-size {batch}: under equal sampling a step holds the same number of pairs of each "
-            f"of the {K} sources; expected a multiple of {K}",
-        ),
-    ]
-    for name, most in (("max_length", MOST), ("epochs", MOST), ("pairs_per_source", MOST_PAIRS)):
-        value = getattr(options, name)
-        refuse.append(
-            (
-                value is not None and not 1 <= value <= most,
-                f"--{name.replace('_', '-')} {value}: expected 1 to {most}",
-            )
-        )
-    for wrong, message in refuse:
-        if wrong:
-            raise InputError(message)
-    return batch

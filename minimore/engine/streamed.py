@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..data.pairs import PairBatch, TokenPair
-from ..model.trunk import at_least_fp32, rotary_angles, run_block
+from ..model.recompute import run_block
+from ..model.trunk import at_least_fp32, rotary_angles
 from ..reward import RewardModel
 from .host import Host
+from .objective import NonFiniteGradient, RewardObjective, StepResult, largest, micro_batches
 from .optim import AdamW
-from .plain import NonFiniteGradient, PlainEngine, Recipe, Step, Weighing, cut, largest
+from .plain import PlainEngine
+from .recipe import Recipe
 
 Gradients = dict[str, Tensor]  # parameter name -> gradient, at least fp32 or the compute type
 
@@ -53,7 +56,7 @@ class Walk:
         self,
         model: RewardModel,
         batches: Sequence[PairBatch],
-        how: Weighing,
+        how: RewardObjective,
         recompute: str = "full",
         host: Host | None = None,
     ):
@@ -193,11 +196,13 @@ class StreamedEngine:
             for what in ("inputs", "states")
         )
 
-    def step(self, pairs: Sequence[TokenPair], source: Sequence[int], how: Weighing) -> Step:
+    def step(
+        self, pairs: Sequence[TokenPair], source: Sequence[int], how: RewardObjective
+    ) -> StepResult:
         """One optimizer step on B pairs; source: the source of each. Raises NonFiniteLoss, or NonFiniteGradient after the walk."""
         walk = Walk(
             self.model,
-            cut(pairs, source, self.recipe.micro_tokens),
+            micro_batches(pairs, source, self.recipe.micro_tokens),
             how,
             self.recipe.recompute,
             self.inputs,

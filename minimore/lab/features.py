@@ -18,20 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..calibration import accuracy, negative_log_likelihood, pair_ece
-from ..data.pairs import epoch_steps, load_source, pack_pairs, split_by_tokens
+from ..data.pairs import load_source, pack_pairs, split_by_tokens
+from ..data.sampling import epoch_steps
+from ..files import one_line, read_json, refuse_existing, write_json
 from ..model.checkpoint import Checkpoint
 from ..model.tensors import write_tensors
 from ..more import MOST_SOURCES, WEIGHTINGS, bradley_terry_losses, head_gradients
-from ..options import (
-    InputError,
-    one_line,
-    option,
-    parse_sources,
-    read_json,
-    refuse_existing,
-    require_tests,
-    write_json,
-)
+from ..options import InputError, option, parse_sources, require_tests
 from ..reward import ReadingOptions, fresh_head, load_reward_model
 from ..uncertainty import over_seeds
 

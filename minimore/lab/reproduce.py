@@ -13,7 +13,8 @@ import numpy as np
 
 from .. import plots
 from ..calibration import accuracy, fit_temperature, negative_log_likelihood, pair_ece
-from ..options import InputError, read_json, write_json, write_text
+from ..files import read_json, write_json, write_text
+from ..options import InputError
 from ..uncertainty import (
     CLEAR,
     debiased_ece,

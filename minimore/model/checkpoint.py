@@ -17,7 +17,8 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from ..options import InputError, one_line, read_json, write_json
+from ..files import one_line, read_json, write_json
+from ..options import InputError
 from .families import (
     FAMILIES,
     IGNORED,

@@ -16,7 +16,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..options import InputError, beside, one_line, read_json, write_json
+from ..files import beside, one_line, read_json, write_json
+from ..options import InputError
 
 WEIGHT_FILES = (
     "model.safetensors",

@@ -18,7 +18,8 @@ import jinja2.sandbox
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as TokenizerFile
 
-from ..options import InputError, one_line, read_json
+from ..files import one_line, read_json
+from ..options import InputError
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -23,8 +23,9 @@ from minimore.engine.cost import (
     sizes_of,
     state_bytes,
 )
+from minimore.engine.objective import RewardObjective
 from minimore.engine.optim import AdamW, replace_parameter
-from minimore.engine.plain import Recipe, Weighing
+from minimore.engine.recipe import Recipe
 from minimore.engine.streamed import open_engine
 from minimore.model.trunk import ModelConfig, Trunk
 from minimore.more import more_weights
@@ -132,7 +133,9 @@ def main():
     began = time.perf_counter()
     for _ in range(2):
         engine.step(
-            pairs, [i % 5 for i in range(given.pairs)], Weighing(5, partial(more_weights, state={}))
+            pairs,
+            [i % 5 for i in range(given.pairs)],
+            RewardObjective(5, partial(more_weights, state={})),
         )
     seconds = (time.perf_counter() - began) / 2
     highest = peak.stop() - before

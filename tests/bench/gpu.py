@@ -25,12 +25,14 @@ from safetensors.torch import load_file
 from minimore.data.pairs import TokenPair, pack_pairs
 from minimore.engine.cost import GPUS, PairShape, Workload, memory_of, step_flops
 from minimore.engine.host import pinned
-from minimore.engine.optim import MOMENTS, PARAMETERS, AdamW, fused, replace_parameter
-from minimore.engine.plain import Recipe, Weighing, cut
+from minimore.engine.objective import RewardObjective, micro_batches
+from minimore.engine.optim import AdamW, fused, replace_parameter
+from minimore.engine.recipe import MOMENTS, PARAMETERS, Recipe
 from minimore.engine.streamed import Walk, open_engine
 from minimore.model.attention import attend, pack
+from minimore.model.recompute import RECOMPUTE
 from minimore.model.tensors import Lazy, write_tensors
-from minimore.model.trunk import RECOMPUTE, ModelConfig, Trunk
+from minimore.model.trunk import ModelConfig, Trunk
 from minimore.more import more_weights
 from minimore.reward import RewardModel, fresh_head
 
@@ -238,12 +240,17 @@ def random_pairs(count, vocabulary, unique=342, seed=0):
 
 
 def weighing(sources=5):
-    return Weighing(sources, partial(more_weights, state={}))
+    return RewardObjective(sources, partial(more_weights, state={}))
 
 
 def gradients_of(model, pairs, recompute, tokens):
     parts = list(
-        Walk(model, cut(pairs, [i % 5 for i in range(len(pairs))], tokens), weighing(), recompute)
+        Walk(
+            model,
+            micro_batches(pairs, [i % 5 for i in range(len(pairs))], tokens),
+            weighing(),
+            recompute,
+        )
     )
     return torch.cat(
         [part[name].flatten().double().cpu() for part in parts for name in sorted(part)]

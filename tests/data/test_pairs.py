@@ -6,15 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from minimore.data.pairs import (
-    encode,
-    epoch_steps,
-    load_source,
-    pack_pairs,
-    shared_length,
-    split_by_tokens,
-)
+from minimore.data.pairs import encode, load_source, pack_pairs, shared_length, split_by_tokens
 from minimore.data.records import Pair, prompt_end, read_records, record_pairs
+from minimore.data.sampling import epoch_steps
 from minimore.data.world import train_tokenizer
 from minimore.model.tokenizer import Tokenizer
 from minimore.options import InputError

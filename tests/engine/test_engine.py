@@ -15,11 +15,13 @@ from reference import SIZES, reference_model
 
 from minimore.data.pairs import TokenPair
 from minimore.engine.host import Host
+from minimore.engine.objective import NonFiniteGradient, RewardObjective
 from minimore.engine.optim import AdamW, split
-from minimore.engine.plain import NonFiniteGradient, Recipe, Weighing
-from minimore.engine.streamed import Walk, cut, open_engine, parts_of
+from minimore.engine.recipe import Recipe
+from minimore.engine.streamed import Walk, open_engine, parts_of
 from minimore.model.attention import pack
-from minimore.model.trunk import RECOMPUTE, rotary_angles, run_block
+from minimore.model.recompute import RECOMPUTE, run_block
+from minimore.model.trunk import rotary_angles
 from minimore.more import WEIGHTINGS
 from minimore.options import InputError
 
@@ -44,7 +46,7 @@ def double(family):
 
 
 def weighing(K, method="more", scope="step"):
-    return Weighing(K, partial(WEIGHTINGS[method], state={}), method, scope)
+    return RewardObjective(K, partial(WEIGHTINGS[method], state={}), method, scope)
 
 
 def after_steps(model, recipe, K, method="more", scope="step", steps=5, rate=1e-2):

@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from minimore.engine.optim import (
-    MOMENTS,
-    PARAMETERS,
     AdamW,
     Coefficients,
     adamw,
@@ -23,6 +21,7 @@ from minimore.engine.optim import (
     split,
     write_moments,
 )
+from minimore.engine.recipe import MOMENTS, PARAMETERS
 
 BYTES = (
     {"float32": 4, "split": 4, "bfloat16": 2},

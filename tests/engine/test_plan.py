@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minimore.model.trunk
 from minimore.cli import main
-from minimore.data.pairs import Source, TokenPair, epoch_steps, pack_pairs
+from minimore.data.pairs import Source, TokenPair, pack_pairs
+from minimore.data.sampling import epoch_steps
 from minimore.data.world import World
 from minimore.engine.cost import (
     PairShape,
@@ -30,9 +31,10 @@ from minimore.engine.cost import (
     step_flops,
     workload,
 )
-from minimore.engine.optim import MOMENTS, PARAMETERS, AdamW
-from minimore.engine.plain import OFFLOADS, Recipe, Weighing, cut
+from minimore.engine.objective import RewardObjective, micro_batches
+from minimore.engine.optim import AdamW
 from minimore.engine.plan import RECIPES, choose, is_exact, parse_memory, recipes
+from minimore.engine.recipe import MOMENTS, OFFLOADS, PARAMETERS, Recipe
 from minimore.engine.streamed import Walk
 from minimore.model.attention import tile_shapes
 from minimore.model.checkpoint import read_config
@@ -174,7 +176,7 @@ def test_bytes_a_parameter_are_those_of_the_table(name):
 
 def kept_by(trunk, stream, dtype, recompute, monkeypatch):
     """Bytes of what autograd keeps of the first block, counted by storage; parameters, their copies, angles and masks belong to nobody's activations."""
-    monkeypatch.setattr(minimore.model.trunk, "_selecting", recompute == "selective")
+    monkeypatch.setattr(minimore.model.recompute, "_selecting", recompute == "selective")
     rotation, block = rotary_angles(trunk.c, stream.positions), trunk.blocks[0]
     shared = {
         t.untyped_storage().data_ptr()
@@ -307,8 +309,8 @@ def test_recomputation_costs_what_is_planned(family):
             list(
                 Walk(
                     model,
-                    cut(pairs_of(shapes), [0, 1] * 3, 10**9),
-                    Weighing(2, partial(uniform_weights, state={})),
+                    micro_batches(pairs_of(shapes), [0, 1] * 3, 10**9),
+                    RewardObjective(2, partial(uniform_weights, state={})),
                     recompute,
                 )
             )

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from minimore.data.pairs import epoch_steps, load_source
+from minimore.data.pairs import load_source
+from minimore.data.sampling import epoch_steps
 from minimore.data.world import World
+from minimore.engine.objective import RewardObjective
 from minimore.engine.optim import AdamW, split
-from minimore.engine.plain import PlainEngine, Recipe, Weighing
+from minimore.engine.plain import PlainEngine
+from minimore.engine.recipe import Recipe
 from minimore.engine.streamed import open_engine
 from minimore.more import more_weights
 from minimore.reward import ModelOptions, open_reward_model
@@ -41,7 +44,7 @@ def steps(world):
 
 
 def how():
-    return Weighing(K, partial(more_weights, state={}))
+    return RewardObjective(K, partial(more_weights, state={}))
 
 
 def test_split_is_bitwise_an_fp32_master_with_rounded_copies(steps):

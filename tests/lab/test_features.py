@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minimore.cli import main
-from minimore.data.pairs import epoch_steps, load_source, pack_pairs
+from minimore.data.pairs import load_source, pack_pairs
+from minimore.data.sampling import epoch_steps
 from minimore.data.world import World
 from minimore.lab.features import ProbeOptions, load_features, train_head
 from minimore.more import WEIGHTINGS, bradley_terry_losses, head_gradients, weighted_loss

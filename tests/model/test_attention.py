@@ -332,9 +332,11 @@ def test_recomputing_blocks_leaves_every_gradient_bitwise_the_same(
 ):
     model.trunk.compute_dtype = dtype
     kept = loss_gradients(model, pack_pairs(pairs))
-    calls, original = [], minimore.model.trunk.checkpoint
+    calls, original = [], minimore.model.recompute.checkpoint
     monkeypatch.setattr(
-        minimore.model.trunk, "checkpoint", lambda *a, **k: calls.append(a[0]) or original(*a, **k)
+        minimore.model.recompute,
+        "checkpoint",
+        lambda *a, **k: calls.append(a[0]) or original(*a, **k),
     )
     model.trunk.recompute = "full"
     recomputed = loss_gradients(model, pack_pairs(pairs))

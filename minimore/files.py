@@ -7,6 +7,7 @@ sees the old file or the new one, never half of one. Standard library only.
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,22 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def directory_written_whole(path: Path) -> Iterator[Path]:
+    """Give a new directory beside `path` to fill; at the end it is renamed to `path`.
+
+    What a killed process left of an earlier try is removed first.
+    """
+    unfinished = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def to_disk(path: Path) -> None:

@@ -15,7 +15,7 @@ data.records data.pairs data.world
 reward score evaluate
 engine.recipe engine.objective engine.optim engine.plain engine.host engine.streamed
 engine.cost engine.plan
-run train
+run resume metrics train
 alignment.policy
 lab.features lab.published lab.grid lab.reproduce lab.demo
 check cli

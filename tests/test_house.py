@@ -13,9 +13,9 @@ model.attention model.recompute model.trunk model.families model.tokenizer model
 model.checkpoint
 data.records data.pairs data.world
 reward score evaluate
-engine.recipe engine.objective engine.optim engine.plain engine.host engine.streamed
-engine.cost engine.plan
-run resume metrics train
+engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
+engine.workload engine.cost engine.choose engine.plan
+resume run metrics train
 alignment.policy
 lab.features lab.published lab.grid lab.reproduce lab.demo
 check cli

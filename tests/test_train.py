@@ -30,7 +30,8 @@ from minimore.model.recompute import RECOMPUTE
 from minimore.more import WEIGHTINGS, more_loss, pair_losses
 from minimore.options import InputError
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
-from minimore.run import Lock, Saver, file_digest
+from minimore.resume import Saver, file_digest
+from minimore.run import Lock
 from minimore.train import TrainOptions, learning_rate_at, train
 
 K = 3
@@ -675,7 +676,7 @@ def test_a_save_that_fails_in_its_thread_stops_the_run_at_the_next_step(
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minimore.run.write_model", fail)
+    monkeypatch.setattr("minimore.resume.write_model", fail)
     with pytest.raises(
         OSError,
         match="No space left on device; checkpoint-2 was not written, no checkpoint is kept",
@@ -720,7 +721,7 @@ def test_saving_with_and_without_room_for_a_copy_is_the_same(world, tmp_path, mo
     found, threads_of = [], []
     for available in (1 << 60, 0):
         kept, threads = {}, []
-        monkeypatch.setattr("minimore.run.available_memory", lambda: available)
+        monkeypatch.setattr("minimore.resume.available_memory", lambda: available)
         monkeypatch.setattr(Saver, "_write", slow)
         train(options(world, tmp_path / str(available), save_steps=3, **RECIPES["lossy"]))
         found.append(kept)

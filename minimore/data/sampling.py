@@ -66,10 +66,11 @@ def epoch_steps(
     seed: int,
     epoch: int,
 ) -> list[np.ndarray]:
-    """The pairs of every step of one epoch: a list of (B, 2) arrays of (source, pair in the source).
+    """The pairs of every step of one epoch: a list of (B, 2), a source and a pair in it.
 
-    `equal` takes per_source pairs of every source, by default all pooled pairs / K. A smaller source
-    is repeated and a larger one is sampled. A step has B / K of each source, one of each in turn.
+    `equal` takes per_source pairs of every source, by default all pooled pairs / K. A smaller
+    source is repeated, a larger one is sampled. A step has B / K of each source, one of each in
+    turn.
     `proportional` is a random mix of everything; with per_source each source is resampled first.
 
     A pure function of its arguments, so a resumed run continues in place.
@@ -92,6 +93,6 @@ def epoch_steps(
 
 
 def _resampled(k: int, size: int, count: int, random: np.random.Generator) -> np.ndarray:
-    """`count` pairs of source k, which has `size`: whole permutations, the last one cut. (count, 2)"""
+    """`count` pairs of source k, which has `size`: permutations, the last one cut. (count, 2)"""
     rounds = [random.permutation(size) for _ in range(-(-count // size))]
     return np.stack([np.full(count, k), np.concatenate(rounds)[:count]], 1)

@@ -1,4 +1,6 @@
-"""The plain engine: autograd over the whole model, then the optimizer. The oracle of the streamed one.
+"""The plain engine: autograd over the whole model, then the optimizer.
+
+It is the oracle that the streamed engine is tested against.
 
 K sources, B pairs in a step, D width.
 """
@@ -57,7 +59,7 @@ class PlainEngine:
         return StepResult.of_parts(results)
 
     def _features(self, part: Sequence[PairBatch]) -> tuple[Tensor, Tensor]:
-        """Features of all pairs of a part: two (B, D). Of several micro-batches, without a graph."""
+        """Features of all pairs of a part: two (B, D). Several micro-batches get no graph."""
         if len(part) == 1:
             return self.model.features(part[0])
         with torch.no_grad():

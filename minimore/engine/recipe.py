@@ -35,7 +35,7 @@ class Recipe:
     max_grad_norm: float | None = None
 
     def check(self) -> None:
-        """Raise InputError for a value that does not exist, or for two that contradict each other."""
+        """Raise InputError for a value that does not exist, or for two that contradict."""
         self._check_values()
         is_plain = self.engine == "plain"
         require(
@@ -92,7 +92,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
-    """The options of a command that make a recipe. None is left to `--memory`, or to the default."""
+    """The options that make a recipe. None is left to `--memory`, or to the default."""
 
     memory: str | None = option(
         None,

@@ -1,0 +1,90 @@
+"""What a training says of every step: the record in metrics.jsonl, and the line on the screen.
+
+K sources, B pairs in a step, D width.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engine.objective import StepResult
+from .more import bradley_terry_losses, head_gradients
+
+
+@torch.no_grad()
+def step_metrics(
+    head: Tensor, result: StepResult, source: Tensor, names: Sequence[str]
+) -> dict[str, Any]:
+    """What metrics.jsonl says of one step.
+
+    head: (D,) as it was before the update; source: (B,) integers in [0, K); names: of the sources.
+    Per source: pairs, loss (without label smoothing), accuracy, weight and the norm of the head
+    gradient; the cosines between the sources' head gradients. None where a source has no pair.
+    """
+    K = len(names)
+    margins = (result.z_chosen - result.z_rejected) @ head  # (B,)
+    is_right = (margins > 0).double() + 0.5 * (margins == 0)  # a reward tie is half right
+    losses = bradley_terry_losses(head, result.z_chosen, result.z_rejected, source, K)
+    gradients = head_gradients(head, result.z_chosen, result.z_rejected, source, K)  # (K, D)
+    norms = gradients.norm(dim=1)
+    by_source = {}
+    for k, name in enumerate(names):
+        mine = source == k
+        by_source[name] = {
+            "pairs": int(mine.sum()),
+            "loss": finite(losses[k]),
+            "accuracy": finite(is_right[mine].mean()),
+            "weight": float(result.weights[k]),
+            "gradient_norm": finite(norms[k]),
+        }
+    return {
+        "loss": float(result.loss),
+        "sources": by_source,
+        "cosines": cosines_between(gradients / norms[:, None], names),
+    }
+
+
+def cosines_between(units: Tensor, names: Sequence[str]) -> dict[str, float | None]:
+    """The cosine of every two rows of length 1, by the names of both. units: (K, D)."""
+    cosines = (units @ units.T).tolist()
+    return {
+        f"{names[i]} ~ {names[j]}": finite(cosines[i][j])
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
+    }
+
+
+def finite(value: Tensor | float) -> float | None:
+    """A number as JSON can hold it: None instead of NaN or infinity."""
+    return float(value) if math.isfinite(value) else None
+
+
+def progress_line(record: Mapping[str, Any], steps: int, seconds_left: float) -> str:
+    """One line: per source loss, accuracy and weight; the range of the cosines; the time left."""
+    cells = [source_cell(name, figures) for name, figures in record["sources"].items()]
+    cosines = [cosine for cosine in record["cosines"].values() if cosine is not None]
+    if cosines:
+        cells.append(f"cosines {min(cosines):.2f} to {max(cosines):.2f}")
+    position = f"step {record['step']}/{steps}  loss {record['loss']:.4f}"
+    return "  ".join([position, *cells, f"{clock(seconds_left)} left"])
+
+
+def source_cell(name: str, figures: Mapping[str, Any]) -> str:
+    """What the line says of one source: "ana 0.693  50% w0.20"."""
+    if not figures["pairs"]:
+        return f"{name} none"
+    return f"{name} {figures['loss']:.3f} {figures['accuracy']:4.0%} w{figures['weight']:.2f}"
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds as on a clock.
+
+    >>> clock(3725.9)
+    '1:02:05'
+    """
+    minutes, second = divmod(int(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}"

@@ -1,0 +1,327 @@
+"""What is saved of a training, and put back so that it continues bit for bit.
+
+checkpoint-STEP/
+  model.safetensors, config.json, tokenizer files   the model, as any checkpoint
+  state.safetensors         moments, the weighting's state, the random state
+  state.json                the step, and a checksum of every other file
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .engine.host import available_memory
+from .engine.optim import AdamW
+from .files import directory_written_whole, one_line, read_json, write_json
+from .model.checkpoint import Checkpoint, model_tensors, write_model
+from .model.tensors import Lazy, write_tensors
+from .options import InputError
+from .reward import RewardModel
+
+# What may go wrong when a checkpoint is not what it should be.
+UNREADABLE = (OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError)
+
+
+# ---- saving --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a training needs to continue: a model's tensors, its other state, and plain facts.
+
+    A tensor is a copy, or a `Lazy` one that is made when it is written.
+    """
+
+    model: dict[str, Lazy | Tensor]
+    state: dict[str, Lazy | Tensor]
+    facts: dict[str, Any]
+
+
+class Saver:
+    """Writes checkpoint-STEP, then removes those that are older than the newest `keep`.
+
+        memory allows a copy     copy everything -> training goes on, a thread writes the copy
+        it does not              write tensor by tensor, and training waits
+
+    Use it as a context: at its end the last checkpoint is on the disk.
+    """
+
+    def __init__(self, run: Path, origin: Checkpoint, digests: Mapping[str, str], keep: int = 1):
+        self.run, self.origin, self.digests, self.keep = run, origin, digests, keep
+        self.thread: Thread | None = None
+        self.error: BaseException | None = None
+
+    def save(
+        self, model: RewardModel, optimizer: AdamW, weighting_state: Mapping[str, Tensor]
+    ) -> None:
+        """Save the state after step `optimizer.steps`.
+
+        An error of the thread is raised by the next `save` or `wait`.
+        """
+        self.wait()
+        has_room = available_memory() > 1.2 * bytes_to_copy(model, optimizer)
+        snapshot = self._snapshot(model, optimizer, weighting_state, copy=has_room)
+        if has_room:
+            self.thread = Thread(target=self._write_in_thread, args=(snapshot,))
+            self.thread.start()
+        else:
+            self._write(snapshot)
+
+    def wait(self) -> None:
+        """Wait until what was saved last is on the disk."""
+        if self.thread:
+            self.thread.join()
+        self.thread, error, self.error = None, self.error, None
+        if error:
+            raise error
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, error_type: Any, *_: Any) -> None:
+        if error_type is None:
+            self.wait()
+        elif self.thread:  # an earlier error takes precedence over one of the thread
+            self.thread.join()
+
+    def _snapshot(
+        self,
+        model: RewardModel,
+        optimizer: AdamW,
+        weighting_state: Mapping[str, Tensor],
+        copy: bool,
+    ) -> Snapshot:
+        parts = model_tensors(
+            self.origin,
+            model.trunk,
+            model.head,
+            value=lambda name, p: optimizer.value(f"trunk.{name}", p),
+        )
+        tensors: dict[str, Lazy | Tensor] = {
+            key: lazy.make().clone() if copy else lazy for key, lazy in parts.items()
+        }
+        state: dict[str, Lazy | Tensor] = {
+            f"weighting.{name}": value.to("cpu", copy=True).contiguous()
+            for name, value in weighting_state.items()
+        }
+        state["random"] = torch.get_rng_state()
+        for key, moment in moments_of(optimizer):
+            if copy:
+                state[key] = moment.to("cpu", copy=True)
+            else:
+                state[key] = Lazy(tuple(moment.shape), moment.dtype, moment.cpu)
+        facts = {
+            "step": optimizer.steps,
+            "threads": torch.get_num_threads(),
+            "data": dict(self.digests),
+            "weighting": sorted(weighting_state),
+        }
+        return Snapshot(tensors, state, facts)
+
+    def _write_in_thread(self, snapshot: Snapshot) -> None:
+        try:
+            self._write(snapshot)
+        except BaseException as error:
+            self.error = error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        name = f"checkpoint-{snapshot.facts['step']}"
+        try:
+            with directory_written_whole(self.run / name) as directory:
+                self._write_into(directory, snapshot)
+        except OSError as error:
+            last = checkpoints(self.run)[-1:]
+            remaining = last[0].name if last else "no checkpoint"
+            reason = error.strerror or error
+            message = f"{reason}; {name} was not written, {remaining} is kept"
+            raise OSError(error.errno, message, str(self.run)) from None
+        for old in checkpoints(self.run)[: -self.keep]:
+            remove(old)
+
+    def _write_into(self, directory: Path, snapshot: Snapshot) -> None:
+        write_model(directory, self.origin, snapshot.model, "float32")
+        write_tensors(directory / "state.safetensors", snapshot.state)
+        digests = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
+        write_json(directory / "state.json", snapshot.facts | {"sha256": digests})
+
+
+def moments_of(optimizer: AdamW) -> list[tuple[str, Tensor]]:
+    """The optimizer's states by the key under which they are saved: "KIND.PARAMETER".
+
+    The low halves of split parameters are left out. They are part of the model's fp32 numbers.
+    """
+    return [
+        (f"{kind}.{name}", tensor)
+        for name, kinds in optimizer.state.items()
+        for kind, tensor in kinds.items()
+        if kind != "low"
+    ]
+
+
+def bytes_to_copy(model: RewardModel, optimizer: AdamW) -> int:
+    """Bytes of a saved state: fp32 parameters, and moments as they are stored."""
+    parameters = sum(4 * p.numel() for p in model.parameters())
+    return parameters + sum(moment.nbytes for _, moment in moments_of(optimizer))
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+# ---- the checkpoints of a run --------------------------------------------------------------------
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that were written whole, oldest first."""
+    directories = [
+        path
+        for path in run.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name)
+    ]
+    return sorted(directories, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved, by its name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint. It is renamed first: a kill leaves no half of it under its name."""
+    going = checkpoint.with_name(f"{checkpoint.name}.gone.partial")
+    os.replace(checkpoint, going)
+    if going.is_symlink():
+        going.unlink()
+    else:
+        shutil.rmtree(going)
+
+
+def remedy(checkpoint: Path) -> str:
+    """What to do about a checkpoint that cannot be read."""
+    others = [path for path in checkpoints(checkpoint.parent) if path != checkpoint]
+    instead = f"continue from {others[-1].name}" if others else "start this run again from step 0"
+    return f"remove {checkpoint.name} to {instead}"
+
+
+# ---- putting back --------------------------------------------------------------------------------
+
+
+def check_whole(checkpoint: Path) -> dict[str, Any]:
+    """Return state.json of a checkpoint of which every file is as it was written.
+
+    Raises InputError, which names the first file that is not.
+    """
+    try:
+        facts = read_json(checkpoint / "state.json")
+        has_checksums = "step" not in facts or "sha256" in facts
+        if has_checksums:
+            _check_files(checkpoint, facts)
+    except UNREADABLE as error:
+        raise InputError(
+            f"{checkpoint}: not a whole checkpoint ({type(error).__name__}: {one_line(error)});"
+            f" {remedy(checkpoint)}"
+        ) from None
+    if not has_checksums:
+        raise InputError(
+            f"{checkpoint}: was written by an older version of minimore, without checksums;"
+            " continue this run with that version"
+        )
+    return facts
+
+
+def _check_files(checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    digests = dict(facts["sha256"])
+    has_model = any(name.startswith("model") for name in digests)
+    if not has_model or not {"config.json", "state.safetensors"} <= set(digests):
+        raise ValueError("its list of files is not whole")
+    if type(facts["step"]) is not int or facts["step"] != step_of(checkpoint):
+        raise ValueError(f"its step is {facts['step']!r}")
+    for name, digest in digests.items():
+        if not (checkpoint / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if file_digest(checkpoint / name) != digest:
+            raise ValueError(f"{name} is damaged: its checksum is another")
+
+
+def load_state(
+    checkpoint: Path,
+    facts: Mapping[str, Any],
+    optimizer: AdamW,
+    weighting_state: dict[str, Tensor],
+    digests: Mapping[str, str],
+    device: torch.device,
+) -> int:
+    """Put everything back but the model, which is loaded already; return the step.
+
+    The optimizer's moments, the weighting's state and the random state are changed in place. facts:
+    what `check_whole` returned. digests: of the sources' pairs. Raises InputError if the checkpoint
+    is another model's or recipe's, or if the data have changed.
+    """
+    try:
+        tensors = load_file(checkpoint / "state.safetensors")
+        for key, moment in moments_of(optimizer):
+            _copy_into(moment, tensors, key)
+        saved_weighting = _weighting_state(tensors, facts, len(digests), device)
+        threads, saved_digests = int(facts["threads"]), dict(facts["data"])
+        torch.set_rng_state(tensors["random"])
+    except (SafetensorError, *UNREADABLE) as error:
+        raise InputError(
+            f"{checkpoint}: does not fit this run ({type(error).__name__}: {one_line(error)});"
+            f" {remedy(checkpoint)}"
+        ) from None
+    for name, digest in digests.items():
+        if saved_digests.get(name) != digest:
+            raise InputError(
+                f"{checkpoint}: source {name!r} has other pairs than when this run began;"
+                " restore the file or start a new run"
+            )
+    weighting_state.update(saved_weighting)
+    if threads != torch.get_num_threads():
+        print(
+            f"this run used {threads} threads, now {torch.get_num_threads()}:"
+            " it will continue, but not bit for bit",
+            flush=True,
+        )
+    optimizer.steps = facts["step"]
+    return optimizer.steps
+
+
+def _copy_into(moment: Tensor, tensors: Mapping[str, Tensor], key: str) -> None:
+    """Copy tensors[key] into a tensor of ours, or raise a ValueError if it does not fit."""
+    saved = tensors[key]
+    if saved.shape != moment.shape or saved.dtype != moment.dtype:
+        raise ValueError(
+            f"{key} is {saved.dtype} {tuple(saved.shape)},"
+            f" expected {moment.dtype} {tuple(moment.shape)}"
+        )
+    moment.copy_(saved)
+
+
+def _weighting_state(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], sources: int, device: torch.device
+) -> dict[str, Tensor]:
+    """The weighting's own state, one row a source; ValueError if it is not whole."""
+    names = list(facts["weighting"])
+    saved = {key for key in tensors if key.startswith("weighting.")}
+    if {f"weighting.{name}" for name in names} != saved:
+        raise ValueError("state.json and state.safetensors disagree about the weighting's state")
+    state = {name: tensors[f"weighting.{name}"].to(device, copy=True) for name in names}
+    if not all(value.isfinite().all() and len(value) == sources for value in state.values()):
+        raise ValueError("the weighting's state is damaged")
+    return state

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .alignment.policy import LanguageModel, token_losses
 from .engine.cost import PairShape, Workload, in_bytes, memory_of
-from .engine.plan import is_exact, recipes
+from .engine.choose import is_exact, recipes
 from .engine.recipe import Recipe
 from .files import one_line, refuse_existing, write_json
 from .model.attention import pack

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minimore.data.pairs import TokenPair
-from minimore.engine.cost import PairShape, Workload, in_bytes, kept_of_block, memory_of, sizes_of
+from minimore.engine.cost import PairShape, Workload, in_bytes, block_activations, memory_of, parameter_shapes
 from minimore.engine.objective import RewardObjective, micro_batches
 from minimore.engine.optim import AdamW
 from minimore.engine.plain import PlainEngine
@@ -93,7 +93,7 @@ shapes = tuple(
     PairShape(p.shared, len(p.chosen) - p.shared, len(p.rejected) - p.shared) for p in pairs
 )
 for recompute in ("none", "selective", "full"):
-    kept = kept_of_block(c, shapes, 4, recompute, flash=False)
+    kept = block_activations(c, shapes, 4, recompute, flash=False)
     print(
         f"--recompute {recompute:10} {in_bytes(kept):>9} a block: {kept / 1000 / 256:.1f} bytes a token and unit of width"
     )
@@ -177,7 +177,7 @@ big = replace(
     rotary_width=32,
 )
 work = Workload((PairShape(140, 101, 101),) * 80, 2500, 200_000 * 342)
-print(f"{sizes_of(big).parameters / 1e9:.2f} billion parameters")
+print(f"{parameter_shapes(big).parameters / 1e9:.2f} billion parameters")
 peaks = {}
 for name, recipe in RECIPES.items():
     memory = memory_of(big, work, replace(recipe, recompute="full"), 2, flash=True)
@@ -189,8 +189,8 @@ for name, recipe in RECIPES.items():
 
 # %% Claims
 assert optimizer.bytes(model) == 3 * 8 * P  # float64 now: 8 bytes each
-assert [kept_of_block(c, shapes, 4, r, False) for r in ("none", "selective", "full")] == sorted(
-    (kept_of_block(c, shapes, 4, r, False) for r in ("none", "selective", "full")), reverse=True
+assert [block_activations(c, shapes, 4, r, False) for r in ("none", "selective", "full")] == sorted(
+    (block_activations(c, shapes, 4, r, False) for r in ("none", "selective", "full")), reverse=True
 )
 assert error < 1e-4 and float((ends[0] - ends[1]).abs().max()) < 1e-12
 assert growth[1] > growth[-2] and all(a > b for a, b in zip(growth[1:-2], growth[2:-1]))

@@ -1,34 +1,34 @@
-"""What a training step costs, by arithmetic: bytes of each kind, FLOPs, seconds. Nothing is allocated.
+"""What a training step costs, by arithmetic: bytes of each kind, FLOPs, seconds.
 
-1 GB is 10^9 bytes throughout, and a GPU of "24 GB" is taken to have 24 x 10^9: what it has more, 7% where it is 24 GiB, is left to
-CUDA itself and to the gaps between allocations. N tokens, D width, F width of the MLP, H heads of width C, G key/value heads.
+Nothing is allocated. 1 GB is 10^9 bytes throughout, and a GPU of "24 GB" is taken to have no more.
+What it has beyond that, 7% of 24 GiB, is left to CUDA itself and to gaps between allocations.
+
+`itemsize` is the bytes of an activation: 2 in bf16, 4 in fp32. `width` is D, never bytes.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from ..data.pairs import Source, split_by_tokens
+from ..data.pairs import split_by_tokens
 from ..model.attention import Segment, tile_shapes
 from ..model.trunk import ModelConfig, Trunk
-from .optim import BLOCK
 from .recipe import Recipe
+from .storage import SCALE_BLOCK, SCALES
+from .workload import Pairs, PairShape, Workload, tokens_of
 
-BYTES = {
-    "float32": 4,
-    "split": 2,
-    "bfloat16": 2,
-}  # of a parameter of a matrix, where it is computed with
+MATRIX_ITEMSIZE = {"float32": 4, "split": 2, "bfloat16": 2}  # of what the model holds of a matrix
 EFFICIENCY = 0.5  # share of its peak that a GPU is taken to reach
+
+Shape = tuple[int, ...]
 
 
 class Gpu(NamedTuple):
-    """Peak of bf16 matrix products (FLOP/s), bytes a second of its memory and of its way to the host."""
+    """Peak of bf16 products (FLOP/s); bytes a second of its memory, and to and from the host."""
 
     flops: float
     bandwidth: float
@@ -42,346 +42,509 @@ GPUS = {
 }
 
 
-class PairShape(NamedTuple):
-    """Tokens of a pair: what both texts share, and the rest of each."""
-
-    shared: int
-    chosen: int
-    rejected: int
-
-    @property
-    def tokens(self):
-        return sum(self)
+# ---- parameters and states -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What is to be computed: the pairs of the largest step, and how many steps and unique tokens there are in all."""
+class ParameterShapes:
+    """Shapes of every parameter of one block, of the embeddings, and of final norm and head."""
 
-    largest: tuple[PairShape, ...]
-    steps: int
-    tokens: int
-
-
-def workload(sources: Sequence[Source], epochs: Iterable[list[np.ndarray]]) -> Workload:
-    """Of real pairs: the steps that `epoch_steps` makes of them."""
-    tokens, starts = (
-        np.array([p.tokens for s in sources for p in s.pairs]),
-        np.cumsum([0, *(len(s.pairs) for s in sources)]),
-    )
-    largest, most, steps, total = None, 0, 0, 0
-    for epoch in epochs:
-        for chosen in epoch:
-            size = int(tokens[starts[chosen[:, 0]] + chosen[:, 1]].sum())
-            steps, total = steps + 1, total + size
-            largest, most = (chosen, size) if size > most else (largest, most)
-    pairs = [sources[k].pairs[i] for k, i in largest]
-    return Workload(
-        tuple(
-            PairShape(p.shared, len(p.chosen) - p.shared, len(p.rejected) - p.shared) for p in pairs
-        ),
-        steps,
-        total,
-    )
-
-
-# ---- counting ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes of every parameter: matrices and vectors of one block, of the embeddings, of the top (final norm and head)."""
-
-    block: tuple[tuple[int, ...], ...]
-    embeddings: tuple[tuple[int, ...], ...]
-    top: tuple[tuple[int, ...], ...]
+    block: tuple[Shape, ...]
+    embeddings: tuple[Shape, ...]
+    top: tuple[Shape, ...]
     blocks: int
 
     @property
-    def parts(self) -> list[tuple[tuple[int, ...], ...]]:
+    def parts(self) -> list[tuple[Shape, ...]]:
+        """The parts of the model in the order in which a streamed step goes back through them."""
         return [self.top, *[self.block] * self.blocks, self.embeddings]
 
     @property
     def parameters(self) -> int:
-        return sum(math.prod(shape) for part in self.parts for shape in part)
+        """How many numbers all parameters have."""
+        return sum(count(part) for part in self.parts)
 
 
 @lru_cache(maxsize=8)
-def sizes_of(c: ModelConfig) -> Sizes:
-    """Counted on a trunk without memory."""
+def parameter_shapes(config: ModelConfig) -> ParameterShapes:
+    """The shapes of a reward model, read from a trunk that has no memory."""
     with torch.device("meta"):
-        trunk = Trunk(replace(c, blocks=1, windows=c.windows[:1]))
-    shapes = {name: tuple(p.shape) for name, p in trunk.named_parameters()}
-    of = lambda wanted: tuple(shape for name, shape in shapes.items() if wanted(name))
-    return Sizes(
-        of(lambda n: n.startswith("blocks.")),
-        of(lambda n: "embedding" in n),
-        (*of(lambda n: n.startswith("final_norm")), (c.width,)),
-        c.blocks,
-    )
-
-
-def parameter_bytes(shapes, recipe: Recipe) -> int:
-    """Bytes of what the model holds."""
-    return sum(math.prod(s) * (BYTES[recipe.parameters] if len(s) > 1 else 4) for s in shapes)
-
-
-def state_bytes(shapes, recipe: Recipe) -> int:
-    """Bytes of the optimizer's state: both moments, and the low halves of split parameters."""
-    total = 0
-    for shape in shapes:
-        n, matrix = math.prod(shape), len(shape) > 1
-        total += 2 * n if matrix and recipe.parameters == "split" else 0
-        if matrix and recipe.moments == "int8":
-            total += 2 * n + 3 * 4 * -(-n // BLOCK)
+        trunk = Trunk(replace(config, blocks=1, windows=config.windows[:1]))
+    block, embeddings, top = [], [], []
+    for name, parameter in trunk.named_parameters():
+        if name.startswith("blocks."):
+            block.append(tuple(parameter.shape))
+        elif "embedding" in name:
+            embeddings.append(tuple(parameter.shape))
         else:
-            total += 2 * n * (2 if matrix and recipe.moments == "bfloat16" else 4)
-    return total
+            top.append(tuple(parameter.shape))
+    head = (config.width,)
+    return ParameterShapes(tuple(block), tuple(embeddings), (*top, head), config.blocks)
 
 
-# ---- what backward keeps -----------------------------------------------------------------------------------------------
+def count(shapes: Iterable[Shape]) -> int:
+    """How many numbers tensors of these shapes hold."""
+    return sum(math.prod(shape) for shape in shapes)
 
 
-def segments_of(pairs: Sequence[PairShape]) -> list[Segment]:
+def matrices(shapes: Iterable[Shape]) -> list[Shape]:
+    """The shapes of more than one dimension: those whose storage a recipe chooses."""
+    return [shape for shape in shapes if len(shape) > 1]
+
+
+def vectors(shapes: Iterable[Shape]) -> list[Shape]:
+    """The shapes of one dimension, which are always stored in fp32."""
+    return [shape for shape in shapes if len(shape) == 1]
+
+
+def parameter_bytes(shapes: Iterable[Shape], recipe: Recipe) -> int:
+    """Bytes of what the model holds."""
+    shapes = tuple(shapes)
+    itemsize = MATRIX_ITEMSIZE[recipe.parameters]
+    return itemsize * count(matrices(shapes)) + 4 * count(vectors(shapes))
+
+
+def state_bytes(shapes: Iterable[Shape], recipe: Recipe) -> int:
+    """Bytes of the optimizer's state: both moments, and the low halves of split parameters."""
+    shapes = tuple(shapes)
+    numbers = count(matrices(shapes))
+    low_halves = 2 * numbers if recipe.parameters == "split" else 0
+    vector_moments = 2 * 4 * count(vectors(shapes))
+    return low_halves + matrix_moment_bytes(shapes, recipe.moments) + vector_moments
+
+
+def matrix_moment_bytes(shapes: Iterable[Shape], moments: str) -> int:
+    """Bytes of both moments of the matrices among these shapes."""
+    shapes = matrices(shapes)
+    if moments != "int8":
+        return 2 * count(shapes) * (2 if moments == "bfloat16" else 4)
+    codes = 2 * count(shapes)
+    blocks = sum(-(-math.prod(shape) // SCALE_BLOCK) for shape in shapes)
+    return codes + 4 * len(SCALES) * blocks
+
+
+def bytes_held(shapes: ParameterShapes, recipe: Recipe) -> int:
+    """Bytes that lie on the device throughout, and the whole gradient of the plain engine."""
+    held = sum(parameter_bytes(part, recipe) for part in shapes.parts)
+    if "states" not in recipe.offload:
+        held += sum(state_bytes(part, recipe) for part in shapes.parts)
+    if recipe.engine == "plain":
+        held += 4 * shapes.parameters  # gradients
+    return held
+
+
+# ---- activations of one block --------------------------------------------------------------------
+
+
+def segments_of(pairs: Iterable[PairShape]) -> list[Segment]:
     """The attention segments of a packed batch, as attention.pack lays them out."""
-    segments, at = [], 0
+    segments, start = [], 0
     for shared, chosen, rejected in pairs:
-        first = at + shared + chosen
-        segments += [Segment(at, first, at, at), Segment(first, first + rejected, at, at + shared)]
-        at = first + rejected
+        first = start + shared + chosen
+        segments.append(Segment(start, first, start, start))
+        segments.append(Segment(first, first + rejected, start, start + shared))
+        start = first + rejected
     return segments
 
 
 @lru_cache(maxsize=4096)
-def kept_of_block(
-    c: ModelConfig, pairs: tuple[PairShape, ...], width: int, recompute: str, flash: bool
+def block_activations(
+    config: ModelConfig, pairs: Pairs, itemsize: int, recompute: str, flash: bool
 ) -> int:
-    """Bytes that autograd keeps of one block's forward pass, its input included, parameters and their copies not.
+    """Bytes that autograd saves of one block's forward pass, its input included.
 
-    width: bytes of an activation. none: what enters each norm (as a new fp32 tensor unless it is one), for RMSNorm also its normalised fp32
-    form, what leaves each norm, q, k, v and the result of attention, what enters and leaves the MLP's activation. selective: what leaves
-    norms and activation, and the insides of norms, are not kept. full: the block's input alone.
+    Parameters and their casts are not counted. flash: attention over one stream, as on CUDA in
+    bf16.
     """
-    N, D, wide = sum(p.tokens for p in pairs), c.width, max(4, width)
+    tokens = tokens_of(pairs)
     if recompute == "full":
-        return N * D * width
-    attention = kept_of_attention(c, pairs, width, flash)
-    inputs, heads = (
-        (1 if c.parallel_residual else 2) * D * width,
-        (c.heads + c.kv_heads) * c.head_width if c.qk_norm else 0,
-    )
+        return tokens * config.width * itemsize  # the block's input alone
+    attention = attention_activations(config, pairs, itemsize, flash)
     if recompute == "selective":
-        return attention + N * (
-            inputs + heads * width + c.mlp_width * width * (2 if c.gated else 1)
-        )
-    norms = (inputs if width == wide else 2 * D * wide) + 2 * D * width  # what enters, what leaves
-    norms += (
-        2 * 2 * wide if c.norm == "layer" else 2 * (D + 1) * wide
-    )  # mean and deviation, or the normalised input
-    norms += 2 * heads * wide + (c.heads + c.kv_heads) * wide if c.qk_norm else 0
-    return attention + N * (
-        norms + c.mlp_width * width * (4 if c.gated else 1 if c.activation == "relu" else 2)
-    )
+        return attention + tokens * bytes_saved_selectively(config, itemsize)
+    return attention + tokens * bytes_saved_entirely(config, itemsize)
 
 
-def kept_of_attention(c: ModelConfig, pairs: Sequence[PairShape], width: int, flash: bool) -> int:
-    """Queries, keys, values, results, and the logarithms of the softmax's sums; as one stream (flash) or in padded tiles with their masks."""
-    heads, groups, segments = c.heads * c.head_width, c.kv_heads * c.head_width, segments_of(pairs)
-    N = sum(p.tokens for p in pairs)
+def normed_in_heads(config: ModelConfig) -> int:
+    """Numbers a token in the queries and keys that a family with norms of its heads normalises."""
+    return (config.heads + config.kv_heads) * config.head_width if config.qk_norm else 0
+
+
+def bytes_saved_selectively(config: ModelConfig, itemsize: int) -> int:
+    """Bytes a token, without attention, from which backward recomputes norms and activation.
+
+    These are the results of matrix products and the residual stream.
+    """
+    into_norms = (1 if config.parallel_residual else 2) * config.width
+    into_activation = (2 if config.gated else 1) * config.mlp_width
+    return itemsize * (into_norms + normed_in_heads(config) + into_activation)
+
+
+def bytes_saved_entirely(config: ModelConfig, itemsize: int) -> int:
+    """Bytes a token, without attention, if nothing is recomputed."""
+    wide = max(4, itemsize)  # norms compute in fp32 or float64
+    if itemsize == wide:  # the residual stream itself: one tensor for both norms if they share it
+        into_norms = (1 if config.parallel_residual else 2) * config.width * wide
+    else:  # each norm has cast it to fp32
+        into_norms = 2 * config.width * wide
+    out_of_norms = 2 * config.width * itemsize
+    inside_norms = 2 * numbers_inside_norm(config) * wide
+    mlp = mlp_tensors(config) * config.mlp_width * itemsize
+    return into_norms + inside_norms + out_of_norms + head_norm_bytes(config, wide) + mlp
+
+
+def numbers_inside_norm(config: ModelConfig) -> int:
+    """Numbers a token that a norm of the residual stream saves beside its input."""
+    if config.norm == "layer":
+        return 2  # mean and deviation
+    return config.width + 1  # the normalised input and its scale
+
+
+def head_norm_bytes(config: ModelConfig, wide: int) -> int:
+    """Bytes a token that the norms of queries and keys save, if a family has them."""
+    if not config.qk_norm:
+        return 0
+    input_and_normalised = 2 * normed_in_heads(config)
+    scales = config.heads + config.kv_heads
+    return wide * (input_and_normalised + scales)
+
+
+def mlp_tensors(config: ModelConfig) -> int:
+    """How many tensors of the MLP's width are saved."""
+    if config.gated:
+        return 4  # gate, activation of the gate, up, and their product
+    if config.activation == "relu":
+        return 1  # the result, which tells where the input was positive
+    return 2  # input and result of the activation
+
+
+def attention_activations(config: ModelConfig, pairs: Pairs, itemsize: int, flash: bool) -> int:
+    """Bytes of queries, keys, values, results, and what the softmax saves, of one block."""
     if flash:
-        keys = sum(s.keys for s in segments) * (
-            groups if c.kv_heads == c.heads else heads
-        )  # repeated for grouped heads
-        return width * (2 * N * heads + 2 * keys) + 4 * N * c.heads
-    tiles = sum(
-        T * (width * (2 * Q * heads + 2 * L * groups + Q * L) + max(4, width) * Q * c.heads)
-        for T, Q, L in tile_shapes(segments)
-    )
-    return tiles + N * heads * width  # put in order again
+        return flash_activations(config, pairs, itemsize)
+    return tile_activations(config, pairs, itemsize)
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------------
+def flash_activations(config: ModelConfig, pairs: Pairs, itemsize: int) -> int:
+    """As one stream, with the keys of a shared prompt gathered for both of its responses."""
+    tokens = tokens_of(pairs)
+    keys = sum(segment.keys for segment in segments_of(pairs))
+    width = config.heads * config.head_width  # keys of grouped heads are repeated
+    queries_and_results = 2 * tokens * width * itemsize
+    keys_and_values = 2 * keys * width * itemsize
+    logsumexp = tokens * config.heads * 4
+    return queries_and_results + keys_and_values + logsumexp
+
+
+def tile_activations(config: ModelConfig, pairs: Pairs, itemsize: int) -> int:
+    """As padded tiles of T segments with Q queries and L keys, and their masks."""
+    query_width = config.heads * config.head_width
+    key_width = config.kv_heads * config.head_width
+    total = tokens_of(pairs) * query_width * itemsize  # the results in the order of the stream
+    for T, Q, L in tile_shapes(segments_of(pairs)):
+        queries_and_results = 2 * Q * query_width * itemsize
+        keys_and_values = 2 * L * key_width * itemsize
+        mask = Q * L * itemsize
+        logsumexp = Q * config.heads * max(4, itemsize)
+        total += T * (queries_and_results + keys_and_values + mask + logsumexp)
+    return total
+
+
+# ---- the peak of a step --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by kind at the fullest moment of a step on the device, and on the host."""
+    """Bytes by kind in the fullest phase of a step, on the device and on the host."""
 
-    moment: str
+    phase: str
     device: dict[str, int]
     host: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
+        """Bytes on the device."""
         return sum(self.device.values())
 
+    @property
+    def offloaded(self) -> int:
+        """Bytes on the host."""
+        return sum(self.host.values())
 
-def memory_of(c: ModelConfig, work: Workload, recipe: Recipe, width: int, flash: bool) -> Memory:
-    """The peak of the largest step. width: bytes of an activation; flash: attention over one stream, as on CUDA in bf16."""
-    s = sizes_of(c)
-    chunks = [
-        work.largest[part.start : part.stop]
-        for part in split_by_tokens([p.tokens for p in work.largest], recipe.micro_tokens)
-    ]
-    longest = max(p.shared + max(p.chosen, p.rejected) for p in work.largest)
-    flash = flash and not any(window is not None and window < longest for window in c.windows)
-    moments = (plain_moments if recipe.engine == "plain" else streamed_moments)(
-        c, s, chunks, recipe, width, flash
-    )
-    states = [state_bytes(part, recipe) for part in s.parts]
-    away = "states" in recipe.offload
-    device = {
-        "parameters": sum(parameter_bytes(part, recipe) for part in s.parts),
-        "optimizer states": sum(states) if not away else sum(sorted(states)[-3:]),
+
+@dataclass(frozen=True)
+class StepShape:
+    """All that the bytes of a step depend on."""
+
+    config: ModelConfig
+    micro_batches: tuple[Pairs, ...]
+    recipe: Recipe
+    itemsize: int
+    flash: bool
+
+    @property
+    def shapes(self) -> ParameterShapes:
+        """Shapes of the parameters."""
+        return parameter_shapes(self.config)
+
+    @property
+    def several(self) -> bool:
+        """Whether gradients are summed over micro-batches."""
+        return len(self.micro_batches) > 1
+
+    @cached_property
+    def tokens(self) -> int:
+        """Unique tokens of the step."""
+        return sum(tokens_of(pairs) for pairs in self.micro_batches)
+
+    @cached_property
+    def most_tokens(self) -> int:
+        """Unique tokens of the largest micro-batch."""
+        return max(tokens_of(pairs) for pairs in self.micro_batches)
+
+    @cached_property
+    def saved(self) -> list[int]:
+        """Of each micro-batch, the bytes of activations that are saved of one block."""
+        return [self._activations(pairs, self.recipe.recompute) for pairs in self.micro_batches]
+
+    @cached_property
+    def recomputed(self) -> int:
+        """Bytes of one block's activations that backward computes again, of the fullest one."""
+        if self.recipe.recompute == "none":
+            return 0
+        entire = [self._activations(pairs, "none") for pairs in self.micro_batches]
+        return max(total - saved for total, saved in zip(entire, self.saved))
+
+    @property
+    def casts(self) -> int:
+        """Bytes of one block's matrices in the compute type, if they are held in another one."""
+        if MATRIX_ITEMSIZE[self.recipe.parameters] == self.itemsize:
+            return 0
+        return self.itemsize * count(matrices(self.shapes.block))
+
+    def residual(self, tokens: int) -> int:
+        """Bytes of the residual stream, or of its gradient."""
+        return tokens * self.config.width * self.itemsize
+
+    @property
+    def block_gradients(self) -> int:
+        """Bytes of gradients inside one block: in the MLP, and of residual stream and attention."""
+        mlp = (3 if self.config.gated else 2) * self.config.mlp_width
+        residual_and_attention = 2 * self.config.width
+        return self.most_tokens * self.itemsize * (mlp + residual_and_attention)
+
+    def _activations(self, pairs: Pairs, recompute: str) -> int:
+        return block_activations(self.config, pairs, self.itemsize, recompute, self.flash)
+
+
+Phases = dict[str, dict[str, int]]  # name -> bytes by kind, beside parameters and states
+
+
+def plain_phases(step: StepShape) -> Phases:
+    """The last micro-batch's backward pass of the plain engine.
+
+    At its start all activations are there, at its end all gradients are.
+    """
+    shapes, blocks = step.shapes, step.config.blocks
+    all_gradients = 4 * shapes.parameters
+    fullest_block = max(step.saved)
+    table_gradients = 4 * count(shapes.embeddings)  # of this micro-batch, beside their sums
+    keeps_casts = step.recipe.recompute != "full"
+    start = {
+        "gradients": all_gradients if step.several else 4 * count(shapes.block),
+        "saved activations": blocks * fullest_block,
+        "recomputed": step.recomputed,
+        "casts": step.casts * (blocks if keeps_casts else 1),
+        "scratch": step.block_gradients + step.residual(step.most_tokens),
     }
-    moment, items = max(
-        ((name, device | items) for name, items in moments.items()),
-        key=lambda pair: sum(pair[1].values()),
-    )
-    host = {"optimizer states": sum(states)} if away else {}
-    if "inputs" in recipe.offload:
-        host["block inputs"] = s.blocks * sum(
-            1 << (sum(p.tokens for p in chunk) * c.width * width - 1).bit_length()
-            for chunk in chunks
-        )  # torch's pinned memory comes in powers of 2
-    return Memory(moment, {name: n for name, n in items.items() if n}, host)
-
-
-def copies(shapes, recipe: Recipe, width: int) -> int:
-    """Bytes of matrices in the type in which they are computed with, where that is not the one in which they are held."""
-    return (
-        sum(math.prod(shape) * width for shape in shapes if len(shape) > 1)
-        if BYTES[recipe.parameters] != width
-        else 0
-    )
-
-
-def working(c: ModelConfig, tokens: int, width: int) -> int:
-    """Bytes of what lives for a moment in a block's backward: gradients in the MLP's width, of the residual stream, of q, k and v."""
-    return tokens * width * ((3 if c.gated else 2) * c.mlp_width + 2 * c.width)
-
-
-def made_again(c, pairs, width, recompute, flash) -> int:
-    """Bytes of one block's activations that backward computes again."""
-    return (
-        0
-        if recompute == "none"
-        else kept_of_block(c, pairs, width, "none", flash)
-        - kept_of_block(c, pairs, width, recompute, flash)
-    )
-
-
-def plain_moments(c, s: Sizes, chunks, recipe, width, flash) -> dict[str, dict[str, int]]:
-    """The last micro-batch's backward: early, when all activations are there, and late, when all gradients are."""
-    numel = lambda shapes: sum(map(math.prod, shapes))
-    kept = max(
-        c.blocks * kept_of_block(c, chunk, width, recipe.recompute, flash) for chunk in chunks
-    )
-    inside = max(made_again(c, chunk, width, recipe.recompute, flash) for chunk in chunks)
-    largest = max(sum(p.tokens for p in chunk) for chunk in chunks)
-    all_copies = (
-        copies([shape for part in s.parts[1:-1] for shape in part], recipe, width)
-        if recipe.recompute != "full"
-        else copies(s.block, recipe, width)
-    )
-    tables = 4 * numel(s.embeddings)
-    early = {
-        "gradients": 4 * s.parameters if len(chunks) > 1 else 4 * numel(s.block),
-        "kept for backward": kept,
-        "made again": inside,
-        "copies to compute with": all_copies,
-        "in passing": working(c, largest, width) + largest * c.width * width,
+    residual_gradients = 2 * step.most_tokens * step.config.width * max(4, step.itemsize)
+    end = {
+        "gradients": all_gradients,
+        "saved activations": fullest_block,
+        "recomputed": step.recomputed,
+        "scratch": (table_gradients if step.several else 0) + residual_gradients,
     }
-    late = {
-        "gradients": 4 * s.parameters,
-        "kept for backward": kept // c.blocks,
-        "made again": inside,
-        "in passing": (tables if len(chunks) > 1 else 0) + 2 * largest * c.width * max(4, width),
+    return {"backward, last block": start, "backward, embedding": end}
+
+
+def streamed_phases(step: StepShape) -> Phases:
+    """The end of the way forward, the first block of the way back, and the embedding."""
+    shapes, blocks, itemsize = step.shapes, step.config.blocks, step.itemsize
+    if "inputs" in step.recipe.offload:  # one computed with, one on its way each way
+        saved = 3 * step.residual(step.most_tokens)
+    else:
+        saved = blocks * sum(step.saved)
+    keeps_casts = step.recipe.recompute != "full"
+    always = {
+        "saved activations": saved,
+        "casts": step.casts * (blocks if keeps_casts else 1),
+        "scratch": step.residual(step.tokens) + step.block_gradients,
     }
-    return {"backward, last block": early, "backward, embedding": late}
-
-
-def streamed_moments(c, s: Sizes, chunks, recipe, width, flash) -> dict[str, dict[str, int]]:
-    """The end of the way forward, the walk's first block, the embedding."""
-    numel, N = (
-        lambda shapes: sum(map(math.prod, shapes)),
-        sum(p.tokens for chunk in chunks for p in chunk),
-    )
-    tokens, recompute = [sum(p.tokens for p in chunk) for chunk in chunks], recipe.recompute
-    largest, here = (
-        max(tokens),
-        c.blocks * sum(kept_of_block(c, chunk, width, recompute, flash) for chunk in chunks),
-    )
-    if "inputs" in recipe.offload:
-        here = 3 * largest * c.width * width  # one computed with, one on its way each way
-    inside = max(made_again(c, chunk, width, recompute, flash) for chunk in chunks)
-    block_copies = copies(s.block, recipe, width) * (c.blocks if recompute != "full" else 1)
-    gradient = numel(s.block) * (width if len(chunks) == 1 else max(4, width) + width)
-    always = {"kept for backward": here, "copies to compute with": block_copies}
+    # Over several micro-batches, the gradient of one beside the sum, which is at least fp32.
+    gradient_itemsize = max(4, itemsize) + itemsize if step.several else itemsize
+    wide_gradient = 4 if itemsize < 4 else 0  # the residual stream's gradient is cast to fp32
     return {
-        "forward, last block": always
-        | {"in passing": N * c.width * width + working(c, largest, width)},
+        "forward, last block": always,
         "backward, last block": always
         | {
-            "gradients": gradient,
-            "made again": inside,
-            "in passing": N * c.width * width + working(c, largest, width),
+            "gradients": gradient_itemsize * count(shapes.block),
+            "recomputed": step.recomputed,
         },
         "backward, embedding": {
-            "gradients": 4 * numel(s.embeddings),
-            "in passing": N * c.width * (2 * width + (4 if width < 4 else 0)),
+            "gradients": 4 * count(shapes.embeddings),
+            "scratch": 2 * step.residual(step.tokens)
+            + step.tokens * step.config.width * wide_gradient,
         },
     }
 
 
-# ---- time --------------------------------------------------------------------------------------------------------------
+def memory_of(
+    config: ModelConfig, work: Workload, recipe: Recipe, itemsize: int, flash: bool
+) -> Memory:
+    """The memory of the largest step in its fullest phase.
+
+    flash: attention over one stream, as on CUDA in bf16. A window that is shorter than the longest
+    text takes the other route.
+    """
+    longest = max(pair.shared + max(pair.chosen, pair.rejected) for pair in work.largest)
+    is_cut = any(window is not None and window < longest for window in config.windows)
+    ranges = split_by_tokens([pair.tokens for pair in work.largest], recipe.micro_tokens)
+    micro_batches = tuple(work.largest[part.start : part.stop] for part in ranges)
+    step = StepShape(config, micro_batches, recipe, itemsize, flash and not is_cut)
+    phases = plain_phases(step) if recipe.engine == "plain" else streamed_phases(step)
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    device = always_on_device(step.shapes, recipe) | phases[phase]
+    return Memory(phase, {kind: n for kind, n in device.items() if n}, always_on_host(step))
+
+
+def always_on_device(shapes: ParameterShapes, recipe: Recipe) -> dict[str, int]:
+    """Bytes that are on the device in every phase."""
+    states = [state_bytes(part, recipe) for part in shapes.parts]
+    if "states" in recipe.offload:  # of a part that is updated, one that comes, one that leaves
+        states = sorted(states)[-3:]
+    return {
+        "parameters": sum(parameter_bytes(part, recipe) for part in shapes.parts),
+        "optimizer states": sum(states),
+    }
+
+
+def always_on_host(step: StepShape) -> dict[str, int]:
+    """Bytes that the host holds."""
+    host = {}
+    if "states" in step.recipe.offload:
+        parts = step.shapes.parts
+        host["optimizer states"] = sum(state_bytes(part, step.recipe) for part in parts)
+    if "inputs" in step.recipe.offload:
+        inputs = [step.residual(tokens_of(pairs)) for pairs in step.micro_batches]
+        # torch's pinned memory comes in powers of two.
+        host["block inputs"] = step.config.blocks * sum(next_power_of_two(n) for n in inputs)
+    return host
+
+
+def next_power_of_two(number: int) -> int:
+    """The smallest power of two that is at least a number.
+
+    >>> next_power_of_two(8), next_power_of_two(9)
+    (8, 16)
+    """
+    return 1 << (number - 1).bit_length()
+
+
+# ---- FLOPs and time ------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
-def forward_flops(c: ModelConfig, pairs: tuple[PairShape, ...]) -> float:
-    """2 for every multiplication with an addition: matrices by token, attention by visible pair of tokens; embeddings not counted."""
-    matrices = sum(math.prod(shape) for shape in sizes_of(c).block if len(shape) > 1)
-    linear = attention = 0
-    for p in pairs:
-        linear += p.tokens
-        attention += sum(n * (n + 1) / 2 for n in (p.shared, p.chosen, p.rejected)) + p.shared * (
-            p.chosen + p.rejected
-        )
-    return c.blocks * (2.0 * matrices * linear + 4.0 * c.heads * c.head_width * attention)
+def forward_flops(config: ModelConfig, pairs: Pairs) -> float:
+    """FLOPs of the blocks' matrices and attention: 2 for a multiplication with its addition.
+
+    Each token meets every matrix, and each query the keys that it sees. Embeddings are not counted.
+    """
+    weights = count(matrices(parameter_shapes(config).block))
+    visible = 0.0  # pairs of a query and a key
+    for pair in pairs:
+        within = sum(n * (n + 1) / 2 for n in pair)  # each text's own tokens, causally
+        visible += within + pair.shared * (pair.chosen + pair.rejected)
+    products = 2.0 * weights * tokens_of(pairs)
+    attention = 4.0 * config.heads * config.head_width * visible
+    return config.blocks * (products + attention)
 
 
-def step_flops(c: ModelConfig, work: Workload, recipe: Recipe) -> tuple[float, float]:
-    """Useful and executed FLOPs of the largest step: 3 forwards are useful; recomputation adds one, less the last product of each block."""
-    forward = forward_flops(c, work.largest)
-    saved = (
-        2.0 * c.blocks * c.width * c.mlp_width * sum(p.tokens for p in work.largest)
-    )  # the MLP's last product is not made again
-    executed = 3 * forward + (forward - saved if recipe.recompute == "full" else 0)
-    if recipe.engine == "plain" and sum(p.tokens for p in work.largest) > recipe.micro_tokens:
+def step_flops(config: ModelConfig, work: Workload, recipe: Recipe) -> tuple[float, float]:
+    """Useful and executed FLOPs of the largest step.
+
+    One forward pass and a backward pass that costs two are useful. Full recomputation adds a
+    forward pass, less the last product of each block's MLP, whose value backward does not need.
+    """
+    forward = forward_flops(config, work.largest)
+    last_products = 2.0 * config.blocks * config.width * config.mlp_width * work.largest_tokens
+    useful = executed = 3 * forward
+    if recipe.recompute == "full":
+        executed += forward - last_products
+    if recipe.engine == "plain" and work.largest_tokens > recipe.micro_tokens:
         executed += forward  # whole-step weights over several micro-batches
-    return 3 * forward, executed
+    return useful, executed
 
 
-def step_seconds(c: ModelConfig, work: Workload, recipe: Recipe, gpu: Gpu) -> float:
-    """At EFFICIENCY of the GPU's peak, then one pass of the optimizer over its numbers; the way to the host runs beside, but for a walk's first and last part."""
-    s = sizes_of(c)
-    states = sum(state_bytes(part, recipe) for part in s.parts)
-    touched = (
-        2 * (states + sum(parameter_bytes(part, recipe) for part in s.parts)) + 8 * s.parameters
-    )
-    inputs = (
-        c.blocks * sum(p.tokens for p in work.largest) * c.width * 2
-        if "inputs" in recipe.offload
-        else 0
-    )
-    link = (states if "states" in recipe.offload else 0) + inputs  # each way
-    computing = step_flops(c, work, recipe)[1] / (EFFICIENCY * gpu.flops) + touched / gpu.bandwidth
-    return max(computing + 2 * link / gpu.link / len(s.parts), link / gpu.link)
+def step_seconds(config: ModelConfig, work: Workload, recipe: Recipe, gpu: Gpu) -> float:
+    """Seconds of the largest step: its FLOPs at EFFICIENCY, then one pass of the optimizer.
+
+    Copies to the host and back run beside the computation, except those of the first and last part.
+    """
+    shapes = parameter_shapes(config)
+    parameters = sum(parameter_bytes(part, recipe) for part in shapes.parts)
+    states = sum(state_bytes(part, recipe) for part in shapes.parts)
+    gradients = 4 * shapes.parameters
+    touched = 2 * (states + parameters + gradients)  # each is read once and written once
+    each_way = 0
+    if "states" in recipe.offload:
+        each_way += states
+    if "inputs" in recipe.offload:
+        each_way += config.blocks * work.largest_tokens * config.width * 2
+    _, executed = step_flops(config, work, recipe)
+    computing = executed / (EFFICIENCY * gpu.flops) + touched / gpu.bandwidth
+    copying = each_way / gpu.link
+    return max(computing + 2 * copying / len(shapes.parts), copying)
 
 
-def in_bytes(count: float) -> str:
-    """A number of bytes with its unit: 1 GB is 10^9."""
-    unit, size = next(
-        (u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s or u == "kB"
-    )
-    return f"{count / size:.1f} {unit}"
+def run_seconds(config: ModelConfig, work: Workload, recipe: Recipe, gpu: Gpu) -> float:
+    """Seconds of the whole run: the largest step's, scaled to all tokens."""
+    return step_seconds(config, work, recipe, gpu) * work.tokens / work.largest_tokens
+
+
+# ---- numbers with their units --------------------------------------------------------------------
+
+
+def in_bytes(number: float) -> str:
+    """A number of bytes with its unit: 1 GB is 10^9.
+
+    >>> in_bytes(2.4e10), in_bytes(500)
+    ('24.0 GB', '0.5 kB')
+    """
+    return _with_unit(number, {"GB": 1e9, "MB": 1e6, "kB": 1e3})
+
+
+def in_time(seconds: float) -> str:
+    """A duration in hours, minutes, seconds or milliseconds.
+
+    >>> in_time(5400), in_time(90), in_time(2), in_time(0.0003)
+    ('1.5 h', '1.5 min', '2.0 s', '0.3 ms')
+    """
+    return _with_unit(seconds, {"h": 3600, "min": 60, "s": 1, "ms": 1e-3})
+
+
+def in_flops(number: float) -> str:
+    """A number of FLOPs with its unit.
+
+    >>> in_flops(1.0637e15), in_flops(5.67e9)
+    ('1,063.7 TFLOPs', '5.67 GFLOPs')
+    """
+    if number >= 1e11:
+        return f"{number / 1e12:,.1f} TFLOPs"
+    return f"{number / 1e9:,.2f} GFLOPs"
+
+
+def _with_unit(number: float, units: dict[str, float]) -> str:
+    """A number in the first, largest, unit of which it is at least one, or else in the last."""
+    fitting = [(unit, size) for unit, size in units.items() if number >= size]
+    unit, size = fitting[0] if fitting else list(units.items())[-1]
+    return f"{number / size:.1f} {unit}"

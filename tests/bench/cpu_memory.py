@@ -20,7 +20,7 @@ from minimore.engine.cost import (
     Workload,
     memory_of,
     parameter_bytes,
-    sizes_of,
+    parameter_shapes,
     state_bytes,
 )
 from minimore.engine.objective import RewardObjective
@@ -146,7 +146,7 @@ def main():
             1,
             3 * given.length * given.pairs,
         ),
-        sizes_of(c),
+        parameter_shapes(c),
     )
     memory = memory_of(c, work, recipe, 4, False)
     print(
@@ -156,7 +156,7 @@ def main():
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "peak": highest,
                 "planned_peak": memory.peak,
-                "moment": memory.moment,
+                "phase": memory.phase,
                 "states": optimizer.bytes(model),
                 "planned_states": sum(
                     parameter_bytes(part, recipe) + state_bytes(part, recipe) for part in s.parts

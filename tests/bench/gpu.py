@@ -425,7 +425,7 @@ def run_steps(name, c, recipe, pairs, steps=3):
         "allocated_gb": states / 1e9,
         "peak_gb": peak / 1e9,
         "planned_gb": planned.peak / 1e9,
-        "moment": planned.moment,
+        "phase": planned.phase,
         "host_gb": sum(planned.host.values()) / 1e9,
         "loss": loss.item(),
     }

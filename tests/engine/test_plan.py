@@ -22,11 +22,11 @@ from minimore.engine.cost import (
     PairShape,
     Workload,
     forward_flops,
-    kept_of_block,
+    block_activations,
     memory_of,
     parameter_bytes,
     segments_of,
-    sizes_of,
+    parameter_shapes,
     state_bytes,
     step_flops,
     workload,
@@ -139,7 +139,7 @@ def test_states_are_planned_to_the_byte(family, parameters, moments):
     model, optimizer, s = (
         RewardModel(filled(c), fresh_head(c.width, 0)),
         AdamW(parameters, moments),
-        sizes_of(c),
+        parameter_shapes(c),
     )
     assert s.parameters == sum(p.numel() for p in model.parameters())
     optimizer.adopt_all(model)
@@ -165,7 +165,7 @@ TABLE = {
 
 @pytest.mark.parametrize("name", TABLE)
 def test_bytes_a_parameter_are_those_of_the_table(name):
-    recipe, s = RECIPES[name], sizes_of(PYTHIA)
+    recipe, s = RECIPES[name], parameter_shapes(PYTHIA)
     held = sum(
         parameter_bytes(part, recipe)
         + (0 if "states" in recipe.offload else state_bytes(part, recipe))
@@ -217,7 +217,7 @@ def test_saved_activations_are_planned_to_one_percent(family, dtype, recompute, 
     stream = pack_pairs(pairs_of(shapes)).stream
     assert len(stream.tokens) not in (256, 688, 1024)
     found = kept_by(trunk, stream, dtype, recompute, monkeypatch)
-    assert kept_of_block(trunk.c, shapes, dtype.itemsize, recompute, False) == pytest.approx(
+    assert block_activations(trunk.c, shapes, dtype.itemsize, recompute, False) == pytest.approx(
         found, rel=0.01
     )
 
@@ -302,7 +302,7 @@ def test_recomputation_costs_what_is_planned(family):
     )
     attention = (
         forward_flops(c, shapes)
-        - 2 * c.blocks * sum(np.prod(s) for s in sizes_of(c).block if len(s) > 1) * work.tokens
+        - 2 * c.blocks * sum(np.prod(s) for s in parameter_shapes(c).block if len(s) > 1) * work.tokens
     )
     for recompute, forwards in (("none", 3), ("selective", 3), ("full", 4)):
         with Products() as counted:
@@ -440,8 +440,8 @@ def test_a_config_alone_is_enough(tmp_path, capsys):
     said, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     c = read_config(tmp_path)[2]
     assert (
-        f"{sizes_of(c).parameters:,} parameters" in said
-        and found["parameters"] == sizes_of(c).parameters
+        f"{parameter_shapes(c).parameters:,} parameters" in said
+        and found["parameters"] == parameter_shapes(c).parameters
     )
     assert found["fits"]["24"]["engine"] == "plain" and set(found["recipes"]) == set(
         RECIPES

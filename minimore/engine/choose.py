@@ -1,0 +1,233 @@
+"""Which recipe fits: what `--memory` chooses, and what it says if nothing fits."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+
+from ..model.recompute import RECOMPUTE
+from ..model.trunk import ModelConfig
+from ..options import InputError
+from .cost import (
+    GPUS,
+    Gpu,
+    Memory,
+    in_bytes,
+    memory_of,
+    parameter_bytes,
+    parameter_shapes,
+    step_seconds,
+)
+from .recipe import ENGINES, MOMENTS, OFFLOADS, PARAMETERS, Recipe
+from .workload import Workload
+
+SMALLER_MICRO_TOKENS = (4096, 2048, 1024)  # tried beside the given number
+AS_FAST = 1.01  # a recipe that takes so much longer than the fastest is as fast
+COMFORTABLE = 0.93  # share of the memory that a recipe should not exceed if another one fits
+UNITS = {"GB": 1e9, "GiB": 2**30, "MB": 1e6, "MiB": 2**20}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What recipes are compared on: a model, its work, and how its activations are computed.
+
+    itemsize: bytes of an activation. flash: attention over one stream, as on CUDA in bf16.
+    """
+
+    config: ModelConfig
+    work: Workload
+    itemsize: int
+    flash: bool
+
+    def memory(self, recipe: Recipe) -> Memory:
+        """What the largest step takes with this recipe."""
+        return memory_of(self.config, self.work, recipe, self.itemsize, self.flash)
+
+    def seconds(self, recipe: Recipe, gpu: Gpu) -> float:
+        """How long the largest step takes with this recipe."""
+        return step_seconds(self.config, self.work, recipe, gpu)
+
+
+class Candidate(NamedTuple):
+    """A recipe and what it takes."""
+
+    recipe: Recipe
+    memory: Memory
+
+
+# ---- which recipes there are ---------------------------------------------------------------------
+
+
+def is_exact(recipe: Recipe, itemsize: int) -> bool:
+    """Whether nothing but the order of additions differs from fp32 AdamW.
+
+    Split parameters are exact where one computes in bf16 anyway.
+    """
+    if recipe.moments != "float32":
+        return False
+    return recipe.parameters == "float32" or (recipe.parameters == "split" and itemsize == 2)
+
+
+def recipes(fixed: Mapping[str, Any]) -> list[Recipe]:
+    """Every recipe that does not contradict itself, the simple ones first.
+
+    fixed: the fields that are chosen already, by name.
+    """
+    values_of: dict[str, tuple] = {
+        "engine": ENGINES,
+        "parameters": PARAMETERS,
+        "moments": MOMENTS,
+        "recompute": RECOMPUTE,
+        "offload": ((), ("inputs",), ("states",), OFFLOADS),
+        "micro_tokens": micro_tokens_to_try(fixed.get("micro_tokens", Recipe.micro_tokens)),
+    }
+    for name in ("engine", "parameters", "moments", "recompute", "offload"):
+        if name in fixed:
+            values_of[name] = (fixed[name],)
+    combinations = [
+        Recipe(**dict(zip(values_of, values)), max_grad_norm=fixed.get("max_grad_norm"))
+        for values in product(*values_of.values())
+    ]
+    return [recipe for recipe in combinations if is_consistent(recipe)]
+
+
+def micro_tokens_to_try(most: int) -> tuple[int, ...]:
+    """The number of tokens computed at a time, and smaller ones."""
+    return (most, *(n for n in SMALLER_MICRO_TOKENS if n < most))
+
+
+def is_consistent(recipe: Recipe) -> bool:
+    """Whether a recipe does not contradict itself."""
+    try:
+        recipe.check()
+    except InputError:
+        return False
+    return True
+
+
+def exact_recipes(fixed: Mapping[str, Any], itemsize: int) -> list[Recipe]:
+    """The recipes that are exact but for what the user fixed."""
+    asked = {name: getattr(Recipe, name) for name in ("parameters", "moments") if name in fixed}
+    return [r for r in recipes(fixed) if is_exact(replace(r, **asked), itemsize)]
+
+
+# ---- which one fits ------------------------------------------------------------------------------
+
+
+def fastest(
+    job: Job,
+    candidates: Iterable[Recipe],
+    limit: float,
+    host: float = math.inf,
+    gpu: Gpu = GPUS["A100"],
+) -> Candidate | None:
+    """The simplest of the recipes that fit and are as fast as any of them; None if none fits.
+
+    limit, host: bytes of the device's memory, and of the host's. A recipe that needs nearly all of
+    the limit is taken only if no other fits. The candidates come in order, the simplest first.
+    """
+    fitting = [
+        candidate
+        for candidate in (Candidate(recipe, job.memory(recipe)) for recipe in candidates)
+        if candidate.memory.peak <= limit and candidate.memory.offloaded <= host
+    ]
+    comfortable = [c for c in fitting if c.memory.peak <= COMFORTABLE * limit]
+    fitting = comfortable or fitting
+    seconds = [job.seconds(candidate.recipe, gpu) for candidate in fitting]
+    for candidate, taken in zip(fitting, seconds):
+        if taken <= AS_FAST * min(seconds):
+            return candidate
+    return None
+
+
+def choose(
+    config: ModelConfig,
+    work: Workload,
+    fixed: Mapping[str, Any],
+    limit: float,
+    device: str,
+    compute: torch.dtype,
+    host: float = math.inf,
+) -> Recipe:
+    """The recipe for --memory: what the user did not fix is chosen, and only exact storage.
+
+    limit: bytes of the device's memory. host: bytes of the host's that may be offloaded to. Prints
+    which recipe it is and why. Raises InputError if none fits.
+    """
+    is_flash = device == "cuda" and compute.itemsize == 2
+    job = Job(config, work, compute.itemsize, is_flash)
+    if not recipes(fixed):
+        Recipe(**fixed).check()  # says what contradicts what
+    allowed = exact_recipes(fixed, job.itemsize)
+    best = fastest(job, allowed, limit, host)
+    if best is None:
+        raise InputError(refusal(job, fixed, limit, host))
+    print(reason(job, best, simplest=allowed[0], limit=limit), flush=True)
+    return best.recipe
+
+
+def reason(job: Job, best: Candidate, simplest: Recipe, limit: float) -> str:
+    """One line that says what the chosen recipe takes, and why the simplest one was not chosen."""
+    recipe, memory = best
+    pairs, tokens = len(job.work.largest), job.work.largest_tokens
+    parts = [
+        f"--memory: {in_bytes(memory.peak)} of {in_bytes(limit)} in the largest step, "
+        f"{pairs} pairs of {tokens:,} unique tokens"
+    ]
+    if memory.host:
+        parts.append(f", and {in_bytes(memory.offloaded)} of the host's")
+    parts.append(f", with {recipe}")
+    if recipe != simplest:
+        peak = job.memory(simplest).peak
+        why = "is slower" if peak <= limit else f"would take {in_bytes(peak)}"
+        parts.append(f"; the simplest, {simplest}, {why}")
+    return "".join(parts)
+
+
+def refusal(job: Job, fixed: Mapping[str, Any], limit: float, host: float) -> str:
+    """Why no exact recipe fits, and what would."""
+    allowed = exact_recipes(fixed, job.itemsize)
+    host_has = f"the host has {in_bytes(host)} to offload to"
+    exact = leanest(job, allowed, host)
+    if exact is None:
+        least = min(job.memory(recipe).offloaded for recipe in allowed)
+        return (
+            f"--offload {' and '.join(fixed['offload'])}: takes {in_bytes(least)} of the host's "
+            f"memory, but {host_has}; offload less"
+        )
+    lossy = leanest(job, recipes(fixed), host)
+    shapes = parameter_shapes(job.config)
+    parameters = sum(parameter_bytes(part, exact.recipe) for part in shapes.parts)
+    if lossy is not None and lossy.memory.peak < exact.memory.peak:
+        remedy = f"{in_bytes(lossy.memory.peak)} with {lossy.recipe}, which rounds at random"
+    else:
+        remedy = "try a smaller --micro-tokens, --batch-size or --max-length"
+    return (
+        f"--memory: {in_bytes(limit)} are too little: the parameters alone take "
+        f"{in_bytes(parameters)}, training at least {in_bytes(exact.memory.peak)} "
+        f"({exact.recipe}); {host_has + '; ' if host < math.inf else ''}{remedy}"
+    )
+
+
+def leanest(job: Job, candidates: Iterable[Recipe], host: float) -> Candidate | None:
+    """The recipe that takes least of the device's memory, of those for which the host has room."""
+    costed = [Candidate(recipe, job.memory(recipe)) for recipe in candidates]
+    possible = [candidate for candidate in costed if candidate.memory.offloaded <= host]
+    return min(possible, key=lambda candidate: candidate.memory.peak, default=None)
+
+
+def parse_memory(text: str) -> float:
+    """Bytes of a number with its unit.
+
+    >>> parse_memory("24GB"), parse_memory("0.5 MiB")
+    (24000000000.0, 524288.0)
+    """
+    pattern = rf"([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?) ?({'|'.join(UNITS)})"
+    match = re.fullmatch(pattern, text, re.ASCII)
+    if match is None or float(match.group(1)) == 0:
+        raise InputError(f"--memory {text}: expected a number with its unit, 24GB or 24GiB")
+    return float(match.group(1)) * UNITS[match.group(2)]

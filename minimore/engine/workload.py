@@ -1,0 +1,106 @@
+"""What a training has to compute: the shapes of its largest step, and how many steps there are.
+
+B pairs in a step.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ..data.pairs import Source, TokenPair
+from ..data.sampling import DataOptions, epoch_steps
+from ..reward import ModelOptions
+from .recipe import RecipeOptions
+
+EPOCHS = 20  # that are looked at before a training; later ones are taken to be like them
+SHARED = 0.41  # share of a pair's unique tokens that both texts share, a mean of five public sets
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(RecipeOptions, DataOptions, ModelOptions):
+    """What `train` and `plan` both take: a model, the data of a run, and its recipe."""
+
+
+class PairShape(NamedTuple):
+    """Tokens of a pair: what both texts share, and the rest of each."""
+
+    shared: int
+    chosen: int
+    rejected: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed: the shared ones count once."""
+        return sum(self)
+
+
+Pairs = tuple[PairShape, ...]
+
+
+def tokens_of(pairs: Iterable[PairShape]) -> int:
+    """Unique tokens of these pairs."""
+    return sum(pair.tokens for pair in pairs)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The pairs of the largest step, and how many steps and unique tokens there are in all."""
+
+    largest: Pairs
+    steps: int
+    tokens: int
+
+    @property
+    def largest_tokens(self) -> int:
+        """Unique tokens of the largest step."""
+        return tokens_of(self.largest)
+
+
+def shape_of(pair: TokenPair) -> PairShape:
+    """How many tokens a pair has, and where."""
+    return PairShape(pair.shared, len(pair.chosen) - pair.shared, len(pair.rejected) - pair.shared)
+
+
+def workload(sources: Sequence[Source], epochs: Iterable[list[np.ndarray]]) -> Workload:
+    """The workload of the steps that `epoch_steps` made: each is (B, 2), of source and pair."""
+    tokens = np.array([pair.tokens for source in sources for pair in source.pairs])
+    first_of_source = np.cumsum([0, *(len(source.pairs) for source in sources)])
+    largest, most, steps, total = np.empty((0, 2), int), 0, 0, 0
+    for epoch in epochs:
+        for sampled in epoch:
+            places = first_of_source[sampled[:, 0]] + sampled[:, 1]
+            step_tokens = int(tokens[places].sum())
+            steps += 1
+            total += step_tokens
+            if step_tokens > most:
+                largest, most = sampled, step_tokens
+    shapes = tuple(shape_of(sources[k].pairs[i]) for k, i in largest)
+    return Workload(shapes, steps, total)
+
+
+def workload_of(options: RunOptions, sources: Sequence[Source], batch_size: int) -> Workload:
+    """The workload of a training with these options; of many epochs the first EPOCHS are read."""
+    sizes, seen = [len(source.pairs) for source in sources], min(options.epochs, EPOCHS)
+    epochs = (
+        epoch_steps(
+            sizes, options.sampling, options.pairs_per_source, batch_size, options.seed, epoch
+        )
+        for epoch in range(seen)
+    )
+    work = workload(sources, epochs)
+    return replace(
+        work,
+        steps=work.steps * options.epochs // seen,
+        tokens=work.tokens * options.epochs // seen,
+    )
+
+
+def assumed_workload(tokens: int, pairs: int, batch_size: int, epochs: int) -> Workload:
+    """The workload of equal pairs of so many unique tokens each, as long as no data is there."""
+    shared = int(SHARED * tokens) if tokens > 3 else 0
+    rest = tokens - shared
+    pair = PairShape(shared, rest - rest // 2, rest // 2)
+    steps = -(-pairs // batch_size) * epochs
+    return Workload((pair,) * min(batch_size, pairs), steps, pairs * epochs * tokens)

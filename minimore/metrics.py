@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engine.cost import in_time
 from .engine.objective import StepResult
 from .more import bradley_terry_losses, head_gradients
 
@@ -69,7 +70,7 @@ def progress_line(record: Mapping[str, Any], steps: int, seconds_left: float) ->
     if cosines:
         cells.append(f"cosines {min(cosines):.2f} to {max(cosines):.2f}")
     position = f"step {record['step']}/{steps}  loss {record['loss']:.4f}"
-    return "  ".join([position, *cells, f"{clock(seconds_left)} left"])
+    return "  ".join([position, *cells, f"{in_time(seconds_left)} left"])
 
 
 def source_cell(name: str, figures: Mapping[str, Any]) -> str:
@@ -77,14 +78,3 @@ def source_cell(name: str, figures: Mapping[str, Any]) -> str:
     if not figures["pairs"]:
         return f"{name} none"
     return f"{name} {figures['loss']:.3f} {figures['accuracy']:4.0%} w{figures['weight']:.2f}"
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds as on a clock.
-
-    >>> clock(3725.9)
-    '1:02:05'
-    """
-    minutes, second = divmod(int(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02d}:{second:02d}"

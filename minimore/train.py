@@ -48,6 +48,7 @@ from .resume import Saver, check_whole, checkpoints, load_state, remove
 from .reward import RewardModel, check_length, compute_type, device_of, load_reward_model
 from .run import Lock, check_recipe, cut_metrics, open_run, start_run, stored_recipe
 
+Paths = dict[str, tuple[str, str | None]]  # name of a source -> its training and test files
 Watch = Callable[[int, int, RewardModel], None]  # (step, number of steps, model), after every step
 
 
@@ -128,12 +129,13 @@ def train(options: TrainOptions, watch: Watch | None = None) -> int:
 
     watch: is called after every step with its number, the number of steps and the model.
     """
-    check_options(options, len(parse_sources(options.source)))
+    paths = parse_sources(options.source)
+    check_options(options, len(paths))
     run = open_run(options)
     if run is None:
         return 0
     with Lock(run) as lock:
-        training = prepare(options, run, lock)
+        training = prepare(options, paths, run, lock)
         with stop_requests() as signals:
             exit_code = loop(training, signals, watch)
         if exit_code == 0:
@@ -216,7 +218,7 @@ class Training:
     optimizer: AdamW
     engine: PlainEngine | StreamedEngine
     digests: dict[str, str]  # of the sources' pairs
-    first_step: int
+    first_step: int = 1
 
     @property
     def names(self) -> list[str]:
@@ -252,7 +254,7 @@ def check_options(options: TrainOptions, sources: int) -> int:
     return batch_size
 
 
-def prepare(options: TrainOptions, run: Path, lock: Lock) -> Training:
+def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Training:
     """Open the model, or continue from the last checkpoint; read the data; choose the recipe.
 
     Nothing is written before everything that can be refused has been accepted.
@@ -261,51 +263,57 @@ def prepare(options: TrainOptions, run: Path, lock: Lock) -> Training:
     facts = check_whole(last[0]) if last else None
     origin = Checkpoint(str(last[0]) if last else options.model)
     check_length(origin.config, options.max_length, origin.directory)
-    sources, test_sources = load_sources(options, origin)
+    sources, test_sources = load_sources(options, paths, origin)
     batch_size = batch_size_of(options, len(sources))
     saved_config(origin)  # what cannot be saved in the end is refused now
     recipe = choose_recipe(options, origin, sources, batch_size)
     check_recipe(run, recipe)
     model, optimizer = open_trainable(options, origin, recipe)
-    engine = open_engine(model, optimizer, recipe)
-    print_where_more_is_plain(options, len(sources))
-    digests = {source.name: source.digest() for source in sources}
-    lock.take()
-    start_run(run, options, recipe)
-
     weighting_state: dict[str, Tensor] = {}
-    saved_step = 0
-    if last and facts:
-        saved_step = load_state(
-            last[0], facts, optimizer, weighting_state, digests, model.head.device
-        )
-    cut_metrics(run / "metrics.jsonl", saved_step)
-    sizes = tuple(len(source.pairs) for source in sources)
-    schedule = Schedule(options, sizes, batch_size)
-    require(
-        saved_step <= schedule.steps,
-        f"{run}/checkpoint-{saved_step}: comes after the last of this run's {schedule.steps}"
-        " steps; remove it to start again from step 0",
-    )
-    return Training(
+    training = Training(
         options=options,
         run=run,
         origin=origin,
         sources=sources,
         test_sources=test_sources,
-        schedule=schedule,
+        schedule=Schedule(options, tuple(len(source.pairs) for source in sources), batch_size),
         objective=open_objective(options, len(sources), weighting_state),
         weighting_state=weighting_state,
         model=model,
         optimizer=optimizer,
-        engine=engine,
-        digests=digests,
-        first_step=saved_step + 1,
+        engine=open_engine(model, optimizer, recipe),
+        digests={source.name: source.digest() for source in sources},
     )
+    print_where_more_is_plain(options, len(sources))
+    lock.take()
+    start_run(run, options, recipe)
+    if facts:
+        restore(training, last[0], facts)
+    cut_metrics(run / "metrics.jsonl", training.first_step - 1)
+    return training
+
+
+def restore(training: Training, checkpoint: Path, facts: dict[str, Any]) -> None:
+    """Put everything back as it was when the checkpoint was saved; the model is loaded already."""
+    step = load_state(
+        checkpoint,
+        facts,
+        training.optimizer,
+        training.weighting_state,
+        training.digests,
+        training.model.head.device,
+    )
+    steps = training.schedule.steps
+    require(
+        step <= steps,
+        f"{checkpoint}: comes after the last of this run's {steps} steps;"
+        " remove it to start again from step 0",
+    )
+    training.first_step = step + 1
 
 
 def load_sources(
-    options: TrainOptions, checkpoint: Checkpoint
+    options: TrainOptions, paths: Paths, checkpoint: Checkpoint
 ) -> tuple[list[Source], list[Source]]:
     """The training sources, and the test sources that were given; a line describes each."""
     train_sources, test_sources = [], []
@@ -315,7 +323,7 @@ def load_sources(
         max_length=options.max_length,
         truncate=options.truncate,
     )
-    for name, (train_path, test_path) in parse_sources(options.source).items():
+    for name, (train_path, test_path) in paths.items():
         train_sources.append(read(name, train_path))
         print(train_sources[-1].line(), flush=True)
         if test_path:

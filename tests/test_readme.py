@@ -1,4 +1,4 @@
-"""The pages are true: commands parse, tables name what exists, code runs, printed pages are real."""
+"""The pages are true: commands parse, tables name what exists, code runs, printed pages are so."""
 
 import importlib
 import json

@@ -78,6 +78,11 @@ class Saver:
         else:
             self._write(snapshot)
 
+    def raise_error(self) -> None:
+        """Raise the error of a thread that has failed, if there is one."""
+        if self.error:
+            self.wait()
+
     def wait(self) -> None:
         """Wait until what was saved last is on the disk."""
         if self.thread:

@@ -8,13 +8,12 @@ K sources, B pairs in a step.
 import json
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -431,23 +430,24 @@ def stop_requests() -> Iterator[list[int]]:
 
 def loop(training: Training, signals: list[int], watch: Watch | None) -> int:
     """Take every step that is left; return 0, or 128 + the number of the signal that stopped it."""
-    options, steps, engine = training.options, training.schedule.steps, training.engine
+    options, schedule, model = training.options, training.schedule, training.model
+    steps = schedule.steps
     print_what_begins(training)
     saver = Saver(training.run, training.origin, training.digests, options.keep)
-    clock = Clock(training.first_step, steps)
     with open(training.run / "metrics.jsonl", "a", encoding="utf-8") as log, saver:
+        clock = Clock(training.first_step, steps)
         for step in range(training.first_step, steps + 1):
-            sampled = training.schedule.sampled_at(step)  # (B, 2)
+            sampled = schedule.sampled_at(step)  # (B, 2): source, pair in the source
             pairs = [training.sources[k].pairs[i] for k, i in sampled]
             source = sampled[:, 0].tolist()
-            training.optimizer.learning_rate = training.schedule.learning_rate_at(step)
-            head = training.model.head.detach().clone()
+            training.optimizer.learning_rate = schedule.learning_rate_at(step)
+            head = model.head.detach().clone()  # as it is before the update
             try:
-                result = engine.step(pairs, source, training.objective)
+                result = training.engine.step(pairs, source, training.objective)
             except (NonFiniteLoss, NonFiniteGradient) as error:
-                engine.settle()
-                saver.wait()
-                raise FloatingPointError(not_finite(step, error, training)) from None
+                stop_at(step, error, training, saver)
+            if watch:
+                watch(step, steps, model)
 
             record = {
                 "step": step,
@@ -455,8 +455,6 @@ def loop(training: Training, signals: list[int], watch: Watch | None) -> int:
                 "tokens": sum(pair.tokens for pair in pairs),
                 **metrics_of(head, result, source, training),
             }
-            if watch:
-                watch(step, steps, training.model)
             if options.eval_steps and step % options.eval_steps == 0:
                 record["evaluation"] = evaluation_of(training)
             record["seconds"] = round(clock.seconds, 3)
@@ -465,11 +463,10 @@ def loop(training: Training, signals: list[int], watch: Watch | None) -> int:
             if step % options.log_steps == 0 or step == steps:
                 print(progress_line(record, steps, clock.seconds_left_after(step)), flush=True)
 
-            if saver.error:
-                saver.wait()  # raises it
+            saver.raise_error()
             if step % options.save_steps == 0 or step == steps or signals:
-                engine.settle()
-                saver.save(training.model, training.optimizer, training.weighting_state)
+                training.engine.settle()
+                saver.save(model, training.optimizer, training.weighting_state)
             if signals:
                 saver.wait()
                 print(
@@ -480,20 +477,20 @@ def loop(training: Training, signals: list[int], watch: Watch | None) -> int:
     return 0
 
 
-class Clock:
-    """Seconds since the first step began, and how many are left."""
-
-    def __init__(self, first_step: int, steps: int):
-        self.began, self.first_step, self.steps = time.monotonic(), first_step, steps
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far."""
-        return time.monotonic() - self.began
-
-    def seconds_left_after(self, step: int) -> float:
-        """Seconds left after a step, if the other steps take as long as those so far."""
-        return self.seconds / (step - self.first_step + 1) * (self.steps - step)
+def stop_at(
+    step: int, error: NonFiniteLoss | NonFiniteGradient, training: Training, saver: Saver
+) -> NoReturn:
+    """Raise FloatingPointError for a step that cannot be taken; what was saved before is kept."""
+    training.engine.settle()
+    saver.wait()
+    what = "a gradient"
+    if isinstance(error, NonFiniteLoss):
+        what = f"the loss of source {training.names[error.source]!r}"
+    last = checkpoints(training.run)[-1:]
+    remaining = last[0] if last else "no checkpoint"
+    raise FloatingPointError(
+        f"step {step}: {what} is not finite; {remaining} is kept; try a smaller --learning-rate"
+    ) from None
 
 
 def print_what_begins(training: Training) -> None:
@@ -520,16 +517,6 @@ def evaluation_of(training: Training) -> dict[str, Any]:
     """The report on the test sources."""
     micro_tokens = training.options.micro_tokens
     return evaluate_sources(training.model, training.test_sources, micro_tokens)[0]
-
-
-def not_finite(step: int, error: NonFiniteLoss | NonFiniteGradient, training: Training) -> str:
-    """The message about a step that cannot be taken."""
-    what = "a gradient"
-    if isinstance(error, NonFiniteLoss):
-        what = f"the loss of source {training.names[error.source]!r}"
-    last = checkpoints(training.run)[-1:]
-    remaining = last[0] if last else "no checkpoint"
-    return f"step {step}: {what} is not finite; {remaining} is kept; try a smaller --learning-rate"
 
 
 # ---- finish --------------------------------------------------------------------------------------

@@ -477,6 +477,22 @@ def loop(training: Training, signals: list[int], watch: Watch | None) -> int:
     return 0
 
 
+class Clock:
+    """Seconds since the first step began, and how many are left."""
+
+    def __init__(self, first_step: int, steps: int):
+        self.began, self.first_step, self.steps = time.monotonic(), first_step, steps
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.monotonic() - self.began
+
+    def seconds_left_after(self, step: int) -> float:
+        """Seconds left after a step, if the other steps take as long as those so far."""
+        return self.seconds / (step - self.first_step + 1) * (self.steps - step)
+
+
 def stop_at(
     step: int, error: NonFiniteLoss | NonFiniteGradient, training: Training, saver: Saver
 ) -> NoReturn:

@@ -15,7 +15,7 @@ from reference import SIZES, reference_model
 
 from minimore.data.pairs import TokenPair
 from minimore.engine.host import Host
-from minimore.engine.objective import NonFiniteGradient, RewardObjective
+from minimore.engine.objective import NonFiniteGradient, RewardObjective, micro_batches
 from minimore.engine.optim import AdamW, split
 from minimore.engine.recipe import Recipe
 from minimore.engine.streamed import Walk, open_engine, parts_of
@@ -125,7 +125,7 @@ def test_fp32_gradients_agree(family, recompute, tokens):
     expected = {}
     plain.optimizer.update = lambda name, p, gradient: expected.update({name: gradient.clone()})
     plain.step(pairs, source, how)
-    walk, found = Walk(model, cut(pairs, source, tokens), how, recompute), {}
+    walk, found = Walk(model, micro_batches(pairs, source, tokens), how, recompute), {}
     for names, gradients in zip(parts_of(model), walk):
         assert set(names) == set(gradients)
         found.update(gradients)
@@ -142,7 +142,9 @@ def test_an_update_may_come_while_the_walk_goes_on():
     gradients = lambda spoil: torch.cat(
         [
             g.flatten()
-            for part in spoilt(Walk(double("gpt_neox"), cut(pairs, source, 30), weighing(3)), spoil)
+            for part in spoilt(
+                Walk(double("gpt_neox"), micro_batches(pairs, source, 30), weighing(3)), spoil
+            )
             for g in part.values()
         ]
     )
@@ -160,7 +162,7 @@ def test_an_update_may_come_while_the_walk_goes_on():
     clean = torch.cat(
         [
             g.flatten()
-            for part in Walk(model, cut(pairs, source, 30), weighing(3))
+            for part in Walk(model, micro_batches(pairs, source, 30), weighing(3))
             for g in part.values()
         ]
     )
@@ -176,7 +178,7 @@ def test_recomputed_blocks_do_not_repeat_their_last_product(monkeypatch):
     real = module.F.linear
     monkeypatch.setattr(module.F, "linear", lambda *a: (calls.append(a[1].shape), real(*a))[1])
     model, pairs = double("gpt_neox"), random_pairs(6)
-    walk = Walk(model, cut(pairs, [0, 1, 2] * 2, 10**9), weighing(3))
+    walk = Walk(model, micro_batches(pairs, [0, 1, 2] * 2, 10**9), weighing(3))
     forward = len(calls)
     list(walk)
     assert forward == 6 * 2 and len(calls) - forward == 5 * 2
@@ -268,7 +270,7 @@ def test_chunks_of_bf16_gradients_are_summed_in_fp32():
     name = "trunk.blocks.1.mlp.down.weight"
     part = lambda tokens: next(
         g
-        for part in Walk(model, cut(pairs, source, tokens), weighing(3))
+        for part in Walk(model, micro_batches(pairs, source, tokens), weighing(3))
         for n, g in part.items()
         if n == name
     )

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from .data.pairs import Source, load_source
 from .data.sampling import batch_size_of, epoch_steps
+from .engine.choose import choose, parse_memory
 from .engine.host import available_memory, pinned
 from .engine.objective import NonFiniteGradient, NonFiniteLoss, RewardObjective, StepResult
 from .engine.optim import AdamW, replace_parameter
 from .engine.plain import PlainEngine
-from .engine.plan import RunOptions, choose, parse_memory, workload_of
 from .engine.recipe import Recipe
 from .engine.streamed import StreamedEngine, open_engine
+from .engine.workload import RunOptions, workload_of
 from .evaluate import evaluate_sources, table
 from .files import write_json, write_text
 from .metrics import progress_line, step_metrics

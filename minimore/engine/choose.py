@@ -160,17 +160,25 @@ def choose(
     """
     is_flash = device == "cuda" and compute.itemsize == 2
     job = Job(config, work, compute.itemsize, is_flash)
-    if not recipes(fixed):
-        Recipe(**fixed).check()  # says what contradicts what
-    allowed = exact_recipes(fixed, job.itemsize)
-    best = fastest(job, allowed, limit, host)
-    if best is None:
-        raise InputError(refusal(job, fixed, limit, host))
-    print(reason(job, best, simplest=allowed[0], limit=limit), flush=True)
+    best = best_for(job, fixed, limit, host)
+    print(reason(job, best, fixed, limit), flush=True)
     return best.recipe
 
 
-def reason(job: Job, best: Candidate, simplest: Recipe, limit: float) -> str:
+def best_for(job: Job, fixed: Mapping[str, Any], limit: float, host: float = math.inf) -> Candidate:
+    """The fastest recipe that fits, of those that are exact but for what the user fixed.
+
+    Raises InputError if none fits.
+    """
+    if not recipes(fixed):
+        Recipe(**fixed).check()  # says what contradicts what
+    best = fastest(job, exact_recipes(fixed, job.itemsize), limit, host)
+    if best is None:
+        raise InputError(refusal(job, fixed, limit, host))
+    return best
+
+
+def reason(job: Job, best: Candidate, fixed: Mapping[str, Any], limit: float) -> str:
     """One line that says what the chosen recipe takes, and why the simplest one was not chosen."""
     recipe, memory = best
     pairs, tokens = len(job.work.largest), job.work.largest_tokens
@@ -181,6 +189,7 @@ def reason(job: Job, best: Candidate, simplest: Recipe, limit: float) -> str:
     if memory.host:
         parts.append(f", and {in_bytes(memory.offloaded)} of the host's")
     parts.append(f", with {recipe}")
+    simplest = exact_recipes(fixed, job.itemsize)[0]
     if recipe != simplest:
         peak = job.memory(simplest).peak
         why = "is slower" if peak <= limit else f"would take {in_bytes(peak)}"

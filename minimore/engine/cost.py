@@ -375,26 +375,32 @@ def streamed_phases(step: StepShape) -> Phases:
     else:
         saved = blocks * sum(step.saved)
     keeps_casts = step.recipe.recompute != "full"
-    always = {
-        "saved activations": saved,
-        "casts": step.casts * (blocks if keeps_casts else 1),
-        "scratch": step.residual(step.tokens) + step.block_gradients,
-    }
-    # Over several micro-batches, the gradient of one beside the sum, which is at least fp32.
+    casts = step.casts * (blocks if keeps_casts else 1)
+    scratch = step.residual(step.tokens) + step.block_gradients
+    # Over several micro-batches: the gradient of one, beside the sum, which is at least fp32.
     gradient_itemsize = max(4, itemsize) + itemsize if step.several else itemsize
-    wide_gradient = 4 if itemsize < 4 else 0  # the residual stream's gradient is cast to fp32
+    forward = {
+        "saved activations": saved,
+        "casts": casts,
+        "scratch": scratch,
+    }
+    backward = {
+        "gradients": gradient_itemsize * count(shapes.block),
+        "saved activations": saved,
+        "recomputed": step.recomputed,
+        "casts": casts,
+        "scratch": scratch,
+    }
+    residual_gradient = step.residual(step.tokens)
+    as_fp32 = 4 * step.tokens * step.config.width if itemsize < 4 else 0
+    embedding = {
+        "gradients": 4 * count(shapes.embeddings),
+        "scratch": 2 * residual_gradient + as_fp32,
+    }
     return {
-        "forward, last block": always,
-        "backward, last block": always
-        | {
-            "gradients": gradient_itemsize * count(shapes.block),
-            "recomputed": step.recomputed,
-        },
-        "backward, embedding": {
-            "gradients": 4 * count(shapes.embeddings),
-            "scratch": 2 * step.residual(step.tokens)
-            + step.tokens * step.config.width * wide_gradient,
-        },
+        "forward, last block": forward,
+        "backward, last block": backward,
+        "backward, embedding": embedding,
     }
 
 

@@ -1,9 +1,9 @@
 """What a training will take, before anything is allocated: the verb `plan`."""
 
+import textwrap
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
-
-import torch
 
 from ..data.pairs import load_source
 from ..data.sampling import batch_size_of
@@ -13,7 +13,7 @@ from ..model.tokenizer import Tokenizer
 from ..options import MOST, Range, check_ranges, option, parse_sources, require
 from ..reward import check_length
 from ..tables import Table
-from .choose import Candidate, Job, choose, exact_recipes, fastest, parse_memory
+from .choose import Candidate, Job, best_for, exact_recipes, fastest, parse_memory, reason
 from .cost import (
     EFFICIENCY,
     GPUS,
@@ -33,6 +33,7 @@ SIZES = (24e9, 40e9, 80e9, 141e9)  # bytes of the GPUs that people have
 ASSUMED_BATCH_SIZE = 80
 MOST_ASSUMED_PAIRS = 10**4  # of a step that is made up
 MOST_TOKENS = 10**6  # of a pair that is made up
+PAGE_WIDTH = 100  # characters
 
 RECIPES = {
     "fp32 AdamW, plain": Recipe(),
@@ -80,9 +81,9 @@ def plan(options: PlanOptions) -> None:
     fits = {size: best_exact(job, options.micro_tokens, size) for size in SIZES}
     print(heading(model_type, job), end="\n\n")
     print(recipe_table(rows), end="\n\n")
-    print(fits_by_size(fits))
-    recipe = Recipe(**fixed) if limit is None else choose_for_gpu(job, fixed, limit)
-    print("\n" + page_of(job, recipe))
+    print(fits_by_size(fits), end="\n\n")
+    recipe = Recipe(**fixed) if limit is None else recipe_for_memory(job, fixed, limit)
+    print(page_of(job, recipe))
     if options.json:
         write_json(options.json, figures(job, rows, fits, recipe))
 
@@ -135,10 +136,11 @@ def best_exact(job: Job, micro_tokens: int, limit: float) -> Candidate | None:
     return fastest(job, exact_recipes({"micro_tokens": micro_tokens}, job.itemsize), limit)
 
 
-def choose_for_gpu(job: Job, fixed: dict[str, Any], limit: float) -> Recipe:
-    """What `train --memory` would choose on a GPU."""
-    compute = torch.bfloat16 if job.itemsize == 2 else torch.float32
-    return choose(job.config, job.work, fixed, limit, "cuda", compute)
+def recipe_for_memory(job: Job, fixed: Mapping[str, Any], limit: float) -> Recipe:
+    """What `train --memory` would choose, and a paragraph that says why."""
+    best = best_for(job, fixed, limit)
+    print(paragraph(reason(job, best, fixed, limit)), end="\n\n")
+    return best.recipe
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -171,22 +173,24 @@ def seconds_by_gpu(job: Job, recipe: Recipe) -> dict[str, float]:
 
 
 def heading(model_type: str, job: Job) -> str:
-    """Three lines: the model, the data, and the FLOPs of its largest step."""
+    """The model, the data, the FLOPs of its largest step, and what the table's columns mean."""
     work, parameters = job.work, parameter_shapes(job.config).parameters
     useful, _ = step_flops(job.config, work, Recipe())
-    return (
-        f"model   {model_type}, {parameters:,} parameters with the reward head, without a "
-        "language-model head\n"
-        f"data    largest step {len(work.largest)} pairs, {work.largest_tokens:,} unique tokens; "
-        f"{work.steps:,} steps, {work.tokens / 1e6:,.1f} million unique tokens\n"
-        f"flops   {in_flops(useful)} are useful in the largest step; times below are of the whole "
-        f"run at {EFFICIENCY:.0%} of a GPU's peak (assumed)"
-    )
+    lines = {
+        "model": f"{model_type}, {parameters:,} parameters with the reward head, without a "
+        "language-model head",
+        "data": f"largest step {len(work.largest)} pairs, {work.largest_tokens:,} unique tokens; "
+        f"{work.steps:,} steps, {work.tokens / 1e6:,.1f} million unique tokens",
+        "flops": f"{in_flops(useful)} useful in the largest step",
+        "times": f"of the whole run, at {EFFICIENCY:.0%} of a GPU's peak (assumed)",
+        "bytes": "for each parameter that lie on the device throughout a step",
+    }
+    return "\n".join(f"{title:8}{line}" for title, line in lines.items())
 
 
 def recipe_table(rows: dict[str, RecipeRow]) -> Table:
     """What each recipe takes, on which GPU it fits, and its time on each."""
-    table = Table("with --recompute full", "bytes a parameter", "device", "host", "fits", *GPUS)
+    table = Table("with --recompute full", "bytes", "device", "host", "fits", *GPUS)
     for name, row in rows.items():
         table.add(
             name,
@@ -204,15 +208,17 @@ def fits_by_size(fits: dict[float, Candidate | None]) -> str:
     sizes_of_line: dict[str, list[str]] = {}
     for size, best in fits.items():
         sizes_of_line.setdefault(what_fits(best), []).append(in_gigabytes(size))
-    return "\n".join(f"{', '.join(sizes)} GB: {line}" for line, sizes in sizes_of_line.items())
+    return "\n".join(
+        paragraph(f"{', '.join(sizes)} GB: {line}") for line, sizes in sizes_of_line.items()
+    )
 
 
 def what_fits(best: Candidate | None) -> str:
     """A recipe and its bytes."""
     if best is None:
         return "no exact recipe fits"
-    line = f"{best.recipe}: {in_bytes(best.memory.peak)}"
-    return f"{line}, host {in_bytes(best.memory.offloaded)}" if best.memory.host else line
+    host = f", host {in_bytes(best.memory.offloaded)}" if best.memory.host else ""
+    return f"{in_bytes(best.memory.peak)}{host}, with {best.recipe}"
 
 
 def in_gigabytes(size: float) -> str:
@@ -220,26 +226,40 @@ def in_gigabytes(size: float) -> str:
     return f"{size / 1e9:.0f}"
 
 
+def paragraph(text: str) -> str:
+    """Lines that fit the page; all but the first are indented."""
+    return textwrap.fill(text, PAGE_WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+
+
 def page_of(job: Job, recipe: Recipe) -> str:
     """One recipe in detail: bytes by kind in its fullest phase, and its time."""
     memory = job.memory(recipe)
+    useful, executed = step_flops(job.config, job.work, recipe)
+    return (
+        f"{paragraph(str(recipe))}\n\n"
+        f"fullest phase: {memory.phase}, {in_bytes(memory.peak)}\n"
+        f"{memory_table(memory)}\n\n"
+        f"{in_flops(executed)} executed in the largest step, {in_flops(useful)} useful\n"
+        f"{time_table(job, recipe)}"
+    )
+
+
+def memory_table(memory: Memory) -> Table:
+    """Bytes by kind, on the device and on the host."""
     table = Table("place", "kind", "size", left=("kind",))
     for kind, size in memory.device.items():
         table.add("device", kind, in_bytes(size))
     for kind, size in memory.host.items():
         table.add("host", kind, in_bytes(size))
-    useful, executed = step_flops(job.config, job.work, recipe)
-    times = [
-        f"{name} {in_time(job.seconds(recipe, gpu))} a step, "
-        f"{in_time(run_seconds(job.config, job.work, recipe, gpu))} in all"
-        for name, gpu in GPUS.items()
-    ]
-    return (
-        f"{recipe}\n"
-        f"fullest phase: {memory.phase}, {in_bytes(memory.peak)}\n{table}\n"
-        f"{in_flops(executed)} executed in the largest step, {in_flops(useful)} useful; "
-        f"{', '.join(times)}"
-    )
+    return table
+
+
+def time_table(job: Job, recipe: Recipe) -> Table:
+    """Times of the largest step and of the whole run on each GPU."""
+    table = Table("GPU", "a step", "the run")
+    for name, run in seconds_by_gpu(job, recipe).items():
+        table.add(name, in_time(job.seconds(recipe, GPUS[name])), in_time(run))
+    return table
 
 
 def figures(

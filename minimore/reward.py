@@ -22,7 +22,7 @@ from .files import read_json
 from .model.attention import Stream, pack
 from .model.checkpoint import Checkpoint
 from .model.trunk import ModelConfig, Trunk
-from .options import InputError, option
+from .options import InputError, Range, option
 
 DEFAULT_MAX_LENGTH = 512  # the paper's
 
@@ -36,7 +36,9 @@ class ModelOptions:
         help="checkpoint directory or hub name: a causal LM (fresh head) or a saved reward model",
     )
     seed: int = option(
-        0, help="seeds a fresh head and, in training, the order of the data and random rounding"
+        0,
+        within=Range(least=0, most=2**63 - 1),
+        help="seeds a fresh head and, in training, the order of the data and random rounding",
     )
     device: str = option(
         "auto",

@@ -183,7 +183,7 @@ def heading(model_type: str, job: Job) -> str:
         f"{work.steps:,} steps, {work.tokens / 1e6:,.1f} million unique tokens",
         "flops": f"{in_flops(useful)} useful in the largest step",
         "times": f"of the whole run, at {EFFICIENCY:.0%} of a GPU's peak (assumed)",
-        "bytes": "for each parameter that lie on the device throughout a step",
+        "bytes": "of each parameter that lie on the device throughout a step",
     }
     return "\n".join(f"{title:8}{line}" for title, line in lines.items())
 

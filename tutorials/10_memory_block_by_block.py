@@ -21,7 +21,7 @@ from minimore.engine.optim import AdamW
 from minimore.engine.plain import PlainEngine
 from minimore.engine.plan import RECIPES
 from minimore.engine.recipe import Recipe
-from minimore.engine.streamed import StreamedEngine, Walk, parts_of
+from minimore.engine.streamed import StreamedEngine, StreamedStep, parts_of
 from minimore.model.trunk import ModelConfig, Trunk
 from minimore.more import more_weights
 from minimore.reward import RewardModel, fresh_head
@@ -116,14 +116,14 @@ print(
 # Forward without a graph: of each block only the input is kept. At the head all pairs are in view, so losses, weights and the gradient with
 # respect to the last tokens are exact. Then back: make a block again, with a graph, take its gradient; the block may be updated at once.
 base = alive()
-walk = Walk(
-    model, micro_batches(pairs, source, 400), how, recompute="full"
-)  # three chunks of at most 400 tokens
-print(
-    f"after the way forward: {in_bytes(alive() - base)} more, {c.blocks} inputs of {in_bytes(1000 * 256 * 4)} among them; weights {walk.result[2].numpy().round(2)}"
-)
+batches = micro_batches(pairs, source, 400)  # three micro-batches of at most 400 tokens
+step = StreamedStep(model, batches, how, recompute="full")
+result = step.forward()
+print(f"after the way forward: {in_bytes(alive() - base)} more,")
+print(f"{c.blocks} inputs of {in_bytes(1000 * 256 * 4)} among them")
+print(f"weights {result.weights.numpy().round(2)}")
 found, growth = {}, []
-for names, gradients in zip(parts_of(model), walk):
+for names, gradients in zip(parts_of(model), step.backward()):
     growth.append(alive() - base)
     what = (
         ".".join(names[0].split(".")[1:3])

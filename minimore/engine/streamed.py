@@ -1,22 +1,24 @@
-"""The streamed engine: the whole step forward, block by block; the weights at the head, with every pair in view; then the walk back,
-in which each block is updated, and its gradient dropped, as soon as it is known.
+"""The streamed engine: a training step that never holds the gradient of the whole model.
 
-    memory held   the parameters and the optimizer's states, every block's input, one block's gradient, one chunk's activations
-    never held    the gradient of the whole model
+Each block is updated, and its gradient dropped, as soon as the gradient is known. A block's
+parameters and optimizer states are touched once forward and once backward, however many
+micro-batches a step has. This makes it cheap to keep the states in the host's memory (host.py).
 
-A block's parameters and states are touched once forward and once back however many chunks a step has, which is what makes it cheap to
-keep the states in the host's memory (host.py). N tokens of a chunk, D width.
+N tokens of a micro-batch, B pairs of a step, D width, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.autograd.graph import get_gradient_edge
 
 from ..data.pairs import PairBatch, TokenPair
+from ..model.attention import Stream
 from ..model.recompute import run_block
-from ..model.trunk import at_least_fp32, rotary_angles
+from ..model.trunk import Block, at_least_fp32, rotary_angles
 from ..reward import RewardModel
 from .host import Host
 from .objective import NonFiniteGradient, RewardObjective, StepResult, largest, micro_batches
@@ -24,228 +26,348 @@ from .optim import AdamW
 from .plain import PlainEngine
 from .recipe import Recipe
 
-Gradients = dict[str, Tensor]  # parameter name -> gradient, at least fp32 or the compute type
+Gradients = dict[str, Tensor]  # parameter name -> gradient, in the compute type or at least fp32
+AModule = TypeVar("AModule", bound=nn.Module)
 
 
 def parts_of(model: RewardModel) -> list[list[str]]:
-    """Names of the parameters in the order in which the walk back reaches them: the top, the blocks from the last on, the embeddings."""
+    """Names of the parameters, part by part in the order in which backward reaches them.
+
+    The top (head and final norm), the blocks from the last to the first, the embeddings.
+    """
     names = [name for name, _ in model.named_parameters()]
     prefixes = [f"trunk.blocks.{i}." for i in reversed(range(len(model.trunk.blocks)))]
     blocks = [[name for name in names if name.startswith(prefix)] for prefix in prefixes]
     embeddings = [name for name in names if "embedding" in name]
-    return [
-        [name for name in names if name not in embeddings + sum(blocks, [])],
-        *blocks,
-        embeddings,
-    ]
+    below = embeddings + [name for block in blocks for name in block]
+    top = [name for name in names if name not in below]
+    return [top, *blocks, embeddings]
 
 
-def to_compute(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A module's parameters as leaves of a new graph: matrices in the compute type, vectors as they are."""
-    return {
-        name: (p.detach().to(dtype) if p.ndim > 1 else p.detach()).requires_grad_()
-        for name, p in module.named_parameters()
-    }
+class StreamedStep:
+    """One training step, from the micro-batches of its pairs to the gradient of every parameter.
 
+        forward    embed -> block 0 -> block 1 -> ... -> head      keeps the input of each block
+        weights    all pairs are in view at the head: losses, their gradients, lambda, loss
+        backward   head -> ... -> block 1 -> block 0 -> embed      computes a block again, yields
+                                                                   its gradient, and forgets it
 
-class Walk:
-    """One step: built, it has gone forward (z_chosen, z_rejected, weights, loss); iterated over, it goes back, and yields the gradients
-    of each part of `parts_of`. The parameters of a part may be changed as soon as it is there."""
+    `forward()` returns what the head saw. `backward()` is a generator: it yields the gradients of
+    one part of `parts_of` at a time. The caller may change that part's parameters before it asks
+    for the next.
+
+    recompute: "full" keeps the inputs of the blocks alone, as drawn above; with a host, they are
+    kept there. "selective" and "none" keep a graph of each block with more of what it computed.
+    """
 
     def __init__(
         self,
         model: RewardModel,
         batches: Sequence[PairBatch],
-        how: RewardObjective,
+        objective: RewardObjective,
         recompute: str = "full",
         host: Host | None = None,
     ):
-        trunk, self.model, self.recompute, self.host = model.trunk, model, recompute, host
-        self.streams = [batch.stream.to(model.head.device) for batch in batches]
-        self.rotations = [rotary_angles(trunk.c, stream.positions) for stream in self.streams]
+        self.model, self.trunk = model, model.trunk
+        self.blocks = cast(Sequence[Block], model.trunk.blocks)
+        self.batches, self.objective = batches, objective
+        self.recompute, self.host = recompute, host
+        self.inputs = BlockInputs(host)  # what "full" keeps
+        self.graphs: list[BlockGraph] = []  # what "selective" and "none" keep, last in, first out
+
+    # ---- forward ----
+
+    def forward(self) -> StepResult:
+        """Features, weights and loss of all pairs; keeps what backward needs."""
+        self.micro_batches = [self._micro_batch(batch) for batch in self.batches]
         with torch.no_grad():
-            chunks = [trunk.embed(stream) for stream in self.streams]  # (N, D) each
-        self.kept = []  # per block: its leaves and, per chunk, what `_forward` keeps
-        for block in trunk.blocks:
-            leaves, kept = to_compute(block, trunk.compute_dtype), []
-            for i, x in enumerate(chunks):
-                chunks[i], keep = self._forward(block, leaves, x, i)
-                kept.append(keep)
-                if host:
-                    host.part()
-            self.kept.append((leaves if recompute != "full" else None, kept))
+            states = [self.trunk.embed(stream) for stream, _ in self.micro_batches]  # (N, D) each
+        for block in self.blocks:
+            self._block_forward(block, states)
         last = torch.cat(
-            [x.index_select(0, s.last) for x, s in zip(chunks, self.streams)]
-        )  # (2B, D), all that the head sees
-        del chunks
-        self._head(
-            last.detach().requires_grad_(),
-            torch.cat([batch.source for batch in batches]).to(last.device),
-            how,
-        )
+            [x.index_select(0, stream.last) for x, (stream, _) in zip(states, self.micro_batches)]
+        )  # (2B, D), the last token of every text: all that the head sees
+        return self._head(last)
 
-    def _call(self, block, leaves, x, i, value=True):
-        return functional_call(block, leaves, (x, self.rotations[i], self.streams[i], value))
+    def _micro_batch(self, batch: PairBatch) -> "MicroBatch":
+        stream = batch.stream.to(self.model.head.device)
+        return MicroBatch(stream, rotary_angles(self.trunk.c, stream.positions))
 
-    def _forward(self, block, leaves, x, i):
-        """A block's output for chunk i, without a graph, and what backward will need: x alone, or x and a graph."""
-        if self.recompute == "full":
-            keep = self.host.put(x) if self.host else x
-            with torch.no_grad():
-                return self._call(block, leaves, x, i), keep
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            y = run_block(
-                lambda *given: functional_call(block, leaves, given),
-                x,
-                self.rotations[i],
-                self.streams[i],
-                self.recompute,
-            )
-        return y.detach(), (x, y)
-
-    def _head(self, last, source, how):
-        """Loss and weights over all pairs, and their gradient down to the last tokens."""
-        leaves = to_compute(self.model.trunk.final_norm, torch.float32)
-        head = self.model.head.detach().requires_grad_()
-        z = functional_call(self.model.trunk.final_norm, leaves, (at_least_fp32(last),))  # (2B, D)
-        loss, weights = how.loss(head, z[0::2], z[1::2], source)
-        self.d_last, d_head, *d_norm = torch.autograd.grad(loss, [last, head, *leaves.values()])
-        self.top = {"head": d_head} | dict(
-            zip((f"trunk.final_norm.{name}" for name in leaves), d_norm)
-        )
-        self.result = z[0::2].detach(), z[1::2].detach(), weights, loss.detach()
-
-    def __iter__(self) -> Iterator[Gradients]:
-        trunk, d_last = (
-            self.model.trunk,
-            self.d_last.split([len(stream.last) for stream in self.streams]),
-        )
-        yield self.top
-        d_chunks = [
-            d.new_zeros(len(stream.tokens), d.shape[1]).index_copy_(0, stream.last, d)
-            for d, stream in zip(d_last, self.streams)
-        ]
-        for b in reversed(range(len(trunk.blocks))):
-            yield {
-                f"trunk.blocks.{b}.{name}": g
-                for name, g in self._block_gradients(trunk.blocks[b], d_chunks).items()
-            }
-        yield self._embedding_gradients(torch.cat(d_chunks))
-
-    def _block_gradients(self, block, d_chunks) -> Gradients:
-        """The block's gradient over all chunks; d_chunks: that of its outputs, becomes that of its inputs."""
-        (leaves, kept), sums = self.kept.pop(), None
-        leaves = leaves or to_compute(block, self.model.trunk.compute_dtype)
-        for i in reversed(range(len(kept))):
-            ahead = kept[-2] if len(kept) > 1 else self.kept[-1][1][-1] if self.kept else None
-            x, y = self._again(block, leaves, kept.pop(), i, ahead)
-            d_chunks[i], *gradients = torch.autograd.grad(y, [x, *leaves.values()], d_chunks[i])
-            if sums is None:
-                sums = (
-                    gradients if not kept else [at_least_fp32(g) for g in gradients]
-                )  # chunks are summed in fp32
+    def _block_forward(self, block: Block, states: list[Tensor]) -> None:
+        """Replace the input of a block by its output, for every micro-batch."""
+        block = compute_copy(block, self.trunk.compute_dtype)
+        for i, (stream, rotation) in enumerate(self.micro_batches):
+            x = states[i]
+            if self.recompute == "full":
+                self.inputs.push(x)
+                with torch.no_grad():
+                    states[i] = block(x, rotation, stream)
             else:
-                for total, g in zip(sums, gradients):
-                    total.add_(g)
-            del x, y, gradients
-        return dict(zip(leaves, sums))
+                x = x.detach().requires_grad_()
+                y = run_block(block, x, rotation, stream, self.recompute)
+                self.graphs.append(BlockGraph(block, x, y))
+                states[i] = y.detach()
+            if self.host:
+                self.host.end_part()
 
-    def _again(self, block, leaves, keep, i, ahead):
-        """The input and the output of a chunk with its graph, made again if it was not kept."""
-        if self.recompute != "full":
-            return keep
-        if self.host:
-            x = self.host.get(keep)
-            self.host.fetch(ahead)  # on its way while this chunk is computed
-        else:
-            x = keep
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            return x, self._call(block, leaves, x, i, value=False)
+    def _head(self, last: Tensor) -> StepResult:
+        """Weights and loss over all pairs, and the gradient of the loss at the last tokens."""
+        last = last.detach().requires_grad_()
+        norm = compute_copy(self.trunk.final_norm, torch.float32)
+        head = self.model.head.detach().requires_grad_()
+        source = torch.cat([batch.source for batch in self.batches]).to(last.device)
+        z = norm(at_least_fp32(last))  # (2B, D)
+        loss, weights = self.objective.loss(head, z[0::2], z[1::2], source)
+        self.d_last, d_head, *d_norm = torch.autograd.grad(loss, [last, head, *norm.parameters()])
+        names = [f"trunk.final_norm.{name}" for name, _ in norm.named_parameters()]
+        self.d_top = {"head": d_head} | dict(zip(names, d_norm))
+        return StepResult(z[0::2].detach(), z[1::2].detach(), weights, loss.detach())
 
-    def _embedding_gradients(self, dx) -> Gradients:
-        """Once for all chunks: each separate call would make another dense (V, D) gradient."""
-        trunk, dx = self.model.trunk, at_least_fp32(dx)
-        tables = {
-            "trunk.embedding.weight": (trunk.embedding, torch.cat([s.tokens for s in self.streams]))
+    # ---- backward ----
+
+    def backward(self) -> Iterator[Gradients]:
+        """The gradients of every part of `parts_of`, one part at a time; once, after forward."""
+        yield self.d_top
+        d_states = self._gradient_of_states()
+        for i in reversed(range(len(self.blocks))):
+            gradients = self._block_backward(self.blocks[i], d_states)
+            yield {f"trunk.blocks.{i}.{name}": gradients.pop(name) for name in list(gradients)}
+        yield self._embedding_gradients(torch.cat(d_states))
+
+    def _gradient_of_states(self) -> list[Tensor]:
+        """The gradient of what the last block returned, (N, D) each: zero but at last tokens."""
+        texts = [len(stream.last) for stream, _ in self.micro_batches]
+        d_last = self.d_last.split(texts)
+        return [
+            d.new_zeros(len(stream.tokens), d.shape[1]).index_copy_(0, stream.last, d)
+            for d, (stream, _) in zip(d_last, self.micro_batches)
+        ]
+
+    def _block_backward(self, block: Block, d_states: list[Tensor]) -> Gradients:
+        """The gradients of a block's parameters, summed over the micro-batches.
+
+        d_states: the gradients of the block's outputs, which become those of its inputs.
+        """
+        if self.recompute == "full":
+            block = compute_copy(block, self.trunk.compute_dtype)
+        total: Gradients = {}
+        for i in reversed(range(len(d_states))):
+            if self.recompute == "full":
+                d_states[i], gradients = recomputed_gradients(
+                    block, self.inputs.pop(), d_states[i], self.micro_batches[i]
+                )
+            else:
+                d_states[i], gradients = self.graphs.pop().gradients(d_states[i])
+            add_to(total, gradients, several=len(d_states) > 1)
+        return total
+
+    def _embedding_gradients(self, d_states: Tensor) -> Gradients:
+        """Gradients of the embeddings, at once for all micro-batches; d_states: (tokens, D).
+
+        Every call makes a dense gradient (V, D), so several calls would need several of them.
+        """
+        d_states = at_least_fp32(d_states)
+        tokens = torch.cat([stream.tokens for stream, _ in self.micro_batches])
+        gradients = {
+            "trunk.embedding.weight": embedding_gradient(d_states, tokens, self.trunk.embedding)
         }
-        if trunk.c.learned_positions:
-            tables["trunk.position_embedding.weight"] = (
-                trunk.position_embedding,
-                torch.cat([s.positions for s in self.streams]) + trunk.c.position_offset,
+        if self.trunk.c.learned_positions:
+            positions = torch.cat([stream.positions for stream, _ in self.micro_batches])
+            gradients["trunk.position_embedding.weight"] = embedding_gradient(
+                d_states,
+                positions + self.trunk.c.position_offset,
+                self.trunk.position_embedding,
             )
-        return {
-            name: torch.ops.aten.embedding_dense_backward(dx, index, len(table.weight), -1, False)
-            for name, (table, index) in tables.items()
-        }
+        return gradients
+
+
+# ---- what lies between forward and backward ------------------------------------------------------
+
+
+class MicroBatch(NamedTuple):
+    """What a block needs to know of a micro-batch besides its input."""
+
+    stream: Stream
+    rotation: tuple[Tensor, Tensor]
+
+
+class BlockInputs:
+    """The inputs of every block and micro-batch, last in, first out.
+
+    They are in the host's memory if there is a host.
+    """
+
+    def __init__(self, host: Host | None):
+        self.host = host
+        self.stack: list[Tensor] = []  # of inputs, or of their homes on the host
+
+    def push(self, x: Tensor) -> None:
+        """Keep an input."""
+        self.stack.append(self.host.put(x) if self.host else x)
+
+    def pop(self) -> Tensor:
+        """The input that was pushed last."""
+        x = self.stack.pop()
+        if self.host is None:
+            return x
+        x = self.host.get(x)
+        if self.stack:
+            self.host.fetch(self.stack[-1])  # needed next, so it comes while this one is computed
+        return x
+
+
+class BlockGraph(NamedTuple):
+    """A block that ran with a graph: a copy in the compute type, its input, its output."""
+
+    block: Block
+    x: Tensor
+    y: Tensor
+
+    def gradients(self, d_y: Tensor) -> tuple[Tensor, Gradients]:
+        """The gradients of the input and of the parameters, from that of the output (N, D)."""
+        names = [name for name, _ in self.block.named_parameters()]
+        inputs = [self.x, *self.block.parameters()]
+        d_x, *gradients = torch.autograd.grad(self.y, inputs, d_y)
+        return d_x, dict(zip(names, gradients))
+
+
+def compute_copy(module: AModule, dtype: torch.dtype) -> AModule:
+    """The same module with parameters of its own, at which a graph ends.
+
+    Matrices are in the compute type, and vectors as they are. Nothing is copied where the type is
+    the same: then both modules see the same numbers.
+    """
+    parameters = {
+        id(p): nn.Parameter(p.detach().to(dtype) if p.ndim > 1 else p.detach())
+        for p in module.parameters()
+    }
+    return deepcopy(module, parameters)  # takes these instead of copying the module's own
+
+
+def recomputed_gradients(
+    block: Block, x: Tensor, d_y: Tensor, micro_batch: MicroBatch
+) -> tuple[Tensor, Gradients]:
+    """The gradients of a block's input (N, D) and parameters, from the input alone.
+
+    The block is computed again, but for its last product y = residual + hidden Wᵀ + b. The
+    gradients of that are
+
+        ∂W = ∂yᵀ hidden      ∂b = Σ ∂y over the tokens      ∂hidden = ∂y W      ∂residual = ∂y
+
+    and need no y. All others come from autograd.
+    """
+    x = x.detach().requires_grad_()
+    residual, hidden = block.before_last_product(x, micro_batch.rotation, micro_batch.stream)
+    last = block.mlp.down
+    with torch.no_grad():
+        d_hidden = d_y @ last.weight
+        gradients = {"mlp.down.weight": d_y.T @ hidden}
+        if last.bias is not None:
+            gradients["mlp.down.bias"] = d_y.sum(0).to(last.bias.dtype)
+    others = {name: p for name, p in block.named_parameters() if name not in gradients}
+    outputs = [get_gradient_edge(residual), get_gradient_edge(hidden)]
+    del residual, hidden  # backward starts at their places in the graph; the numbers may go
+    d_x, *d_others = torch.autograd.grad(outputs, [x, *others.values()], [d_y, d_hidden])
+    return d_x, gradients | dict(zip(others, d_others))
+
+
+def add_to(total: Gradients, gradients: Gradients, several: bool) -> None:
+    """Add the gradients of one micro-batch of several, in fp32, and drop them here."""
+    for name in list(gradients):
+        gradient = gradients.pop(name)
+        if name in total:
+            total[name].add_(gradient)
+        else:
+            total[name] = at_least_fp32(gradient) if several else gradient
+
+
+def embedding_gradient(d_rows: Tensor, index: Tensor, table: nn.Embedding) -> Tensor:
+    """The gradient (V, D) of a table, of which the rows `index` (N,) were read."""
+    rows = len(table.weight)
+    return torch.ops.aten.embedding_dense_backward(d_rows, index, rows, -1, False)
+
+
+# ---- the engine ----------------------------------------------------------------------------------
 
 
 class StreamedEngine:
-    """Walks, and updates every part as soon as its gradient is there."""
+    """Takes streamed steps, and updates every part as soon as its gradient is there."""
 
     def __init__(self, model: RewardModel, optimizer: AdamW, recipe: Recipe):
-        self.model, self.optimizer, self.recipe, self.parts = (
-            model,
-            optimizer,
-            recipe,
-            parts_of(model),
-        )
-        self.inputs, self.states = (
-            Host(model.head.device) if what in recipe.offload else None
-            for what in ("inputs", "states")
-        )
+        self.model, self.optimizer, self.recipe = model, optimizer, recipe
+        self.parts = parts_of(model)
+        device = model.head.device
+        self.host_of_inputs = Host(device) if "inputs" in recipe.offload else None
+        self.host_of_states = Host(device) if "states" in recipe.offload else None
 
     def step(
-        self, pairs: Sequence[TokenPair], source: Sequence[int], how: RewardObjective
+        self, pairs: Sequence[TokenPair], source: Sequence[int], objective: RewardObjective
     ) -> StepResult:
-        """One optimizer step on B pairs; source: the source of each. Raises NonFiniteLoss, or NonFiniteGradient after the walk."""
-        walk = Walk(
+        """One optimizer step on B pairs; source: (B,) the source of each.
+
+        Raises NonFiniteLoss before, and NonFiniteGradient after, the parameters have changed.
+        """
+        step = StreamedStep(
             self.model,
             micro_batches(pairs, source, self.recipe.micro_tokens),
-            how,
+            objective,
             self.recipe.recompute,
-            self.inputs,
+            self.host_of_inputs,
         )
-        finite = torch.tensor(True, device=self.model.head.device)
-        for i, gradients in enumerate(walk):
-            self._fetch(i + 1)
-            for name in self.parts[i]:
-                finite &= largest(gradients[name]).isfinite()
-                self._update(name, gradients.pop(name))
-            if self.states:
-                self.states.part()
+        result = step.forward()
+        is_finite = torch.tensor(True, device=self.model.head.device)
+        for part, gradients in enumerate(step.backward()):
+            self._fetch_states(part + 1)
+            is_finite &= self._update(part, gradients)
         self.optimizer.steps += 1
-        if not finite:  # asked once a step: every question makes a GPU wait
+        if not is_finite:  # asked once a step, since every question makes a GPU wait
             raise NonFiniteGradient
-        return walk.result
+        return result
 
-    def settle(self):
-        """Wait until all states that are on their way to the host have arrived: before they are read there."""
-        if self.states is not None:
-            self.states.settle()
+    def settle(self) -> None:
+        """Wait until all states on their way to the host are there, before they are read there."""
+        if self.host_of_states is not None:
+            self.host_of_states.settle()
 
-    def _update(self, name, gradient):
-        p, home = self.model.get_parameter(name), self.optimizer.state[name]
-        if self.states is None:
+    def _update(self, part: int, gradients: Gradients) -> Tensor:
+        """Update a part and drop its gradients; returns whether all of them were finite, ()."""
+        is_finite = torch.tensor(True, device=self.model.head.device)
+        for name in self.parts[part]:
+            gradient = gradients.pop(name)
+            is_finite &= largest(gradient).isfinite()
+            self._update_parameter(name, gradient)
+        if self.host_of_states:
+            self.host_of_states.end_part()
+        return is_finite
+
+    def _update_parameter(self, name: str, gradient: Tensor) -> None:
+        p, host = self.model.get_parameter(name), self.host_of_states
+        if host is None:
             self.optimizer.update(name, p, gradient)
             return
-        state = {kind: self.states.get(tensor) for kind, tensor in home.items()}
+        homes = self.optimizer.state[name]
+        state = {kind: host.get(home) for kind, home in homes.items()}
         self.optimizer.update(name, p, gradient, state)
         for kind, tensor in state.items():
-            self.states.put_back(tensor, home[kind])
+            host.put_back(tensor, homes[kind])
 
-    def _fetch(self, i):
-        """Send for the states of the next part, which come while this one is updated and the next one's gradient is computed."""
-        if self.states is not None and i < len(self.parts):
-            for name in self.parts[i]:
-                for tensor in self.optimizer.state[name].values():
-                    self.states.fetch(tensor)
+    def _fetch_states(self, part: int) -> None:
+        """Begin to fetch the states of a part.
+
+        They come while the part before is updated and the gradient of this one is computed.
+        """
+        if self.host_of_states is None or part == len(self.parts):
+            return
+        for name in self.parts[part]:
+            for home in self.optimizer.state[name].values():
+                self.host_of_states.fetch(home)
 
 
 def open_engine(
     model: RewardModel, optimizer: AdamW, recipe: Recipe
 ) -> PlainEngine | StreamedEngine:
-    """The engine that a recipe names; raises InputError for a recipe that contradicts itself."""
+    """The engine that a recipe names. Raises InputError for a recipe that contradicts itself."""
     recipe.check()
-    return (PlainEngine if recipe.engine == "plain" else StreamedEngine)(model, optimizer, recipe)
+    if recipe.engine == "plain":
+        return PlainEngine(model, optimizer, recipe)
+    return StreamedEngine(model, optimizer, recipe)

@@ -1,13 +1,16 @@
-"""A flat stream of tokens cut into segments, and causal attention over it. No padding token exists anywhere.
+"""A flat stream of tokens cut into segments, and causal attention over it. No padding token exists.
 
-A prompt P with its responses C and R is stored once, as [P C R]. C sees P and itself, R sees P and itself:
+A prompt P with its responses C and R is stored once, as [P C R]. C sees P and itself, and R sees P
+and itself:
 
     tokens     P P P P  C C C  R R  | P P  C C C C  R R R | ...
     positions  0 1 2 3  4 5 6  4 5  | 0 1  2 3 4 5  2 3 4 |
 
-For attention each response is one *segment* of queries: [P C] with its own keys, and [R] with the keys of P in front.
+For attention each response is one *segment* of queries: [P C] with its own keys, and [R] with the
+keys of P in front.
 
-N tokens, S texts, H heads, G key/value heads, C head width, T segments in a tile, Q and L padded query and key lengths.
+N tokens, S texts, H heads, G key/value heads, C head width, T segments in a tile, Q and L padded
+query and key lengths, M keys of all segments together.
 """
 
 import inspect
@@ -15,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +27,20 @@ from torch import Tensor
 try:  # flash attention over segments: torch >= 2.10 with CUDA
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a build without it still has the other route
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 TILE_AREA = 1 << 22  # largest padded score area (segments x queries x keys) of one tile
 TILE_WASTE = 1.3  # padded / real score area that a tile may reach
 
 
+# ---- the stream ----------------------------------------------------------------------------------
+
+
 class Segment(NamedTuple):
-    """Queries [start, end) of the stream, which see keys [prefix, prefix_end) and then themselves, causally."""
+    """Queries [start, end) of the stream.
+
+    They see keys [prefix, prefix_end), and then themselves, causally.
+    """
 
     start: int
     end: int
@@ -39,213 +48,295 @@ class Segment(NamedTuple):
     prefix_end: int
 
     @property
-    def queries(self):
+    def queries(self) -> int:
+        """How many queries the segment has."""
         return self.end - self.start
 
     @property
-    def keys(self):
-        return self.queries + self.prefix_end - self.prefix
+    def keys(self) -> int:
+        """How many keys its last query sees."""
+        return self.prefix_end - self.prefix + self.queries
+
+    @property
+    def query_places(self) -> list[int]:
+        """Where its queries are in the stream."""
+        return list(range(self.start, self.end))
+
+    @property
+    def key_places(self) -> list[int]:
+        """Where its keys are in the stream, in the order of their positions."""
+        return [*range(self.prefix, self.prefix_end), *range(self.start, self.end)]
 
 
 @dataclass(eq=False)
 class Stream:
-    """tokens (N,) int64, positions (N,) int64, last (S,) the index of each text's last token, and the attention segments."""
+    """Texts in one line, and the segments that attention sees.
+
+    tokens: (N,) int64; positions: (N,) int64; last: (S,) the index of each text's last token.
+    """
 
     tokens: Tensor
     positions: Tensor
     last: Tensor
     segments: list[Segment]
-    _tiles: dict = field(default_factory=dict)
+    _tiles: dict[int | None, list["Tile"]] = field(default_factory=dict)
 
-    def to(self, device) -> "Stream":
+    def to(self, device: torch.device | str) -> "Stream":
         """The same stream on another device."""
         return Stream(
             self.tokens.to(device), self.positions.to(device), self.last.to(device), self.segments
         )
 
     @cached_property
-    def varlen(self):
-        """Index of the keys (M,), or None if every segment sees only itself, and the arguments that cut both sides."""
-        index = [
-            i
-            for r in self.segments
-            for i in (*range(r.prefix, r.prefix_end), *range(r.start, r.end))
-        ]
-        cuts = [
-            [0, *accumulate(getattr(r, side) for r in self.segments)]
-            for side in ("queries", "keys")
-        ]
-        cu_q, cu_k = (torch.tensor(c, dtype=torch.int32, device=self.tokens.device) for c in cuts)
-        shared = len(index) != len(self.tokens)
-        index = torch.tensor(index, device=self.tokens.device) if shared else None
-        return (
-            index,
-            cu_q,
-            cu_k,
-            max(r.queries for r in self.segments),
-            max(r.keys for r in self.segments),
-        )
-
-    @cached_property
     def longest(self) -> int:
         """The largest number of keys that a query could see."""
-        return max(r.keys for r in self.segments)
+        return max(segment.keys for segment in self.segments)
 
-    def tiles(self, window: int | None = None):
-        """Runs of similar length, padded together: query index (T, Q), its mask (T, Q), key index (T, L), scores' mask.
+    @cached_property
+    def varlen(self) -> "Cuts":
+        """Where queries and keys are cut into segments."""
+        return cuts_of(self)
 
-        window: a query sees its last so many positions only, itself included. Made once per window.
+    def tiles(self, window: int | None = None) -> list["Tile"]:
+        """The segments in tiles of similar length, made once for every window.
+
+        window: a query sees its last so many positions only, itself included.
         """
         if window not in self._tiles:
-            self._tiles[window] = [
-                self._tile(segments, window) for segments in _group(self.segments)
-            ]
+            groups = group_by_length(self.segments)
+            self._tiles[window] = [tile_of(group, self.positions, window) for group in groups]
         return self._tiles[window]
 
     @cached_property
     def row(self) -> Tensor:
         """Where the result of each token (N,) is among the padded queries of all tiles."""
-        padded = torch.cat(
-            [
-                torch.where(real, q, -1).flatten()
-                for q, real, _, _ in next(iter(self._tiles.values()))
-            ]
-        )
-        rows = torch.arange(len(padded), device=padded.device)[padded >= 0]
-        return torch.empty_like(self.tokens).index_copy_(0, padded[padded >= 0], rows)
-
-    def _tile(self, segments, window):
-        Q, L = max(r.queries for r in segments), max(r.keys for r in segments)
-        device, positions = self.tokens.device, self.positions
-        q = torch.tensor(
-            [[*range(r.start, r.end)] + [r.start] * (Q - r.queries) for r in segments],
-            device=device,
-        )
-        k = torch.tensor(
-            [
-                [*range(r.prefix, r.prefix_end), *range(r.start, r.end)] + [r.start] * (L - r.keys)
-                for r in segments
-            ],
-            device=device,
-        )
-        real_q = torch.arange(Q, device=device) < torch.tensor(
-            [[r.queries] for r in segments], device=device
-        )
-        real_k = torch.arange(L, device=device) < torch.tensor(
-            [[r.keys] for r in segments], device=device
-        )
-        behind = (
-            positions[q][:, :, None] - positions[k][:, None, :]
-        )  # in positions, not in places of the stream
-        visible = (behind >= 0) & real_k[:, None, :]  # (T, Q, L)
-        if window is not None:
-            visible &= behind < window
-            visible[..., -1] |= ~visible.any(-1)  # a padded query sees something, or softmax is NaN
-        return q, real_q, k, visible[:, None]
+        tiles = next(iter(self._tiles.values()))  # the queries are the same for every window
+        is_query = torch.cat([tile.is_query.flatten() for tile in tiles])
+        token = torch.cat([tile.queries.flatten() for tile in tiles])[is_query]  # of each row
+        rows = is_query.nonzero()[:, 0]
+        return torch.empty_like(self.tokens).index_copy_(0, token, rows)
 
 
 def pack(items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Stream:
-    """Lay out (prefix, continuations) items as one stream; each continuation is one text, read at its last token.
+    """Lay out (prefix, continuations) items as one stream.
 
-    A pair is (P, [C, R]) and a lone text ([], [T]). Raises ValueError for an empty continuation.
+    Each continuation is one text, read at its last token. A pair is (P, [C, R]) and a lone text
+    ([], [T]). Raises ValueError for an empty continuation.
 
     >>> pack([([7, 8], [[1], [2, 3]])]).positions.tolist()
     [0, 1, 2, 2, 3]
     """
-    tokens, positions, last, segments = [], [], [], []
+    tokens: list[int] = []
+    positions: list[int] = []
+    last: list[int] = []
+    segments: list[Segment] = []
     for prefix, continuations in items:
-        if not all(len(c) for c in continuations):
+        if not all(len(continuation) for continuation in continuations):
             raise ValueError("every text needs at least one token of its own")
         start, shared = len(tokens), len(prefix)
+        prefix_end = start + shared
         tokens.extend(prefix)
         positions.extend(range(shared))
         for continuation in continuations:
-            first = (
-                start if len(tokens) == start + shared else len(tokens)
-            )  # the first segment carries the prefix along
+            first = len(tokens)
             tokens.extend(continuation)
             positions.extend(range(shared, shared + len(continuation)))
             last.append(len(tokens) - 1)
-            segments.append(
-                Segment(first, len(tokens), start, start if first == start else start + shared)
-            )
-    as_tensor = lambda values: torch.tensor(values, dtype=torch.int64)
-    return Stream(as_tensor(tokens), as_tensor(positions), as_tensor(last), segments)
+            if first == prefix_end:  # the first segment carries the prefix along
+                segments.append(Segment(start, len(tokens), start, start))
+            else:
+                segments.append(Segment(first, len(tokens), start, prefix_end))
+    return Stream(
+        torch.tensor(tokens, dtype=torch.int64),
+        torch.tensor(positions, dtype=torch.int64),
+        torch.tensor(last, dtype=torch.int64),
+        segments,
+    )
+
+
+# ---- attention -----------------------------------------------------------------------------------
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None = None) -> Tensor:
-    """Causal attention of every segment over its keys: softmax(q k^T / sqrt(C)) v.
+    """Causal attention of every segment over its keys: softmax(q kᵀ / sqrt(C)) v.
 
-    q: (N, H, C); k, v: (N, G, C), G dividing H. window: see only so many last positions, itself included. Returns (N, H, C).
-    bf16 and fp16 on CUDA (sm80 or newer) take flash attention over segments; everything else, and a window shorter than the
-    longest segment, takes `scaled_dot_product_attention` over masked tiles of segments.
+    q: (N, H, C); k, v: (N, G, C), where G divides H. window: a query sees its last so many
+    positions only, itself included. Returns (N, H, C).
+
+    bf16 and fp16 on CUDA (sm80 or newer) take flash attention over segments. Everything else, and
+    a window shorter than the longest segment, takes `scaled_dot_product_attention` over masked
+    tiles of segments.
     """
     if window is not None and window >= stream.longest:
         window = None  # plain causal
-    if (
-        window is None
-        and varlen_attn is not None
-        and q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    ):
+    if window is None and has_flash_attention(q):
         return _attend_varlen(q, k, v, stream)
     return _attend_tiles(q, k, v, stream, window)
 
 
-def _attend_varlen(q, k, v, stream):
-    index, cu_q, cu_k, max_q, max_k = stream.varlen
-    if index is not None:
-        k, v = k.index_select(0, index), v.index_select(0, index)  # [P C], [P R], ...
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    # Bottom-right aligned: the last query of a segment sees the last key. Spelled differently by torch 2.11 and 2.13.
-    spelled = inspect.signature(varlen_attn).parameters
-    causal = {"is_causal": True} if "is_causal" in spelled else {"window_size": (-1, 0)}
-    return varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, max_q, max_k, **causal
+def has_flash_attention(q: Tensor) -> bool:
+    """Whether flash attention over segments takes these queries, where they are."""
+    return (
+        varlen_attn is not None
+        and q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
 
 
-def _attend_tiles(q, k, v, stream, window):
-    out = []
-    for q_index, _, k_index, visible in stream.tiles(window):
-        T, Q = q_index.shape
-        gather = lambda x, index: (
-            x.index_select(0, index.flatten()).view(T, -1, *x.shape[1:]).transpose(1, 2)
-        )
-        tile = F.scaled_dot_product_attention(
-            gather(q, q_index),
-            gather(k, k_index),
-            gather(v, k_index),
+# ---- one route: keys gathered by an index, queries and keys cut into segments --------------------
+
+
+class Cuts(NamedTuple):
+    """How flash attention cuts N queries and M keys into segments.
+
+    keys: (M,) the keys of one segment after those of another, as indices into the stream; None if
+    that is the stream itself, because no prefix is shared. query_cuts, key_cuts: (segments + 1,)
+    int32, where each segment begins, and the end. most_queries, most_keys: of the longest segment.
+    """
+
+    keys: Tensor | None
+    query_cuts: Tensor
+    key_cuts: Tensor
+    most_queries: int
+    most_keys: int
+
+
+def cuts_of(stream: Stream) -> Cuts:
+    """The cuts of a stream, on its device."""
+    device = stream.tokens.device
+    queries = [segment.queries for segment in stream.segments]
+    keys = [segment.keys for segment in stream.segments]
+    index = None
+    if sum(keys) != sum(queries):
+        places = [place for segment in stream.segments for place in segment.key_places]
+        index = torch.tensor(places, device=device)
+    query_cuts, key_cuts = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        for lengths in (queries, keys)
+    )
+    return Cuts(index, query_cuts, key_cuts, max(queries), max(keys))
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, stream: Stream) -> Tensor:
+    """Attention through torch's `varlen_attn`."""
+    cuts = stream.varlen
+    if cuts.keys is not None:
+        k, v = k.index_select(0, cuts.keys), v.index_select(0, cuts.keys)  # [P C], [P R], ...
+    queries_per_key = q.shape[1] // k.shape[1]
+    if queries_per_key > 1:
+        k, v = k.repeat_interleave(queries_per_key, 1), v.repeat_interleave(queries_per_key, 1)
+    result = varlen_attn(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        cuts.query_cuts,
+        cuts.key_cuts,
+        cuts.most_queries,
+        cuts.most_keys,
+        **causal_argument(),
+    )
+    assert isinstance(result, Tensor)  # nothing else was asked for
+    return result
+
+
+def causal_argument() -> dict[str, Any]:
+    """The argument that makes `varlen_attn` causal, aligned at the bottom right.
+
+    The last query of a segment sees its last key, the one before all keys but the last, and so on.
+    The argument's name is another one in torch 2.11 than in 2.13.
+    """
+    if "is_causal" in inspect.signature(varlen_attn).parameters:
+        return {"is_causal": True}
+    return {"window_size": (-1, 0)}
+
+
+# ---- the other route: padded tiles of segments ---------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """T segments of similar length, padded to Q queries and L keys each.
+
+    queries: (T, Q) and keys: (T, L), as indices into the stream. is_query: (T, Q), False where a
+    query is padding. visible: (T, 1, Q, L), whether a query sees a key, for every head.
+    """
+
+    queries: Tensor
+    is_query: Tensor
+    keys: Tensor
+    visible: Tensor
+
+
+def tile_of(segments: Sequence[Segment], positions: Tensor, window: int | None) -> Tile:
+    """The tile that these segments make in a stream with these positions (N,)."""
+    queries, is_query = padded([segment.query_places for segment in segments], positions.device)
+    keys, is_key = padded([segment.key_places for segment in segments], positions.device)
+    # How far a key lies behind a query is counted in positions, not in places of the stream.
+    distance = positions[queries][:, :, None] - positions[keys][:, None, :]  # (T, Q, L)
+    visible = (distance >= 0) & is_key[:, None, :]
+    if window is not None:
+        visible &= distance < window
+        # A query that is padding may see no key at all, and the softmax of nothing is NaN.
+        visible[..., -1] |= ~visible.any(-1)
+    return Tile(queries, is_query, keys, visible[:, None])
+
+
+def padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of places as one matrix, and where it is not padding, which repeats the first place.
+
+    >>> padded([[4, 5, 6], [8]], torch.device("cpu"))[0].tolist()
+    [[4, 5, 6], [8, 8, 8]]
+    """
+    longest = max(len(row) for row in rows)
+    places = [row + row[:1] * (longest - len(row)) for row in rows]
+    lengths = torch.tensor([[len(row)] for row in rows], device=device)
+    return torch.tensor(places, device=device), torch.arange(longest, device=device) < lengths
+
+
+def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None) -> Tensor:
+    """Attention through `scaled_dot_product_attention`, tile by tile."""
+    results = []
+    for queries, _, keys, visible in stream.tiles(window):
+        result = F.scaled_dot_product_attention(
+            _heads_first(q, queries),
+            _heads_first(k, keys),
+            _heads_first(v, keys),
             attn_mask=visible,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (T, H, Q, C)
-        out.append(tile.transpose(1, 2).reshape(T * Q, *q.shape[1:]))
-    return torch.cat(out).index_select(0, stream.row)  # (N, H, C)
+        results.append(result.transpose(1, 2).flatten(0, 1))  # (T Q, H, C)
+    return torch.cat(results).index_select(0, stream.row)  # (N, H, C)
+
+
+def _heads_first(x: Tensor, places: Tensor) -> Tensor:
+    """The rows of x (N, H, C) at these places (T, Q), as (T, H, Q, C)."""
+    return x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+
+
+def group_by_length(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments of similar length together, each group within TILE_AREA and TILE_WASTE of a tile.
+
+    Greedy: from the shortest segment on, a group takes the next one as long as it fits.
+    """
+    groups: list[list[Segment]] = []
+    queries = keys = area = 0  # of the last group: the most queries, the most keys, the real area
+    for segment in sorted(segments, key=lambda segment: (segment.queries, segment.keys)):
+        queries, keys = max(queries, segment.queries), max(keys, segment.keys)
+        area += segment.queries * segment.keys
+        if not groups or (len(groups[-1]) + 1) * queries * keys > min(TILE_AREA, TILE_WASTE * area):
+            groups.append([])
+            queries, keys, area = segment.queries, segment.keys, segment.queries * segment.keys
+        groups[-1].append(segment)
+    return groups
 
 
 def tile_shapes(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
     """(T, Q, L) of every tile that these segments make."""
     return [
-        (len(tile), max(r.queries for r in tile), max(r.keys for r in tile))
-        for tile in _group(segments)
-    ]
-
-
-def _group(segments):
-    """Greedy tiles of segments sorted by length, within TILE_WASTE and TILE_AREA."""
-    tiles, area, queries, keys = [], 0, 0, 0
-    for segment in sorted(segments, key=lambda r: (r.queries, r.keys)):
-        queries, keys, area = (
-            max(queries, segment.queries),
-            max(keys, segment.keys),
-            area + segment.queries * segment.keys,
+        (
+            len(group),
+            max(segment.queries for segment in group),
+            max(segment.keys for segment in group),
         )
-        if tiles and (len(tiles[-1]) + 1) * queries * keys <= min(TILE_AREA, TILE_WASTE * area):
-            tiles[-1].append(segment)
-        else:
-            tiles.append([segment])
-            queries, keys, area = segment.queries, segment.keys, segment.queries * segment.keys
-    return tiles
+        for group in group_by_length(segments)
+    ]

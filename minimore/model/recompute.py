@@ -1,8 +1,31 @@
-"""What backward keeps of a block, and what it makes again."""
+"""Recomputation: what the forward pass keeps of a block, and what backward computes again.
 
-from collections.abc import Callable
+The gradient of a function needs numbers from the forward pass: a matrix product needs its input, an
+activation needs what entered it. Keeping them all is fast and takes the most memory. Each of them
+can be dropped, and computed again when backward comes by.
+
+    x -> norm -> n -> q, k, v -> attention -> a -> + -> x'
+    x' -> norm -> n' -> up -> u -> activation -> h -> down -> + -> the next block's input
+
+                 x     n     q, k, v     a     x'     n'     u     h      computed twice
+    none         #     #        #        #     #      #      #     #      nothing
+    selective    #     .        #        #     #      .      #     .      norms and activations
+    full         #     .        .        .     .      .      .     .      the whole block
+
+    #  kept from the forward pass to backward
+    .  dropped, and computed again in backward
+
+x is the block's input, n and n' are what leaves the norms, a is the result of attention, x' is the
+residual between attention and MLP (a parallel block has none), u enters the activation of the MLP
+(gate and up where it is gated), and h leaves it. `none` also keeps what norms need inside, and h
+alone where the activation is relu.
+
+The numbers that come out are the same to the bit, since the same operations run on the same inputs.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -15,43 +38,77 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 def run_block(
-    block: Callable, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream, recompute: str
+    block: Callable[..., Tensor],
+    x: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    stream: Stream,
+    recompute: str,
 ) -> Tensor:
-    """block(x), keeping for backward everything (none), matrix products and attention (selective) or x alone (full)."""
-    if recompute == "full" and torch.is_grad_enabled():
+    """block(x, rotation, stream), keeping for backward what `recompute` says, one of RECOMPUTE."""
+    if recompute == "none" or not torch.is_grad_enabled():
+        return block(x, rotation, stream)
+    if recompute == "full":
         return checkpoint(block, x, rotation, stream, use_reentrant=False, preserve_rng_state=False)
-    if recompute == "selective" and torch.is_grad_enabled():
-        with selective():
-            return block(x, rotation, stream)
-    return block(x, rotation, stream)
+    with selective():
+        return block(x, rotation, stream)
 
 
-_selecting = False
+# ---- selective -----------------------------------------------------------------------------------
+
+_is_selective = ContextVar("_is_selective", default=False)
+
+
+class Recomputed:
+    """What the graph holds in the place of a tensor: the function and the inputs that made it.
+
+    It is computed at most once, however many products read it.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
+        self.function, self.inputs = function, inputs
+        self._tensor: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """The same numbers as in the forward pass, without a graph."""
+        if self._tensor is None:
+            with torch.no_grad():
+                self._tensor = self.function(*self.inputs)
+        return self._tensor
+
+
+def save(tensor: Tensor) -> Tensor | Recomputed:
+    """What the graph is to hold of a tensor that an operation wants to find again in backward."""
+    if hasattr(tensor, "recomputed"):
+        return tensor.recomputed
+    return tensor.detach()  # a result that held its own graph would never be freed
+
+
+def load(saved: Tensor | Recomputed) -> Tensor:
+    """The tensor that was saved."""
+    return saved.tensor() if isinstance(saved, Recomputed) else saved
 
 
 @contextmanager
-def selective():
-    """Within, the graph keeps what `cheap` functions start from, neither their results nor what they need inside."""
-    global _selecting
-    before, _selecting = _selecting, True
+def selective() -> Iterator[None]:
+    """Inside, `cheap` functions are computed again in backward, and their results are not kept."""
+    token = _is_selective.set(True)
     try:
-        with saved_tensors_hooks(
-            lambda tensor: getattr(tensor, "again", None) or tensor.detach(),
-            lambda kept: kept() if callable(kept) else kept,
-        ):
+        with saved_tensors_hooks(save, load):
             yield
     finally:
-        _selecting = before
+        _is_selective.reset(token)
 
 
-def cheap(f, *inputs: Tensor) -> Tensor:
-    """f(*inputs), for an f that costs little to compute: within `selective` it is computed again in backward."""
-    if not _selecting or isinstance(f, nn.Identity):
-        return f(*inputs)
-    result = checkpoint(
-        f, *inputs, use_reentrant=False, preserve_rng_state=False
-    )  # drops what f keeps inside
-    result.again = cache(
-        torch.no_grad()(partial(f, *inputs))
-    )  # drops the result where it is kept as an input
+def cheap(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), for a function that costs little to compute: a norm, an activation.
+
+    Outside `selective` that is all. Inside, two things are dropped after the forward pass. First,
+    what the function needs inside for its own gradient: `checkpoint` keeps its inputs instead.
+    Second, its result, which the matrix products behind it would keep as their input: the result
+    carries a `Recomputed`, and `save` gives this to the graph instead.
+    """
+    if not _is_selective.get() or isinstance(function, nn.Identity):
+        return function(*inputs)
+    result = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    result.recomputed = Recomputed(function, inputs)
     return result

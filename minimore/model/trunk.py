@@ -1,13 +1,15 @@
 """The transformer: one decoder trunk whose families differ in config fields, never in classes.
 
-There is no head here: reward.py and policy.py put theirs on top. Parameters have a storage type; `Linear` casts
-them to the type of its input (the compute type), and norms, rotations and softmax are fp32 (float64 for float64 input).
-What backward needs of a block is kept, or made again: `run_block`.
+There is no head here: reward.py and policy.py put theirs on top. Parameters have a storage type.
+`Linear` casts them to the type of its input, the compute type; norms, rotations and softmax are
+fp32, or float64 for float64 input. recompute.py says what backward keeps of a block.
 
-N tokens, S texts, D width, H heads, G key/value heads, C head width, V vocabulary.
+N tokens, S texts, D width, H heads, G key/value heads, C head width, R rotating dimensions of a
+head, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +19,33 @@ from torch import Tensor, nn
 from .attention import Stream, attend
 from .recompute import cheap, run_block
 
-ACTIVATIONS = {
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its approximation with tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
     "relu": F.relu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": gelu_tanh,
 }
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that distinguishes one family from another. Sizes in units, not bytes."""
+    """All that distinguishes one family from another. Sizes are in units, not bytes.
+
+    activation: a key of ACTIVATIONS. gated: the MLP is down(act(gate x) * up x) instead of
+    down(act(up x)). norm: "layer", with a bias, or "rms". parallel_residual: a block is
+    x + attention(norm x) + mlp(norm' x) instead of one after the other. rotary_width: how many
+    leading dimensions of a head rotate. rope_factor: all frequencies are divided by it.
+    rope_llama3: factor, low, high and original length. windows: how many last positions a token
+    sees, for every block; () is everything in every block. qk_norm: RMSNorm of every query and key
+    head before rotation. learned_positions: rows of a position embedding that is added to the
+    tokens', instead of rotation. position_offset: its row of position 0.
+    """
 
     vocabulary: int
     width: int
@@ -36,63 +54,46 @@ class ModelConfig:
     kv_heads: int
     head_width: int
     mlp_width: int
-    activation: str  # a key of ACTIVATIONS
-    gated: bool  # down(act(gate x) * up x) instead of down(act(up x))
-    norm: str  # "layer" (with bias) or "rms"
+    activation: str
+    gated: bool
+    norm: str
     norm_eps: float
-    parallel_residual: bool  # x + attention(norm x) + mlp(norm' x) instead of one after the other
+    parallel_residual: bool
     qkv_bias: bool
     attention_output_bias: bool
     mlp_bias: bool
-    rotary_width: int  # leading dimensions of a head that rotate
+    rotary_width: int
     rope_base: float
-    rope_factor: float = 1.0  # all frequencies divided by this
-    rope_llama3: tuple[float, float, float, int] | None = None  # factor, low, high, original length
-    windows: tuple[
-        int | None, ...
-    ] = ()  # per block: how many last positions a token sees; () is everything everywhere
-    qk_norm: bool = False  # RMSNorm of every query and key head before rotation
-    learned_positions: int = (
-        0  # rows of a learned position embedding, added to the tokens'; instead of rotation
-    )
-    position_offset: int = 0  # the row of position 0
+    rope_factor: float = 1.0
+    rope_llama3: tuple[float, float, float, int] | None = None
+    windows: tuple[int | None, ...] = ()
+    qk_norm: bool = False
+    learned_positions: int = 0
+    position_offset: int = 0
+
+
+# ---- a block -------------------------------------------------------------------------------------
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, computed in the type of x."""
+    """y = x Wᵀ + b, computed in the type of x."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
-    def forward(self, x: Tensor, value: bool = True) -> Tensor:
-        """value=False: only the gradient is wanted, and the numbers returned mean nothing."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, inputs) -> (N, outputs)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return (
-            F.linear(x, self.weight.to(x.dtype), bias)
-            if value
-            else LinearGradient.apply(x, self.weight.to(x.dtype), bias)
-        )
-
-
-class LinearGradient(torch.autograd.Function):
-    """The gradient of y = x W^T + b without y: a recomputed block need not carry out its last matrix product."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        ctx.biased = bias is not None
-        return x.new_empty(len(x), len(weight))
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        return dy @ weight, dy.T @ x, dy.sum(0) if ctx.biased else None
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Norm(nn.Module):
-    """LayerNorm, or RMSNorm without bias, over the last dimension; computed in fp32, returned in the type of x."""
+    """LayerNorm, or RMSNorm without bias, over the last dimension.
+
+    It is computed in fp32 and returned in the type of x.
+    """
 
     def __init__(self, width: int, kind: str, eps: float):
         super().__init__()
@@ -101,17 +102,15 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., width) -> the same shape."""
         wide = at_least_fp32(x)
+        weight = self.weight.to(wide.dtype)
         if self.bias is None:
-            y = (
-                wide
-                * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-                * self.weight.to(wide.dtype)
-            )
+            mean_square = wide.square().mean(-1, keepdim=True)
+            y = wide * torch.rsqrt(mean_square + self.eps) * weight
         else:
-            y = F.layer_norm(
-                wide, x.shape[-1:], self.weight.to(wide.dtype), self.bias.to(wide.dtype), self.eps
-            )
+            bias = self.bias.to(wide.dtype)
+            y = F.layer_norm(wide, x.shape[-1:], weight, bias, self.eps)
         return y.to(x.dtype)
 
 
@@ -130,6 +129,7 @@ class Attention(nn.Module):
         self.key_norm = Norm(c.head_width, "rms", c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream) -> Tensor:
+        """x: (N, D) -> (N, D)."""
         N, C = len(x), self.c.head_width
         q = rotate(cheap(self.query_norm, self.query(x).view(N, -1, C)), rotation)  # (N, H, C)
         k = rotate(cheap(self.key_norm, self.key(x).view(N, -1, C)), rotation)  # (N, G, C)
@@ -147,17 +147,22 @@ class MLP(nn.Module):
         self.up = Linear(c.width, c.mlp_width, c.mlp_bias)
         self.down = Linear(c.mlp_width, c.width, c.mlp_bias)
 
-    def forward(self, x: Tensor, value: bool = True) -> Tensor:
-        h = (
-            cheap(self.act, self.up(x))
-            if self.gate is None
-            else cheap(lambda gate, up: self.act(gate) * up, self.gate(x), self.up(x))
-        )
-        return self.down(h, value)
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the last product takes in: (N, D) -> (N, width of the MLP)."""
+        if self.gate is None:
+            return cheap(self.act, self.up(x))
+        return cheap(self._gated, self.gate(x), self.up(x))
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act(gate) * up
 
 
 class Block(nn.Module):
-    """Attention and MLP around a residual stream, in parallel or one after the other."""
+    """Attention and MLP around a residual stream, in parallel or one after the other.
+
+    In parallel   y = x + attention(norm x) + mlp(norm' x)
+    in sequence   y = x' + mlp(norm' x')  with  x' = x + attention(norm x)
+    """
 
     def __init__(self, c: ModelConfig, window: int | None):
         super().__init__()
@@ -167,37 +172,52 @@ class Block(nn.Module):
         self.mlp_norm = Norm(c.width, c.norm, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream, value: bool = True
-    ) -> Tensor:
-        """value=False: as in `Linear`."""
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream) -> Tensor:
+        """x: (N, D) -> (N, D)."""
+        residual, hidden = self.before_last_product(x, rotation, stream)
+        return residual + self.mlp.down(hidden)
+
+    def before_last_product(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream
+    ) -> tuple[Tensor, Tensor]:
+        """The residual (N, D), and the hidden layer of the MLP that is still to be added to it.
+
+        Whoever wants gradients alone may stop here, since they do not need the block's output.
+        """
         attended = self.attention(cheap(self.attention_norm, x), rotation, stream)
-        if self.parallel:
-            return x + attended + self.mlp(cheap(self.mlp_norm, x), value)
-        x = x + attended
-        return x + self.mlp(cheap(self.mlp_norm, x), value)
+        residual = x + attended
+        hidden = self.mlp.hidden(cheap(self.mlp_norm, x if self.parallel else residual))
+        return residual, hidden
+
+
+# ---- the trunk -----------------------------------------------------------------------------------
 
 
 class Trunk(nn.Module):
-    """Embedding, blocks, final norm. Built empty on the device in force (`meta` costs no memory); filled by checkpoint.py."""
+    """Embedding, blocks, final norm.
+
+    It is built empty on the device in force (`meta` costs no memory), and checkpoint.py fills it.
+    compute_dtype: the type of activations. recompute: what backward computes again, one of
+    RECOMPUTE.
+    """
 
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.c = c
-        self.compute_dtype = torch.float32  # the type of activations
-        self.recompute = "none"  # what is made again in backward, one of RECOMPUTE
-        self.embedding = nn.Embedding(
-            c.vocabulary, c.width, _weight=torch.empty(c.vocabulary, c.width)
-        )
+        self.compute_dtype = torch.float32
+        self.recompute = "none"
+        self.embedding = empty_embedding(c.vocabulary, c.width)
         if c.learned_positions:
-            self.position_embedding = nn.Embedding(
-                c.learned_positions, c.width, _weight=torch.empty(c.learned_positions, c.width)
-            )
-        self.blocks = nn.ModuleList(Block(c, window) for window in c.windows or (None,) * c.blocks)
+            self.position_embedding = empty_embedding(c.learned_positions, c.width)
+        windows = c.windows or (None,) * c.blocks
+        self.blocks = nn.ModuleList(Block(c, window) for window in windows)
         self.final_norm = Norm(c.width, c.norm, c.norm_eps)
 
     def forward(self, stream: Stream) -> Tensor:
-        """The final hidden state at the last token of each text: (S, D), fp32 (float64 if computing in float64)."""
+        """The final hidden state at the last token of each text: (S, D).
+
+        fp32, or float64 if computing in float64.
+        """
         return self.final_norm(at_least_fp32(self.residual(stream).index_select(0, stream.last)))
 
     def states(self, stream: Stream) -> Tensor:
@@ -205,8 +225,12 @@ class Trunk(nn.Module):
         return self.final_norm(at_least_fp32(self.residual(stream)))
 
     def residual(self, stream: Stream) -> Tensor:
-        """What the blocks leave at every token, before the final norm: (N, D) in the compute type."""
-        x, rotation = self.embed(stream), rotary_angles(self.c, stream.positions)
+        """What the blocks leave at every token, before the final norm.
+
+        (N, D) in the compute type.
+        """
+        x = self.embed(stream)
+        rotation = rotary_angles(self.c, stream.positions)
         for block in self.blocks:
             x = run_block(block, x, rotation, stream, self.recompute)
         return x
@@ -219,17 +243,22 @@ class Trunk(nn.Module):
         return x.to(self.compute_dtype)
 
 
-def rotary_angles(c: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, frequency_j = base^(-2j / R): two (N, 1, R / 2) fp32 tensors.
+def empty_embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding whose numbers are not drawn at random, since a checkpoint will set them."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
-    Source: RoFormer, arXiv 2104.09864; the llama3 scaling as in the Llama 3.1 release: wavelengths longer than
-    original / low are stretched by factor, shorter than original / high kept, smoothly interpolated between.
+
+def rotary_angles(c: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles position · frequency_j: two (N, 1, R / 2) fp32 tensors.
+
+        frequency_j = base^(-2j / R) / factor       for j = 0 .. R / 2 - 1
+
+    Source: RoFormer, arXiv 2104.09864. The llama3 scaling is that of the Llama 3.1 release:
+    wavelengths longer than original / low are stretched by the factor, those shorter than
+    original / high stay, and it is smooth in between.
     """
-    exponents = (
-        torch.arange(0, c.rotary_width, 2, dtype=torch.float32, device=positions.device)
-        / c.rotary_width
-    )
-    frequency = 1.0 / (c.rope_base**exponents) / c.rope_factor
+    places = torch.arange(0, c.rotary_width, 2, dtype=torch.float32, device=positions.device)
+    frequency = 1.0 / (c.rope_base ** (places / c.rotary_width)) / c.rope_factor
     if c.rope_llama3 is not None:
         factor, low, high, original = c.rope_llama3
         smooth = ((original * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
@@ -239,7 +268,12 @@ def rotary_angles(c: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first R dimensions of every head: dimension j pairs with j + R / 2. x: (N, H, C)."""
+    """Rotate the first R dimensions of every head; x: (N, H, C).
+
+    Dimensions j and j + R / 2 are the two coordinates (a, b) of a point in a plane:
+
+        (a, b)  ->  (a cos - b sin,  b cos + a sin)
+    """
     cos, sin = rotation
     half = cos.shape[-1]
     a, b, rest = at_least_fp32(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)

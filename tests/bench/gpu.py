@@ -28,7 +28,7 @@ from minimore.engine.host import pinned
 from minimore.engine.objective import RewardObjective, micro_batches
 from minimore.engine.optim import AdamW, fused, replace_parameter
 from minimore.engine.recipe import MOMENTS, PARAMETERS, Recipe
-from minimore.engine.streamed import Walk, open_engine
+from minimore.engine.streamed import StreamedStep, open_engine
 from minimore.model.attention import attend, pack
 from minimore.model.recompute import RECOMPUTE
 from minimore.model.tensors import Lazy, write_tensors
@@ -244,14 +244,11 @@ def weighing(sources=5):
 
 
 def gradients_of(model, pairs, recompute, tokens):
-    parts = list(
-        Walk(
-            model,
-            micro_batches(pairs, [i % 5 for i in range(len(pairs))], tokens),
-            weighing(),
-            recompute,
-        )
-    )
+    """All gradients of a streamed step, as one vector."""
+    batches = micro_batches(pairs, [i % 5 for i in range(len(pairs))], tokens)
+    step = StreamedStep(model, batches, weighing(), recompute)
+    step.forward()
+    parts = list(step.backward())
     return torch.cat(
         [part[name].flatten().double().cpu() for part in parts for name in sorted(part)]
     )

@@ -203,7 +203,7 @@ def padded_rewards(model, texts, side):
 
 
 @pytest.mark.parametrize("family, changes", CONFIGURATIONS, ids=str)
-def test_rewards_equal_those_of_transformers_in_both_directions(
+def test_rewards_equal_those_of_transformers(
     transformers, tmp_path, family, changes
 ):
     theirs = reference_model(family, **changes)

@@ -1,13 +1,13 @@
-"""Shared fixtures: the stored tiny models of tests/goldens, copies of them to damage, and transformers as an oracle."""
+"""What tests share: the stored tiny models, copies of them to damage, transformers as an oracle."""
 
 import json
 import os
 import shutil
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch, and for the processes that tests start: tiny models lose time
+# Before torch is imported, and for the processes that tests start: with a second thread tiny models
+# lose time, on a busy machine 20 times over.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from minimore.model.checkpoint import Checkpoint
 from minimore.reward import RewardModel
 
-torch.set_num_threads(1)  # to a second thread, on a busy machine 20 times over
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -42,7 +42,10 @@ def model(golden) -> RewardModel:
 
 @pytest.fixture
 def damaged(tmp_path):
-    """damaged(family, config={...}, weights=function): a copy of a stored model with changed files; ... deletes a key."""
+    """damaged(family, config={...}, weights=function): a copy of a stored model, changed.
+
+    The value ... deletes a key.
+    """
 
     def copy(family="llama", config=None, weights=None) -> Path:
         directory = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"
@@ -56,6 +59,16 @@ def damaged(tmp_path):
         return directory
 
     return copy
+
+
+class KeepsGradients:
+    """Stands in for an optimizer: changes nothing, and keeps the gradients of the last step."""
+
+    def __init__(self):
+        self.gradients, self.steps = {}, 0
+
+    def update(self, name, parameter, gradient):
+        self.gradients[name] = gradient.clone()
 
 
 def open_model(directory, dtype=torch.float32) -> RewardModel:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import KeepsGradients
 from safetensors.torch import load_file, save_file
 
 import minimore.train as training
@@ -83,19 +84,11 @@ def run_step(
     micro_tokens=8192,
 ):
     weigh = partial(WEIGHTINGS[method], state={} if state is None else state)
-    engine = PlainEngine(model, KeepsGradients(model), Recipe(micro_tokens=micro_tokens))
-    return engine.step(pairs, source, RewardObjective(sources, weigh, method, scope, sampling))
-
-
-class KeepsGradients:
-    """Stands in for the optimizer: changes nothing, and keeps the gradients of the last step."""
-
-    def __init__(self, model):
-        self.model, self.steps = model, 0
-        model.gradients = getattr(model, "gradients", {})
-
-    def update(self, name, parameter, gradient):
-        self.model.gradients[name] = gradient.clone()
+    optimizer = KeepsGradients()
+    engine = PlainEngine(model, optimizer, Recipe(micro_tokens=micro_tokens))
+    result = engine.step(pairs, source, RewardObjective(sources, weigh, method, scope, sampling))
+    model.gradients = optimizer.gradients
+    return result
 
 
 def gradients_of(model):

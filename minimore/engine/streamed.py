@@ -8,7 +8,7 @@ N tokens of a micro-batch, B pairs of a step, D width, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from copy import copy
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -80,38 +80,41 @@ class StreamedStep:
     def forward(self) -> StepResult:
         """Features, weights and loss of all pairs; keeps what backward needs."""
         self.micro_batches = [self._micro_batch(batch) for batch in self.batches]
+        streams = [stream for stream, _ in self.micro_batches]
         with torch.no_grad():
-            states = [self.trunk.embed(stream) for stream, _ in self.micro_batches]  # (N, D) each
+            activations = [self.trunk.embed(stream) for stream in streams]  # (N, D) each
         for block in self.blocks:
-            self._block_forward(block, states)
-        last = torch.cat(
-            [x.index_select(0, stream.last) for x, (stream, _) in zip(states, self.micro_batches)]
-        )  # (2B, D), the last token of every text: all that the head sees
-        return self._head(last)
+            self._block_forward(block, activations)
+        last = [x.index_select(0, stream.last) for x, stream in zip(activations, streams)]
+        return self._head(torch.cat(last))
 
     def _micro_batch(self, batch: PairBatch) -> "MicroBatch":
         stream = batch.stream.to(self.model.head.device)
         return MicroBatch(stream, rotary_angles(self.trunk.c, stream.positions))
 
-    def _block_forward(self, block: Block, states: list[Tensor]) -> None:
+    def _block_forward(self, block: Block, activations: list[Tensor]) -> None:
         """Replace the input of a block by its output, for every micro-batch."""
         block = compute_copy(block, self.trunk.compute_dtype)
         for i, (stream, rotation) in enumerate(self.micro_batches):
-            x = states[i]
+            x = activations[i]
             if self.recompute == "full":
                 self.inputs.push(x)
                 with torch.no_grad():
-                    states[i] = block(x, rotation, stream)
+                    activations[i] = block(x, rotation, stream)
             else:
                 x = x.detach().requires_grad_()
                 y = run_block(block, x, rotation, stream, self.recompute)
                 self.graphs.append(BlockGraph(block, x, y))
-                states[i] = y.detach()
+                activations[i] = y.detach()
             if self.host:
                 self.host.end_part()
 
     def _head(self, last: Tensor) -> StepResult:
-        """Weights and loss over all pairs, and the gradient of the loss at the last tokens."""
+        """Weights and loss over all pairs, and the gradient of the loss at the last tokens.
+
+        last: (2B, D), what the last block returned at the last token of every text. It is all that
+        the head sees.
+        """
         last = last.detach().requires_grad_()
         norm = compute_copy(self.trunk.final_norm, torch.float32)
         head = self.model.head.detach().requires_grad_()
@@ -128,13 +131,13 @@ class StreamedStep:
     def backward(self) -> Iterator[Gradients]:
         """The gradients of every part of `parts_of`, one part at a time; once, after forward."""
         yield self.d_top
-        d_states = self._gradient_of_states()
+        d_activations = self._gradient_of_output()
         for i in reversed(range(len(self.blocks))):
-            gradients = self._block_backward(self.blocks[i], d_states)
+            gradients = self._block_backward(self.blocks[i], d_activations)
             yield {f"trunk.blocks.{i}.{name}": gradients.pop(name) for name in list(gradients)}
-        yield self._embedding_gradients(torch.cat(d_states))
+        yield self._embedding_gradients(torch.cat(d_activations))
 
-    def _gradient_of_states(self) -> list[Tensor]:
+    def _gradient_of_output(self) -> list[Tensor]:
         """The gradient of what the last block returned, (N, D) each: zero but at last tokens."""
         texts = [len(stream.last) for stream, _ in self.micro_batches]
         d_last = self.d_last.split(texts)
@@ -143,38 +146,40 @@ class StreamedStep:
             for d, (stream, _) in zip(d_last, self.micro_batches)
         ]
 
-    def _block_backward(self, block: Block, d_states: list[Tensor]) -> Gradients:
+    def _block_backward(self, block: Block, d_activations: list[Tensor]) -> Gradients:
         """The gradients of a block's parameters, summed over the micro-batches.
 
-        d_states: the gradients of the block's outputs, which become those of its inputs.
+        d_activations: the gradients of the block's outputs, which become those of its inputs.
         """
         if self.recompute == "full":
             block = compute_copy(block, self.trunk.compute_dtype)
         total: Gradients = {}
-        for i in reversed(range(len(d_states))):
+        for i in reversed(range(len(d_activations))):
             if self.recompute == "full":
-                d_states[i], gradients = recomputed_gradients(
-                    block, self.inputs.pop(), d_states[i], self.micro_batches[i]
+                d_activations[i], gradients = recomputed_gradients(
+                    block, self.inputs.pop(), d_activations[i], self.micro_batches[i]
                 )
             else:
-                d_states[i], gradients = self.graphs.pop().gradients(d_states[i])
-            add_to(total, gradients, several=len(d_states) > 1)
+                d_activations[i], gradients = self.graphs.pop().gradients(d_activations[i])
+            add_to(total, gradients, several=len(d_activations) > 1)
         return total
 
-    def _embedding_gradients(self, d_states: Tensor) -> Gradients:
-        """Gradients of the embeddings, at once for all micro-batches; d_states: (tokens, D).
+    def _embedding_gradients(self, d_activations: Tensor) -> Gradients:
+        """Gradients of the embeddings, at once for all micro-batches; d_activations: (tokens, D).
 
         Every call makes a dense gradient (V, D), so several calls would need several of them.
         """
-        d_states = at_least_fp32(d_states)
+        d_activations = at_least_fp32(d_activations)
         tokens = torch.cat([stream.tokens for stream, _ in self.micro_batches])
         gradients = {
-            "trunk.embedding.weight": embedding_gradient(d_states, tokens, self.trunk.embedding)
+            "trunk.embedding.weight": embedding_gradient(
+                d_activations, tokens, self.trunk.embedding
+            )
         }
         if self.trunk.c.learned_positions:
             positions = torch.cat([stream.positions for stream, _ in self.micro_batches])
             gradients["trunk.position_embedding.weight"] = embedding_gradient(
-                d_states,
+                d_activations,
                 positions + self.trunk.c.position_offset,
                 self.trunk.position_embedding,
             )
@@ -234,14 +239,21 @@ class BlockGraph(NamedTuple):
 def compute_copy(module: AModule, dtype: torch.dtype) -> AModule:
     """The same module with parameters of its own, at which a graph ends.
 
-    Matrices are in the compute type, and vectors as they are. Nothing is copied where the type is
-    the same: then both modules see the same numbers.
+    Matrices are in the compute type, and vectors as they are. No number is copied where the type is
+    the same: then both modules see the same memory.
     """
-    parameters = {
-        id(p): nn.Parameter(p.detach().to(dtype) if p.ndim > 1 else p.detach())
-        for p in module.parameters()
+    twin = copy(module)
+    twin._parameters = {
+        name: None if p is None else compute_parameter(p, dtype)
+        for name, p in module._parameters.items()
     }
-    return deepcopy(module, parameters)  # takes these instead of copying the module's own
+    twin._modules = {name: compute_copy(part, dtype) for name, part in module.named_children()}
+    return twin
+
+
+def compute_parameter(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter as it is computed with: a matrix in the compute type, a vector as it is."""
+    return nn.Parameter(p.detach().to(dtype) if p.ndim > 1 else p.detach())
 
 
 def recomputed_gradients(

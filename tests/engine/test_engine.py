@@ -354,7 +354,7 @@ def test_non_finite_gradients_have_their_own_name(monkeypatch):
     optimizer.adopt_all(model)
     engine = open_engine(model, optimizer, Recipe("streamed", recompute="full"))
 
-    def infinite(step, d_states):
+    def infinite(step, d_activations):
         return {"trunk.embedding.weight": torch.full((300, 32), torch.inf)}
 
     monkeypatch.setattr(StreamedStep, "_embedding_gradients", infinite)
@@ -404,7 +404,7 @@ def test_the_leanest_recipe_trains_in_a_third_of_the_plain_peak():
     assert plain["parameters"] == lean["parameters"] >= 300e6
     assert lean["peak"] <= plain["peak"] / 3
     for measured in (plain, lean):
-        assert measured["states"] == measured["planned_states"]
+        assert measured["states"] == measured["planned_activations"]
         # A CPU's allocator does not return all that is freed.
         assert 0.8 < measured["peak"] / measured["planned_peak"] < 1.25
 

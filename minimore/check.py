@@ -211,7 +211,7 @@ def check_template(checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def check_memory(trunk: Trunk, micro_tokens: int) -> tuple[Figures, str]:
-    """Bytes by arithmetic (cost.py), of a step of 80 pairs of 342 unique tokens; `plan` says more."""
+    """Bytes by arithmetic (cost.py) of a step of 80 pairs of 342 tokens; `plan` says more."""
     config, itemsize = trunk.c, trunk.compute_dtype.itemsize
     parameters = sum(p.numel() for p in trunk.parameters())
     is_flash = trunk.embedding.weight.is_cuda and itemsize == 2
@@ -275,7 +275,10 @@ def check_language(
         f" of its words in alphabetical order {figures['alphabetical']:.2f}"
     )
     if figures["alphabetical"] < 1.25 * figures["paragraph"]:
-        line += ": order hardly matters to this model; it is untrained, or something here is not its own"
+        line += (
+            ": order hardly matters to this model;"
+            " it is untrained, or something here is not its own"
+        )
     return figures, line
 
 

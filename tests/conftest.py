@@ -79,3 +79,11 @@ def edit_json(path: Path, changes: dict):
     """Set keys of a JSON object; the value ... deletes one."""
     values = json.loads(path.read_text("utf-8")) | changes
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}), "utf-8")
+
+
+def write_checkpoint(theirs, directory) -> Checkpoint:
+    """Save a model of transformers with a stored tokenizer of its kind, and open it."""
+    theirs.save_pretrained(directory)
+    family = "gpt_neox" if theirs.config.model_type == "gpt_neox" else "llama"
+    shutil.copy(GOLDENS / family / "tokenizer.json", directory)
+    return Checkpoint(str(directory))

@@ -6,10 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import edit_json
+from conftest import edit_json, write_checkpoint
 from reference import SIZES, reference_model
 from safetensors.torch import load_file, save_file
-from test_policy import write
 
 import minimore.check
 from minimore.alignment.policy import LanguageModel, token_losses
@@ -31,7 +30,7 @@ def learned(tmp_path_factory):
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     home = tmp_path_factory.mktemp("learned")
-    checkpoint = write(
+    checkpoint = write_checkpoint(
         reference_model(
             "llama", head="ForCausalLM", num_key_value_heads=2, max_position_embeddings=1024
         ),
@@ -100,7 +99,7 @@ def test_a_part_that_is_not_the_models_own_shows_in_the_perplexity(learned, tmp_
 
 
 def test_an_untrained_model_is_said_to_be_one(transformers, tmp_path, capsys):
-    write(reference_model("qwen2", head="ForCausalLM"), tmp_path / "model")
+    write_checkpoint(reference_model("qwen2", head="ForCausalLM"), tmp_path / "model")
     page(tmp_path / "model", tmp_path)
     printed = capsys.readouterr().out
     assert (
@@ -115,7 +114,7 @@ def test_an_untrained_model_is_said_to_be_one(transformers, tmp_path, capsys):
 @pytest.mark.parametrize("family", SIZES)
 def test_hidden_states_agree_with_transformers(transformers, tmp_path, family, capsys):
     theirs = reference_model(family, head="ForCausalLM", max_position_embeddings=900)
-    write(theirs, tmp_path / "model")
+    write_checkpoint(theirs, tmp_path / "model")
     (tmp_path / "model" / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast"}'
     )
@@ -219,7 +218,9 @@ def test_types_and_files_are_told(golden, tmp_path, monkeypatch):
 
 
 def test_a_short_context_is_respected(transformers, tmp_path, capsys):
-    write(reference_model("opt", head="ForCausalLM", max_position_embeddings=40), tmp_path / "opt")
+    write_checkpoint(
+        reference_model("opt", head="ForCausalLM", max_position_embeddings=40), tmp_path / "opt"
+    )
     found = page(tmp_path / "opt", tmp_path)
     assert found["parity"]["difference"] < 2e-5 and found["language"]["bits_per_byte"] is None
     assert "its first 40 tokens" in capsys.readouterr().out

@@ -1,10 +1,8 @@
 """The language model: logits and losses are transformers', tied or not; perplexity shows a part that is not the model's own."""
 
-import shutil
-
 import pytest
 import torch
-from conftest import GOLDENS, edit_json
+from conftest import edit_json, write_checkpoint
 from reference import SIZES, reference_model, reference_texts
 from safetensors.torch import load_file, save_file
 
@@ -14,17 +12,6 @@ from minimore.model.checkpoint import Checkpoint
 from minimore.options import InputError
 
 TEXTS = [t for t in reference_texts() if len(t) > 1]
-
-
-def write(theirs, directory):
-    theirs.save_pretrained(directory)
-    shutil.copy(
-        GOLDENS
-        / ("gpt_neox" if theirs.config.model_type == "gpt_neox" else "llama")
-        / "tokenizer.json",
-        directory,
-    )
-    return Checkpoint(str(directory))
 
 
 def language_model(checkpoint):
@@ -37,7 +24,7 @@ def language_model(checkpoint):
 @torch.no_grad()
 def test_logits_and_losses_are_those_of_transformers(transformers, tmp_path, family, tied):
     theirs = reference_model(family, head="ForCausalLM", tie_word_embeddings=tied)
-    checkpoint = write(theirs, tmp_path)
+    checkpoint = write_checkpoint(theirs, tmp_path)
     ours = language_model(checkpoint)
     assert (ours.unembedding is ours.trunk.embedding.weight) == tied
     for text in TEXTS:
@@ -54,7 +41,7 @@ def test_logits_and_losses_are_those_of_transformers(transformers, tmp_path, fam
 def test_losses_do_not_depend_on_how_many_logits_exist_at_a_time(
     monkeypatch, transformers, tmp_path
 ):
-    model = language_model(write(reference_model("llama", head="ForCausalLM"), tmp_path))
+    model = language_model(write_checkpoint(reference_model("llama", head="ForCausalLM"), tmp_path))
     expected = token_losses(model, TEXTS[-1])
     monkeypatch.setattr("minimore.alignment.policy.CHUNK", 7)
     torch.testing.assert_close(token_losses(model, TEXTS[-1]), expected, atol=1e-5, rtol=1e-5)
@@ -63,7 +50,7 @@ def test_losses_do_not_depend_on_how_many_logits_exist_at_a_time(
 @torch.no_grad()
 def test_a_stored_head_that_differs_wins_over_the_tie(transformers, tmp_path):
     theirs = reference_model("llama", head="ForCausalLM", tie_word_embeddings=True)
-    write(theirs, tmp_path)
+    write_checkpoint(theirs, tmp_path)
     stored = load_file(tmp_path / "model.safetensors") | {"lm_head.weight": torch.randn(300, 24)}
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -76,7 +63,7 @@ def test_a_stored_head_that_differs_wins_over_the_tie(transformers, tmp_path):
 
 
 def test_opt_is_tied_unless_it_says_otherwise(transformers, tmp_path):
-    checkpoint = write(reference_model("opt", head="ForCausalLM"), tmp_path)
+    checkpoint = write_checkpoint(reference_model("opt", head="ForCausalLM"), tmp_path)
     edit_json(tmp_path / "config.json", dict(tie_word_embeddings=...))
     assert language_model(Checkpoint(str(tmp_path))).unembedding.shape == (300, 24)
     assert "lm_head.weight" not in checkpoint.tensors.files

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import minimore.lab.grid
-from minimore import paper
 from minimore.calibration import accuracy, fit_temperature, pair_ece
 from minimore.cli import main
 from minimore.data.world import World
+from minimore.lab import published
 from minimore.lab.grid import (
     REGIMES,
     SCHEMES,
@@ -556,8 +556,8 @@ def test_noise_of_test_pairs():
 
 
 def test_the_papers_table():
-    text = paper.table_2()
+    text = published.table_2()
     assert text.count("*") == 5 + 1 and text.count("\n") == 1 + 20
-    for base, schemes in paper.TABLE_2.items():
+    for base, schemes in published.TABLE_2.items():
         for row in schemes.values():
             assert len(row) == 7 and min(row[:6]) > 40 and row[6] < 0.2, base

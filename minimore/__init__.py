@@ -4,7 +4,6 @@ __version__ = "0.1.0"
 
 from .calibration import accuracy, expected_calibration_error, pair_ece, reliability
 from .data.pairs import load_source, pack_pairs
-from .evaluate import evaluate_sources
 from .model.checkpoint import Checkpoint
 from .more import (
     bradley_terry_losses,
@@ -15,6 +14,7 @@ from .more import (
     pair_losses,
     weighted_loss,
 )
+from .report import evaluate_sources
 from .reward import ModelOptions, RewardModel, open_reward_model, pair_rewards, text_rewards
 
 __all__ = [

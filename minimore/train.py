@@ -30,7 +30,6 @@ from .engine.plain import PlainEngine
 from .engine.recipe import Recipe
 from .engine.streamed import StreamedEngine, open_engine
 from .engine.workload import RunOptions, workload_of
-from .evaluate import evaluate_sources, table
 from .files import write_json, write_text
 from .metrics import progress_line, step_metrics
 from .model.checkpoint import Checkpoint, model_tensors, saved_config, write_config
@@ -45,6 +44,7 @@ from .options import (
     parse_sources,
     require,
 )
+from .report import evaluate_sources, table
 from .resume import Saver, check_whole, checkpoints, load_state, remove
 from .reward import RewardModel, check_length, compute_type, device_of, load_reward_model
 from .run import Lock, check_recipe, cut_metrics, open_run, start_run, stored_recipe

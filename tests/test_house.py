@@ -12,7 +12,7 @@ options files tables more calibration uncertainty plots
 model.attention model.recompute model.trunk model.families model.tokenizer model.tensors
 model.checkpoint
 data.records data.pairs data.sampling data.world
-reward score evaluate
+reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
 engine.workload engine.cost engine.choose engine.plan
 resume run metrics train

@@ -26,12 +26,12 @@ from minimore.engine.objective import NonFiniteLoss, RewardObjective
 from minimore.engine.optim import AdamW
 from minimore.engine.plain import PlainEngine
 from minimore.engine.recipe import Recipe
-from minimore.evaluate import evaluate_sources
 from minimore.model.recompute import RECOMPUTE
 from minimore.more import WEIGHTINGS, more_loss, pair_losses
 from minimore.options import InputError
-from minimore.reward import ModelOptions, fresh_head, open_reward_model
+from minimore.report import evaluate_sources
 from minimore.resume import Saver, file_digest
+from minimore.reward import ModelOptions, fresh_head, open_reward_model
 from minimore.run import Lock
 from minimore.train import TrainOptions, learning_rate_at, train
 

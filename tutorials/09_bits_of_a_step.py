@@ -21,7 +21,7 @@ from minimore.engine.objective import RewardObjective
 from minimore.engine.optim import AdamW, join, key_of, random_bits, round_at_random, split
 from minimore.engine.recipe import Recipe
 from minimore.engine.streamed import open_engine
-from minimore.evaluate import evaluate_sources
+from minimore.report import evaluate_sources
 from minimore.more import uniform_weights
 
 torch.manual_seed(0)

@@ -12,9 +12,9 @@ from ..calibration import pair_ece
 from ..data.pairs import load_source
 from ..data.records import Pair, read_records, record_pairs
 from ..data.world import World
-from ..evaluate import evaluate_sources
 from ..files import refuse_existing, write_json
 from ..options import option
+from ..report import evaluate_sources
 from ..reward import ModelOptions, device_of, open_reward_model
 from ..train import TrainOptions, train
 

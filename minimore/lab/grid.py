@@ -24,12 +24,12 @@ from safetensors import SafetensorError, safe_open
 from ..data.pairs import load_source
 from ..data.records import read_records, record_pairs
 from ..data.world import World, small_gpt_neox
-from ..evaluate import source_margins
 from ..files import write_json
 from ..model.checkpoint import Checkpoint, random_checkpoint
 from ..model.recompute import RECOMPUTE
 from ..model.tensors import write_tensors
 from ..options import InputError, option, parse_sources, require_tests
+from ..report import source_margins
 from ..reward import ModelOptions, check_length, device_of, open_reward_model
 from ..train import TrainOptions, check_options, train
 

@@ -1,0 +1,169 @@
+"""Two models on the same pairs, and one model at another temperature."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from . import calibration, uncertainty
+from .data.pairs import Source
+from .options import require
+from .report import Margins, Report, ends_of
+from .tables import Table, number, with_interval
+
+# ---- two models ----------------------------------------------------------------------------------
+
+
+def compare(
+    margins: Mapping[str, np.ndarray],
+    sources: Sequence[Source],
+    baseline: Mapping[str, np.ndarray],
+    baseline_sources: Sequence[Source],
+) -> Report:
+    """Per source, this model minus the baseline on the pairs that both could use.
+
+    Two models may read a file differently: their tokenizers cut other texts. `exceeds_noise` names
+    the figures whose difference does. Raises InputError for a source without a common pair.
+    """
+    differences = {}
+    for source, baseline_source in zip(sources, baseline_sources):
+        name = source.name
+        mine, theirs = places_of_common_pairs(source, baseline_source)
+        prompts = np.array([source.pairs[place].prompt for place in mine])
+        differences[name] = difference(margins[name][mine], baseline[name][theirs], prompts)
+    return differences
+
+
+def places_of_common_pairs(source: Source, other: Source) -> tuple[list[int], list[int]]:
+    """Where the pairs that both have stand in each, in the order of their file."""
+    place = {pair.index: place for place, pair in enumerate(source.pairs)}
+    other_place = {pair.index: place for place, pair in enumerate(other.pairs)}
+    common = sorted(place.keys() & other_place.keys())
+    require(common, f"source {source.name!r}: no pair that both models can use")
+    return [place[index] for index in common], [other_place[index] for index in common]
+
+
+def difference(margins: np.ndarray, baseline: np.ndarray, prompts: np.ndarray) -> Report:
+    """Accuracy and ECE of margins (N,) minus those of baseline (N,), with paired intervals.
+
+    ece_interval is None where both lie near the floor: two such ECEs are not ranked.
+    """
+    accuracy, ece = uncertainty.difference_intervals(margins, baseline, prompts)
+    eces = (calibration.pair_ece(margins), calibration.pair_ece(baseline))
+    floors = (
+        uncertainty.noise_floor(margins, prompts),
+        uncertainty.noise_floor(baseline, prompts),
+    )
+    is_miscalibrated = any(map(uncertainty.is_miscalibrated, eces, floors))
+    exceeds_noise = []
+    if accuracy.excludes_zero:
+        exceeds_noise.append("accuracy")
+    if uncertainty.may_rank(ece, eces, floors):
+        exceeds_noise.append("ece")
+    return {
+        "pairs": len(margins),
+        "accuracy": accuracy.value,
+        "accuracy_interval": ends_of(accuracy),
+        "ece_debiased": ece.value,
+        "ece_interval": ends_of(ece) if is_miscalibrated else None,
+        "exceeds_noise": exceeds_noise,
+    }
+
+
+def comparison_table(differences: Report, baseline: str) -> str:
+    """The comparison as text."""
+    rows = Table(
+        "source",
+        "pairs",
+        "accuracy [95%]",
+        "ECE less noise [95%]",
+        "exceeds noise",
+        left=("accuracy [95%]", "ECE less noise [95%]", "exceeds noise"),
+    )
+    for name, row in differences.items():
+        ece = "both near the floor"
+        if row["ece_interval"] is not None:
+            ece = with_interval(row["ece_debiased"], row["ece_interval"])
+        rows.add(
+            name,
+            row["pairs"],
+            with_interval(row["accuracy"], row["accuracy_interval"]),
+            ece,
+            " and ".join(row["exceeds_noise"]) or "nothing",
+        )
+    return (
+        f"minus {baseline}, on the same pairs"
+        f" (95% each: of 20 differences that are none, one looks like one):\n{rows}"
+    )
+
+
+# ---- temperature ---------------------------------------------------------------------------------
+
+
+def temperatures(margins: Margins, held_out: Margins) -> Report:
+    """Temperatures fitted on held-out margins, and what they do to the test sources.
+
+    margins, held_out: {source: (N,)}. One temperature is fitted for each held-out source, and one
+    for all of them. A temperature changes no ranking, so no accuracy. Where the held-out pairs
+    leave none (they are separable, or not informative) it is None, and so is what would follow.
+    """
+    pooled = usable_temperature(np.concatenate(list(held_out.values())))
+    own = {name: usable_temperature(values) for name, values in held_out.items()}
+    sources = {}
+    for name, values in margins.items():
+        sources[name] = {
+            "temperature": own.get(name),
+            **figures_at(values, 1.0),
+            "by_pooled": figures_at(values, pooled),
+            "by_own": figures_at(values, own.get(name)),
+        }
+    return {"pooled": pooled, "sources": sources}
+
+
+def usable_temperature(margins: np.ndarray) -> float | None:
+    """The fitted temperature, or None if it is 0 or infinite."""
+    temperature = calibration.fit_temperature(margins)
+    return temperature if 0 < temperature < math.inf else None
+
+
+def figures_at(margins: np.ndarray, temperature: float | None) -> Report:
+    """ECE and NLL of margins (N,) divided by a temperature; None without one."""
+    if temperature is None:
+        return {"ece": None, "nll": None}
+    scaled = margins / temperature
+    return {
+        "ece": calibration.pair_ece(scaled),
+        "nll": calibration.negative_log_likelihood(scaled),
+    }
+
+
+def temperature_table(report: Report) -> str:
+    """The temperatures as text."""
+    rows = Table(
+        "source",
+        "own T",
+        "ECE: as is",
+        "one T",
+        "own T",
+        "NLL: as is",
+        "one T",
+        "own T",
+    )
+    for name, row in report["sources"].items():
+        versions = (row, row["by_pooled"], row["by_own"])
+        rows.add(
+            name,
+            or_none(row["temperature"]),
+            *(or_none(version["ece"]) for version in versions),
+            *(or_none(version["nll"]) for version in versions),
+        )
+    return (
+        f"temperature fitted on held-out pairs; one for all: {or_none(report['pooled'])}"
+        " (none: no such pairs were given, or they are separable, or not informative)\n"
+        f"{rows}"
+    )
+
+
+def or_none(value: float | None) -> str:
+    """A number, or the word none."""
+    return number(value, missing="none")

@@ -1,0 +1,178 @@
+"""The report: how good is a reward model, how well calibrated, and how sure is that?"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import calibration, uncertainty
+from .data.pairs import Source
+from .reward import RewardModel, pair_rewards
+from .tables import Table, number, with_interval
+from .uncertainty import Interval
+
+RATES = (
+    "accuracy",
+    "ece",
+    "ace",
+    "mce",
+    "brier",
+    "nll",
+    "mean_margin",
+    "length_accuracy",
+    "random_accuracy",
+)
+
+Margins = dict[str, np.ndarray]  # name of a source -> (N,) float64
+Report = dict[str, Any]
+
+
+def evaluate_sources(
+    model: RewardModel, sources: Sequence[Source], micro_tokens: int = 8192
+) -> tuple[Report, Margins]:
+    """The report of a model on its test sources, and the margins by source.
+
+    The report is {"sources": {name: figures}, "mean": rates, "worst": rates}; see `report_of`.
+    """
+    margins = {source.name: source_margins(model, source, micro_tokens) for source in sources}
+    return report_of(margins, sources), margins
+
+
+def source_margins(model: RewardModel, source: Source, micro_tokens: int) -> np.ndarray:
+    """Margins (chosen minus rejected) of every pair of a source: (N,) float64."""
+    rewards = pair_rewards(model, source.pairs, micro_tokens).double()  # (N, 2)
+    return (rewards[:, 0] - rewards[:, 1]).numpy()
+
+
+def report_of(margins: Mapping[str, np.ndarray], sources: Sequence[Source]) -> Report:
+    """The report from margins by source.
+
+    `mean` averages every rate over the sources, each source counting the same. `worst` has the
+    lowest accuracy and the largest ECE of any source.
+    """
+    figures = {source.name: source_report(margins[source.name], source) for source in sources}
+
+    def values(rate: str) -> list[float]:
+        return [row[rate] for row in figures.values()]
+
+    return {
+        "sources": figures,
+        "mean": {rate: float(np.mean(values(rate))) for rate in (*RATES, "ece_debiased")},
+        "worst": {"accuracy": min(values("accuracy")), "ece": max(values("ece"))},
+    }
+
+
+def source_report(margins: np.ndarray, source: Source) -> Report:
+    """All figures of one source.
+
+    `pairs` excludes label ties. ece, ace and mce are the paper's: 10 bins, both orders of a pair.
+    Intervals are 95%, and whole prompts are resampled. ece_debiased is the ECE less what noise adds
+    to it; ece_floor is what it would be by noise alone.
+
+    `calibration` is a verdict: "over-confident", "under-confident", or "indistinguishable" from
+    calibrated. In the last case ece_interval is None, because a bootstrap of so small an ECE covers
+    too little.
+
+    Baselines on the same pairs: length_accuracy prefers the longer response, counted in characters;
+    random_accuracy is 1/2.
+    """
+    prompts = np.array([pair.prompt for pair in source.pairs])
+    accuracy, ece = uncertainty.intervals(margins, prompts)
+    floor = uncertainty.noise_floor(margins, prompts)
+    report: Report = {
+        "pairs": len(margins),
+        "prompts": len(np.unique(prompts)),
+        "label_ties": source.label_ties,
+        "identical": source.identical,
+        "truncated": int(source.truncated),
+        "blank": int(source.blank),
+        "named": int(source.named),
+        "dropped": source.dropped,
+        "reward_ties": int((margins == 0).sum()),
+        "accuracy": calibration.accuracy(margins),
+        "accuracy_interval": ends_of(accuracy),
+        "ece": calibration.pair_ece(margins),
+        "ece_debiased": ece.value,
+        "ece_floor": floor.mean,
+        "ece_floor_high": floor.high,
+        "ace": calibration.pair_ace(margins),
+        "mce": calibration.pair_mce(margins),
+        "brier": calibration.brier(margins),
+        "nll": calibration.negative_log_likelihood(margins),
+        "mean_margin": float(margins.mean()),
+        "length_accuracy": calibration.accuracy([pair.longer for pair in source.pairs]),
+        "random_accuracy": 0.5,
+        "calibration": "indistinguishable",
+        "ece_interval": None,
+    }
+    if uncertainty.is_miscalibrated(report["ece"], floor):
+        confidence = calibration.probability(np.abs(margins)).mean()
+        is_over = confidence > report["accuracy"]
+        report["calibration"] = "over-confident" if is_over else "under-confident"
+        report["ece_interval"] = ends_of(ece)
+    return report
+
+
+def ends_of(interval: Interval) -> list[float | None]:
+    """The two ends of an interval, as JSON can hold them: None where there is no number."""
+    return [None if math.isnan(end) else float(end) for end in interval[1:]]
+
+
+def table(report: Report) -> str:
+    """The report as text: one line a source, then the mean and the worst source."""
+    rows = Table(
+        "source",
+        "pairs",
+        "prompts",
+        "accuracy [95%]",
+        "NLL",
+        "margin",
+        "longer",
+        "ECE",
+        "floor",
+        "calibration: ECE less noise [95%]",
+        left=("accuracy [95%]", "calibration: ECE less noise [95%]"),
+    )
+    for name, row in report["sources"].items():
+        rows.add(
+            name,
+            row["pairs"],
+            row["prompts"],
+            with_interval(row["accuracy"], row["accuracy_interval"]),
+            number(row["nll"]),
+            number(row["mean_margin"]),
+            number(row["length_accuracy"]),
+            number(row["ece"]),
+            number(row["ece_floor"]),
+            verdict(row),
+        )
+    mean, worst = report["mean"], report["worst"]
+    rows.add(
+        "mean",
+        None,
+        None,
+        number(mean["accuracy"]),
+        number(mean["nll"]),
+        number(mean["mean_margin"]),
+        number(mean["length_accuracy"]),
+        number(mean["ece"]),
+        None,
+        None,
+    )
+    rows.add(
+        "worst",
+        *(None, None),
+        number(worst["accuracy"]),
+        *(None, None, None),
+        number(worst["ece"]),
+        *(None, None),
+    )
+    return str(rows)
+
+
+def verdict(row: Report) -> str:
+    """What can be said of a source's calibration."""
+    if row["ece_interval"] is None:
+        return "indistinguishable from calibrated"
+    return f"{with_interval(row['ece_debiased'], row['ece_interval'])} {row['calibration']}"

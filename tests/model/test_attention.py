@@ -1,4 +1,4 @@
-"""Attention over segments against a masked softmax written from its definition; and rewards that packing cannot change."""
+"""Attention over segments against its definition, and rewards that packing cannot change."""
 
 import random
 
@@ -19,11 +19,14 @@ HEADS = [(1, 1, 4), (4, 4, 8), (4, 2, 8), (6, 2, 5), (3, 1, 16)]  # H, G, C
 BOUND = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
-# ---- the definition --------------------------------------------------------------------------------------------------
+# ---- the definition ------------------------------------------------------------------------------
 
 
 def visible(items):
-    """(N, N): a token sees itself and what stands before it in its own text, the prefix being part of every text."""
+    """(N, N): a token sees itself and what stands before it in its own text.
+
+    The prefix is part of every text.
+    """
     owner = []  # per token of the stream: its item, and its continuation or None
     for i, (prefix, continuations) in enumerate(items):
         owner += [(i, None)] * len(prefix)
@@ -41,7 +44,10 @@ def visible(items):
 
 
 def by_definition(q, k, v, mask):
-    """softmax(q k^T / sqrt(C)) v over the masked-in keys, head by head in float64; head h reads key head h // (H / G)."""
+    """softmax(q kᵀ / sqrt(C)) v over the keys in the mask, head by head in float64.
+
+    Head h reads key head h // (H / G).
+    """
     out = []
     for h in range(q.shape[1]):
         g = h // (q.shape[1] // k.shape[1])
@@ -51,9 +57,12 @@ def by_definition(q, k, v, mask):
 
 
 def random_items(seed):
-    """Pairs with a shared prompt, lone texts, empty prompts, one-token segments, up to three continuations."""
+    """Pairs with a shared prompt, lone texts, empty prompts, short segments, up to 3 responses."""
     chance = random.Random(seed)
-    length = lambda: chance.choice([1, 1, 2, chance.randint(3, 20)])  # noqa: E731
+
+    def length():
+        return chance.choice([1, 1, 2, chance.randint(3, 20)])
+
     return [
         (
             [0] * (length() if chance.random() < 0.7 else 0),
@@ -74,16 +83,17 @@ def random_qkv(items, heads, dtype=torch.float64, device="cpu"):
     ]
 
 
-def assert_same_with_gradients(found, expected, inputs, bound):
+def assert_same_with_gradients(result, expected, inputs, bound):
     """Outputs, and the gradients of an arbitrary function of them, agree everywhere."""
-    towards = torch.randn(
-        expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ).to(expected.device)
-    gradients = [
-        torch.autograd.grad((out.double() * towards).sum(), inputs) for out in (found, expected)
-    ]
-    for a, b in zip((found, *gradients[0]), (expected, *gradients[1])):
-        torch.testing.assert_close(a.double(), b.double(), rtol=bound, atol=bound)
+    generator = torch.Generator().manual_seed(0)
+    slope = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    slope = slope.to(expected.device)
+
+    def with_gradients(out):
+        return out, *torch.autograd.grad((out.double() * slope).sum(), inputs)
+
+    for ours, theirs in zip(with_gradients(result), with_gradients(expected)):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
@@ -92,27 +102,24 @@ def assert_same_with_gradients(found, expected, inputs, bound):
 def test_attend_is_a_masked_softmax(seed, heads, dtype):
     items = random_items(seed)
     q, k, v = random_qkv(items, heads, dtype)
-    found = attend(q, k, v, pack(items))
-    assert found.dtype == dtype
-    assert_same_with_gradients(
-        found, by_definition(q, k, v, visible(items)), (q, k, v), BOUND[dtype]
-    )
+    result, expected = attend(q, k, v, pack(items)), by_definition(q, k, v, visible(items))
+    assert result.dtype == dtype
+    assert_same_with_gradients(result, expected, (q, k, v), BOUND[dtype])
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 9, 10**6])
 @pytest.mark.parametrize("seed", range(6))
 def test_a_window_counts_positions(seed, window):
-    """A query sees the keys of its text less than `window` positions behind it, across the border of a shared prompt."""
+    """A query sees the keys of its text that are less than `window` positions behind it.
+
+    The border of a shared prompt does not matter.
+    """
     items = random_items(seed)
     q, k, v = random_qkv(items, (4, 2, 8))
     stream = pack(items)
     near = stream.positions[:, None] - stream.positions[None, :] < window
-    assert_same_with_gradients(
-        attend(q, k, v, stream, window),
-        by_definition(q, k, v, visible(items) & near),
-        (q, k, v),
-        1e-12,
-    )
+    expected = by_definition(q, k, v, visible(items) & near)
+    assert_same_with_gradients(attend(q, k, v, stream, window), expected, (q, k, v), 1e-12)
 
 
 @pytest.mark.parametrize("area", [1, 100, 1 << 22])
@@ -123,13 +130,10 @@ def test_tiles_of_any_size_are_the_same(monkeypatch, area, waste):
     items = [item for seed in range(4) for item in random_items(seed)]
     q, k, v = random_qkv(items, (4, 2, 8))
     stream = pack(items)
-    assert_same_with_gradients(
-        attend(q, k, v, stream), by_definition(q, k, v, visible(items)), (q, k, v), 1e-12
-    )
-    if area == 1:
-        assert len(stream.tiles()) == len(
-            stream.segments
-        )  # one segment a tile: the limit is in force
+    expected = by_definition(q, k, v, visible(items))
+    assert_same_with_gradients(attend(q, k, v, stream), expected, (q, k, v), 1e-12)
+    if area == 1:  # one segment a tile: the limit is in force
+        assert len(stream.tiles()) == len(stream.segments)
     if (area, waste) == (1 << 22, 1e9):
         assert len(stream.tiles()) == 1
 
@@ -138,19 +142,23 @@ def test_tiles_keep_within_their_area_and_waste(monkeypatch):
     monkeypatch.setattr(minimore.model.attention, "TILE_AREA", 2000)
     monkeypatch.setattr(minimore.model.attention, "TILE_WASTE", 1.3)
     stream = pack([item for seed in range(10) for item in random_items(seed)])
-    several = [(q, k) for q, _, k, _ in stream.tiles() if len(q) > 1]
-    real = {segment.start: segment.queries * segment.keys for segment in stream.segments}
+    several = [tile for tile in stream.tiles() if len(tile.queries) > 1]
+    area = {segment.start: segment.queries * segment.keys for segment in stream.segments}
     assert several
-    for q, k in several:
-        padded = q.numel() * k.shape[1]
-        assert padded <= 2000 and padded <= 1.3 * sum(real[start] for start in q[:, 0].tolist())
+    for tile in several:
+        padded = tile.queries.numel() * tile.keys.shape[1]
+        real = sum(area[start] for start in tile.queries[:, 0].tolist())
+        assert padded <= 2000 and padded <= 1.3 * real
 
 
-# ---- the other route: keys gathered by an index, both sides cut into segments ----------------------------------------------
+# ---- the other route: keys gathered by an index, both sides cut into segments --------------------
 
 
 def varlen_by_definition(q, k, v, cu_q, cu_k, max_q, max_k, *, is_causal=False):
-    """Attention within each cut, aligned bottom right: the last query sees all keys, the one before all but the last, ..."""
+    """Attention within each cut, aligned at the bottom right.
+
+    The last query sees all keys, the one before all but the last, and so on.
+    """
     assert cu_q.dtype == cu_k.dtype == torch.int32 and all(x.is_contiguous() for x in (q, k, v))
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max())) and is_causal
     assert q.shape[1] == k.shape[1] == v.shape[1] and (cu_q[-1], cu_k[-1]) == (len(q), len(k))
@@ -173,8 +181,8 @@ def test_the_varlen_route_is_a_masked_softmax(monkeypatch, seed, heads, varlen):
     monkeypatch.setattr(minimore.model.attention, "varlen_attn", varlen)
     items = random_items(seed)
     q, k, v = random_qkv(items, heads)
-    found = minimore.model.attention._attend_varlen(q, k, v, pack(items))
-    assert_same_with_gradients(found, by_definition(q, k, v, visible(items)), (q, k, v), 1e-12)
+    result = minimore.model.attention._attend_varlen(q, k, v, pack(items))
+    assert_same_with_gradients(result, by_definition(q, k, v, visible(items)), (q, k, v), 1e-12)
 
 
 def test_without_a_shared_prompt_the_varlen_route_gathers_nothing():
@@ -194,7 +202,7 @@ def test_attend_on_cuda_is_a_masked_softmax(heads, dtype, bound):
     assert_same_with_gradients(attend(q, k, v, pack(items).to("cuda")), expected, (q, k, v), bound)
 
 
-# ---- pack ------------------------------------------------------------------------------------------------------------
+# ---- pack ----------------------------------------------------------------------------------------
 
 
 def test_pack_by_hand():
@@ -220,7 +228,7 @@ def test_a_text_without_a_token_of_its_own_is_refused(items):
         pack(items)
 
 
-# ---- rewards: packing, sharing and precision -------------------------------------------------------------------------
+# ---- rewards: packing, sharing and precision -----------------------------------------------------
 
 LONG = (
     "\n\nHuman: "
@@ -257,24 +265,18 @@ def pairs(golden, request):
     return pairs
 
 
+@torch.no_grad()
 def alone(model, pairs):
     """(B, 2): every text in a forward pass of its own."""
-    with torch.no_grad():
-        return torch.stack(
-            [
-                torch.cat(
-                    [
-                        model.rewards(pack([([], [side.tolist()])]))
-                        for side in (p.chosen, p.rejected)
-                    ]
-                )
-                for p in pairs
-            ]
-        )
+
+    def reward(text):
+        return model.rewards(pack([([], [text.tolist()])]))
+
+    return torch.stack([torch.cat([reward(p.chosen), reward(p.rejected)]) for p in pairs])
 
 
-def assert_same(found, expected, bound=1e-5):
-    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
+def assert_same(result, expected, bound=1e-5):
+    torch.testing.assert_close(result, expected, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -331,39 +333,39 @@ def test_recomputing_blocks_leaves_every_gradient_bitwise_the_same(
     model, pairs, monkeypatch, dtype
 ):
     model.trunk.compute_dtype = dtype
-    kept = loss_gradients(model, pack_pairs(pairs))
-    calls, original = [], minimore.model.recompute.checkpoint
-    monkeypatch.setattr(
-        minimore.model.recompute,
-        "checkpoint",
-        lambda *a, **k: calls.append(a[0]) or original(*a, **k),
-    )
+    expected = loss_gradients(model, pack_pairs(pairs))
+    calls, checkpoint = [], minimore.model.recompute.checkpoint
+
+    def counted(function, *inputs, **options):
+        calls.append(function)
+        return checkpoint(function, *inputs, **options)
+
+    monkeypatch.setattr(minimore.model.recompute, "checkpoint", counted)
     model.trunk.recompute = "full"
     recomputed = loss_gradients(model, pack_pairs(pairs))
     assert calls == list(model.trunk.blocks)
-    for name, gradient in kept.items():
+    for name, gradient in expected.items():
         assert torch.equal(gradient, recomputed[name]), name
-        assert gradient.any() or name == "trunk.final_norm.bias", (
-            name
-        )  # which cancels in every margin
+        cancels = name == "trunk.final_norm.bias"  # in every margin
+        assert gradient.any() or cancels, name
     pair_rewards(model, pairs)
     assert len(calls) == len(model.trunk.blocks)  # nothing to recompute without gradients
 
 
 def test_bfloat16_is_for_the_trunk_alone(model, pairs):
-    """Parameters, final hidden states, head and rewards stay fp32; the rewards stay near those of fp32."""
+    """Parameters, hidden states, head and rewards stay fp32; rewards stay near those of fp32."""
     expected = pair_rewards(model, pairs)
     model.trunk.compute_dtype = torch.bfloat16
     seen = []
     model.trunk.blocks[0].register_forward_hook(lambda block, inputs, out: seen.append(out.dtype))
     with torch.no_grad():
         z = model.trunk(pack_pairs(pairs).stream)
-    found = pair_rewards(model, pairs)
+    rewards = pair_rewards(model, pairs)
     assert set(seen) == {torch.bfloat16}
-    assert {z.dtype, found.dtype, *(p.dtype for p in model.parameters())} == {torch.float32}
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
-    assert (found - expected).abs().max() > 1e-4  # bf16 was really used
-    for values in (z, found):  # and nothing was rounded to it at the end
+    assert {z.dtype, rewards.dtype, *(p.dtype for p in model.parameters())} == {torch.float32}
+    torch.testing.assert_close(rewards, expected, rtol=0.05, atol=0.1)
+    assert (rewards - expected).abs().max() > 1e-4  # bf16 was really used
+    for values in (z, rewards):  # and nothing was rounded to it at the end
         assert (values != values.bfloat16().float()).float().mean() > 0.9
 
 

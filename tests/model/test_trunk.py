@@ -1,4 +1,4 @@
-"""Rewards against transformers: stored references, live models in many configurations, and mistakes that must show."""
+"""Rewards against transformers, in many configurations, and mistakes that must show."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from reference import SIZES, reference_model, reference_rewards, reference_texts
 
 import minimore.model.checkpoint
 import minimore.model.trunk
-from minimore.model.attention import Stream, attend, pack
+from minimore.model.attention import attend, pack
 from minimore.model.checkpoint import Checkpoint, save_checkpoint
 from minimore.reward import RewardModel
 
@@ -23,10 +23,10 @@ def rewards_of(model, texts=TEXTS):
     return model.rewards(pack([([], [text]) for text in texts]))
 
 
-def errors(found, expected):
+def errors(rewards, expected):
     """Deviations in units of the tolerance 2e-5 max(1, |expected|)."""
-    assert found.shape == expected.shape and found.dtype == expected.dtype == torch.float32
-    return (found - expected).abs() / (2e-5 * expected.abs().clamp_min(1))
+    assert rewards.shape == expected.shape and rewards.dtype == expected.dtype == torch.float32
+    return (rewards - expected).abs() / (2e-5 * expected.abs().clamp_min(1))
 
 
 def expected_of(golden):
@@ -39,7 +39,7 @@ def test_rewards_equal_the_stored_references(golden):
     assert errors(rewards_of(open_model(golden)), expected_of(golden)).max() <= 1
 
 
-# ---- live comparison -------------------------------------------------------------------------------------------------
+# ---- live comparison -----------------------------------------------------------------------------
 
 
 def rope(kind="default", **fields):
@@ -53,15 +53,21 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=64,
 )
+LONGEST = {"gpt_neox": 2048, "llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+
+
+def without(llama3, name):
+    """The scaling in config.json that leaves out one of its numbers."""
+    return {"rope_type": "llama3"} | {key: llama3[key] for key in llama3 if key != name}
+
+
 CONFIGURATIONS = [
     ("gpt_neox", {}),
     ("gpt_neox", dict(use_parallel_residual=False)),
     ("gpt_neox", rope(partial_rotary_factor=0.5)),
     ("gpt_neox", rope(partial_rotary_factor=1.0)),
-    (
-        "gpt_neox",
-        dict(hidden_size=36, num_attention_heads=3) | rope(partial_rotary_factor=0.25),
-    ),  # 3 dimensions rotate: odd
+    # 3 dimensions rotate, an odd number
+    ("gpt_neox", dict(hidden_size=36, num_attention_heads=3) | rope(partial_rotary_factor=0.25)),
     ("gpt_neox", rope(partial_rotary_factor=0.25, rope_theta=500.0)),
     ("gpt_neox", rope("linear", partial_rotary_factor=0.5, factor=4.0)),
     ("gpt_neox", rope("llama3", partial_rotary_factor=1.0, **LLAMA3)),
@@ -127,46 +133,27 @@ OLD_SPELLINGS = [  # configuration, and its spelling in config.json before trans
     (
         "llama",
         rope("llama3", **LLAMA3),
-        dict(
-            rope_theta=500.0,
-            rope_scaling={
-                "rope_type": "llama3",
-                **{k: v for k, v in LLAMA3.items() if k != "rope_theta"},
-            },
-        ),
+        dict(rope_theta=500.0, rope_scaling=without(LLAMA3, "rope_theta")),
     ),
-    (
+    (  # the length beside the scaling is the one that counts
         "llama",
         rope("llama3", **LLAMA3),
         dict(
             rope_theta=500.0,
             original_max_position_embeddings=64,
-            rope_scaling={
-                "rope_type": "llama3",
-                **{k: v for k, v in LLAMA3.items() if k != "rope_theta"},
-                "original_max_position_embeddings": 16,
-            },
+            rope_scaling=without(LLAMA3, "rope_theta") | dict(original_max_position_embeddings=16),
         ),
     ),
-    *(
+    *(  # no length at all is the family's longest
         (
             family,
             rope("llama3", **LLAMA3 | dict(original_max_position_embeddings=longest)),
             dict(
                 max_position_embeddings=...,
-                rope_parameters={
-                    "rope_type": "llama3",
-                    **{k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"},
-                },
+                rope_parameters=without(LLAMA3, "original_max_position_embeddings"),
             ),
         )
-        for family, longest in (
-            ("gpt_neox", 2048),
-            ("llama", 2048),
-            ("mistral", 131072),
-            ("qwen2", 32768),
-            ("qwen3", 32768),
-        )
+        for family, longest in LONGEST.items()
     ),
     (
         "llama",
@@ -189,6 +176,10 @@ def write(theirs, directory):
     )
 
 
+def open_by_transformers(transformers, directory):
+    return transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
+
+
 @torch.no_grad()
 def padded_rewards(model, texts, side):
     """transformers' rewards of one padded batch."""
@@ -203,9 +194,7 @@ def padded_rewards(model, texts, side):
 
 
 @pytest.mark.parametrize("family, changes", CONFIGURATIONS, ids=str)
-def test_rewards_equal_those_of_transformers(
-    transformers, tmp_path, family, changes
-):
+def test_rewards_equal_those_of_transformers(transformers, tmp_path, family, changes):
     theirs = reference_model(family, **changes)
     expected = reference_rewards(theirs, TEXTS)
     write(theirs, tmp_path / "theirs")
@@ -215,13 +204,11 @@ def test_rewards_equal_those_of_transformers(
 
     (tmp_path / "ours").mkdir()
     save_checkpoint(tmp_path / "ours", checkpoint, ours.trunk, ours.head)
-    again = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "ours"
-    ).eval()
-    assert type(again) is type(theirs) and again.config.num_labels == 1
-    assert errors(reference_rewards(again, TEXTS), expected).max() <= 1
+    reopened = open_by_transformers(transformers, tmp_path / "ours")
+    assert type(reopened) is type(theirs) and reopened.config.num_labels == 1
+    assert errors(reference_rewards(reopened, TEXTS), expected).max() <= 1
     for side in ("right", "left"):
-        assert errors(padded_rewards(again, TEXTS, side), expected).max() <= 1
+        assert errors(padded_rewards(reopened, TEXTS, side), expected).max() <= 1
 
 
 @pytest.mark.parametrize("family, changes, spelling", OLD_SPELLINGS, ids=str)
@@ -233,10 +220,8 @@ def test_the_old_spelling_of_config_json_means_the_same(
     write(theirs, tmp_path)
     edit_json(tmp_path / "config.json", dict(rope_parameters=...) | spelling)
     assert errors(rewards_of(open_model(tmp_path)), expected).max() <= 1
-    again = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tmp_path
-    ).eval()  # the spelling is a real one
-    assert errors(reference_rewards(again, TEXTS), expected).max() <= 1
+    reopened = open_by_transformers(transformers, tmp_path)  # the spelling is a real one
+    assert errors(reference_rewards(reopened, TEXTS), expected).max() <= 1
 
 
 @pytest.mark.parametrize("family", SIZES)
@@ -246,9 +231,9 @@ def test_a_config_of_sizes_alone_has_the_defaults_of_transformers(transformers, 
     sizes = {k: v for k, v in SIZES[family].items() if not k.endswith("token_id")}
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type=family, **sizes)))
     assert errors(rewards_of(open_model(tmp_path)), reference_rewards(theirs, TEXTS)).max() <= 1
-    eps = getattr(theirs.config, "rms_norm_eps", None) or getattr(
-        theirs.config, "layer_norm_eps", 1e-5
-    )  # too small to show
+    # A wrong epsilon is too small to show in a reward.
+    layer_norm_eps = getattr(theirs.config, "layer_norm_eps", 1e-5)
+    eps = getattr(theirs.config, "rms_norm_eps", layer_norm_eps)
     assert Checkpoint(str(tmp_path)).config.norm_eps == eps
 
 
@@ -262,19 +247,18 @@ def test_a_language_model_has_the_hidden_states_of_transformers_and_no_reward_he
     theirs = reference_model(family, head="ForCausalLM", tie_word_embeddings=tied)
     write(theirs, tmp_path)
     checkpoint = Checkpoint(str(tmp_path))
-    assert (
-        any(k in checkpoint.tensors.files for k in ("lm_head.weight", "embed_out.weight")) != tied
-    )
+    language_heads = {"lm_head.weight", "embed_out.weight"} & set(checkpoint.tensors.files)
+    assert bool(language_heads) != tied
     trunk, head = checkpoint.load()
     assert head is None and not checkpoint.has_head
     text = TEXTS[4]
     with torch.no_grad():
-        found = trunk(pack([([], [text[: n + 1]]) for n in range(len(text))]))  # (N, D)
+        hidden = trunk(pack([([], [text[: n + 1]]) for n in range(len(text))]))  # (N, D)
         expected = theirs.base_model(torch.tensor([text])).last_hidden_state[0]
-    assert errors(found, expected).max() <= 1
+    assert errors(hidden, expected).max() <= 1
 
 
-# ---- mistakes that the comparison must catch -------------------------------------------------------------------------
+# ---- mistakes that the comparison must catch -----------------------------------------------------
 
 FAR = 50  # tolerances that a mistake moves some reward by, at least
 
@@ -337,10 +321,8 @@ def test_a_wrong_configuration_of_another_family_shows(
     write(theirs, tmp_path)
     checkpoint = Checkpoint(str(tmp_path))
     checkpoint.config = dataclasses.replace(checkpoint.config, **wrong)
-    assert (
-        errors(rewards_of(RewardModel(*checkpoint.load())), reference_rewards(theirs, TEXTS)).max()
-        >= FAR
-    )
+    rewards = rewards_of(RewardModel(*checkpoint.load()))
+    assert errors(rewards, reference_rewards(theirs, TEXTS)).max() >= FAR
 
 
 def test_missing_query_and_key_norms_show(transformers, tmp_path):
@@ -360,19 +342,20 @@ def test_a_run_stored_in_bfloat16_scores_alike_to_its_rounding(transformers, tmp
     (tmp_path / "ours").mkdir()
     save_checkpoint(tmp_path / "ours", checkpoint, *checkpoint.load(), "bfloat16")
     exact = rewards_of(open_model(tmp_path / "ours"))  # the stored weights, computed in fp32
-    again = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "ours"
-    ).eval()
-    assert again.dtype == torch.bfloat16
-    rounding = (reference_rewards(again, TEXTS).float() - exact).abs().max()
+    reopened = open_by_transformers(transformers, tmp_path / "ours")
+    assert reopened.dtype == torch.bfloat16
+    rounding = (reference_rewards(reopened, TEXTS).float() - exact).abs().max()
     ours = open_model(tmp_path / "ours")
     ours.trunk.compute_dtype = torch.bfloat16
     assert 0 < (rewards_of(ours) - exact).abs().max() < 2 * rounding < 0.5
-    assert errors(reference_rewards(again.float(), TEXTS), exact).max() <= 1
+    assert errors(reference_rewards(reopened.float(), TEXTS), exact).max() <= 1
 
 
 def test_the_other_gelu_shows():
-    """The two differ by 5e-4 at most, so less far; rounding alone stays below a tenth of the tolerance."""
+    """The two differ by 5e-4 at most, so a reward moves less than by FAR.
+
+    Rounding alone stays below a fifth of the tolerance.
+    """
     checkpoint, expected = Checkpoint(str(GOLDENS / "gpt_neox")), expected_of(GOLDENS / "gpt_neox")
     assert errors(rewards_of(RewardModel(*checkpoint.load())), expected).max() < 0.2
     checkpoint.config = dataclasses.replace(checkpoint.config, activation="gelu_tanh")
@@ -380,19 +363,18 @@ def test_the_other_gelu_shows():
 
 
 def test_every_parameter_shows(golden):
-    """A bias left out, a norm's weight left at 1, rows of a matrix or entries of the head in another order."""
+    """A bias left out, a norm's weight left at 1, rows of a matrix or of the head moved by one."""
     expected, unseen = expected_of(golden), []
     for name, _ in open_model(golden).named_parameters():
         model = open_model(golden)
         with torch.no_grad():
             p = model.get_parameter(name)
-            p.copy_(
-                torch.zeros_like(p)
-                if name.endswith("bias")
-                else torch.ones_like(p)
-                if "norm" in name
-                else p.roll(1, 0)
-            )
+            if name.endswith("bias"):
+                p.zero_()
+            elif "norm" in name:
+                p.fill_(1)
+            else:
+                p.copy_(p.roll(1, 0))
         if errors(rewards_of(model), expected).max() < FAR:
             unseen.append(name)
     assert not unseen
@@ -428,13 +410,11 @@ def test_a_negated_head_shows(golden):
 def test_another_grouping_of_heads_shows(monkeypatch):
     """Query head h reads key head h % G instead of h // (H / G)."""
     order = torch.tensor([0, 2, 1, 3])
-    monkeypatch.setattr(
-        minimore.model.trunk,
-        "attend",
-        lambda q, k, v, stream, window: attend(q[:, order], k, v, stream, window)[
-            :, order.argsort()
-        ],
-    )
+
+    def regrouped(q, k, v, stream, window):
+        return attend(q[:, order], k, v, stream, window)[:, order.argsort()]
+
+    monkeypatch.setattr(minimore.model.trunk, "attend", regrouped)
     assert_shows("llama", open_model(GOLDENS / "llama"))
 
 
@@ -453,43 +433,26 @@ def test_rotating_neighbouring_dimensions_shows(golden, monkeypatch):
         cos, sin = rotation
         width = 2 * cos.shape[-1]
         a, b = x[..., 0:width:2], x[..., 1:width:2]
-        return torch.cat(
-            [torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2), x[..., width:]],
-            -1,
-        )
+        rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        return torch.cat([rotated, x[..., width:]], -1)
 
     monkeypatch.setattr(minimore.model.trunk, "rotate", rotate)
     assert_shows(golden.name, open_model(golden))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda s: dict(positions=torch.zeros_like(s.positions)),
-        lambda s: dict(positions=s.positions.clamp(max=100)),
-        lambda s: dict(positions=s.positions.flip(0)),
-        lambda s: dict(last=(s.last - 1).clamp_min(0)),
-        lambda s: dict(last=s.last.flip(0)),
-    ],
-    ids=[
-        "no rotation",
-        "positions stop",
-        "positions reversed",
-        "pooled one early",
-        "texts exchanged",
-    ],
-)
-def test_wrong_positions_and_wrong_pooling_show(golden, change):
+WRONG_STREAMS = {
+    "no rotation": lambda stream: dict(positions=torch.zeros_like(stream.positions)),
+    "positions stop": lambda stream: dict(positions=stream.positions.clamp(max=100)),
+    "positions reversed": lambda stream: dict(positions=stream.positions.flip(0)),
+    "pooled one early": lambda stream: dict(last=(stream.last - 1).clamp_min(0)),
+    "texts exchanged": lambda stream: dict(last=stream.last.flip(0)),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG_STREAMS)
+def test_wrong_positions_and_wrong_pooling_show(golden, mistake):
     stream = pack([([], [text]) for text in TEXTS])
-    wrong = Stream(
-        **dict(
-            tokens=stream.tokens,
-            positions=stream.positions,
-            last=stream.last,
-            segments=stream.segments,
-        )
-        | change(stream)
-    )
+    wrong = dataclasses.replace(stream, **WRONG_STREAMS[mistake](stream), _tiles={})
     with torch.no_grad():
-        found = open_model(golden).rewards(wrong)
-    assert errors(found, expected_of(golden)).max() >= FAR
+        rewards = open_model(golden).rewards(wrong)
+    assert errors(rewards, expected_of(golden)).max() >= FAR

@@ -1,8 +1,10 @@
-"""What two training steps of a 300M-parameter GPT-NeoX take of a CPU's memory, against the plan. Linux only.
+"""The memory that training steps of a 300M-parameter GPT-NeoX take on a CPU, against the plan.
 
-    python tests/bench/cpu_memory.py --engine streamed --parameters bfloat16 --moments int8 --recompute full
+    python tests/bench/cpu_memory.py --engine streamed --parameters bfloat16 --moments int8 \
+        --recompute full
 
-Prints one JSON object: bytes of the process's anonymous memory at its peak, less what it had before the model was made.
+Linux only. Prints one JSON object. The peak is that of the process's anonymous memory over two
+steps, less what it had before the model was made.
 """
 
 import argparse
@@ -13,23 +15,19 @@ from functools import partial
 
 import numpy as np
 import torch
+from models import random_model
 
 from minimore.data.pairs import TokenPair
-from minimore.engine.cost import (
-    PairShape,
-    Workload,
-    memory_of,
-    parameter_bytes,
-    parameter_shapes,
-    state_bytes,
-)
+from minimore.engine.cost import memory_of, parameter_bytes, parameter_shapes, state_bytes
 from minimore.engine.objective import RewardObjective
-from minimore.engine.optim import AdamW, replace_parameter
+from minimore.engine.optim import AdamW
 from minimore.engine.recipe import Recipe
 from minimore.engine.streamed import open_engine
-from minimore.model.trunk import ModelConfig, Trunk
+from minimore.engine.workload import Workload, shape_of, tokens_of
+from minimore.model.trunk import ModelConfig
 from minimore.more import more_weights
-from minimore.reward import RewardModel, fresh_head
+
+SOURCES, STEPS = 5, 2
 
 
 def anonymous():
@@ -39,12 +37,11 @@ def anonymous():
 
 
 class Peak(threading.Thread):
-    """The largest `anonymous` while it runs."""
+    """The largest `anonymous` between `start` and `stop`."""
 
     def __init__(self):
         super().__init__(daemon=True)
         self.highest, self.over = 0, threading.Event()
-        self.start()
 
     def run(self):
         while not self.over.is_set():
@@ -57,52 +54,30 @@ class Peak(threading.Thread):
         return self.highest
 
 
-def random_model(c, optimizer):
-    """Random weights, each adopted as soon as it is made, as in loading a checkpoint."""
-    with torch.device("meta"):
-        model = RewardModel(Trunk(c), torch.empty(c.width))
-    generator = torch.Generator().manual_seed(0)
-    for name, p in list(model.named_parameters()):
-        value = torch.empty(p.shape)
-        value.normal_(0, 0.02, generator=generator) if p.ndim > 1 else value.fill_(
-            float(name.endswith("norm.weight"))
-        )
-        value = fresh_head(c.width, 0) if name == "head" else value
-        replace_parameter(model, name, optimizer.adopt(name, value))
-    return model
-
-
-def main():
+def parse_options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name in ("engine", "parameters", "moments", "recompute"):
         parser.add_argument(f"--{name}", default=getattr(Recipe, name))
-    for name, default in (
-        ("micro-tokens", 8192),
-        ("width", 1024),
-        ("blocks", 24),
-        ("vocabulary", 512),
-        ("pairs", 5),
-        ("length", 16),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
-    recipe = Recipe(
-        given.engine,
-        given.parameters,
-        given.moments,
-        given.recompute,
-        micro_tokens=given.micro_tokens,
-    )
-    c = ModelConfig(
-        vocabulary=given.vocabulary,
-        width=given.width,
-        blocks=given.blocks,
-        heads=given.width // 64,
-        kv_heads=given.width // 64,
+    parser.add_argument("--micro-tokens", type=int, default=8192)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--vocabulary", type=int, default=512)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--length", type=int, default=16)
+    return parser.parse_args()
+
+
+def config_of(options):
+    return ModelConfig(
+        vocabulary=options.vocabulary,
+        width=options.width,
+        blocks=options.blocks,
+        heads=options.width // 64,
+        kv_heads=options.width // 64,
         head_width=64,
-        mlp_width=4 * given.width,
+        mlp_width=4 * options.width,
         activation="gelu",
         gated=False,
         norm="layer",
@@ -114,57 +89,71 @@ def main():
         rotary_width=16,
         rope_base=1e4,
     )
-    torch.set_num_threads(1)
-    warm = torch.randn(64, 64, requires_grad=True)
-    (warm @ warm).sum().backward()  # the libraries' own memory
 
-    before, peak = anonymous(), Peak()
-    optimizer = AdamW(recipe.parameters, recipe.moments)
-    model = random_model(c, optimizer)
-    engine, optimizer.learning_rate = open_engine(model, optimizer, recipe), 1e-6
+
+def random_pairs(options):
+    """Pairs of a prompt and two responses, all of one length."""
     random, pairs = np.random.default_rng(0), []
-    for _ in range(given.pairs):
-        prompt, a, b = (
-            random.integers(2, given.vocabulary, given.length).astype(np.int32) for _ in range(3)
-        )
-        pairs.append(
-            TokenPair(np.concatenate([prompt, a]), np.concatenate([prompt, b]), given.length, 0)
-        )
+    for _ in range(options.pairs):
+        ids = random.integers(2, options.vocabulary, (3, options.length)).astype(np.int32)
+        prompt, chosen, rejected = ids
+        sides = np.concatenate([prompt, chosen]), np.concatenate([prompt, rejected])
+        pairs.append(TokenPair(*sides, options.length, 0))
+    return pairs
+
+
+def load_libraries():
+    """Take the memory that torch itself needs, so that it is not counted."""
+    torch.set_num_threads(1)
+    x = torch.randn(64, 64, requires_grad=True)
+    (x @ x).sum().backward()
+
+
+def train(config, recipe, pairs):
+    """Model, optimizer and seconds a step after a few steps."""
+    optimizer = AdamW(recipe.parameters, recipe.moments)
+    model = random_model(config, optimizer)
+    optimizer.learning_rate = 1e-6
+    engine = open_engine(model, optimizer, recipe)
+    source = [i % SOURCES for i in range(len(pairs))]
     began = time.perf_counter()
-    for _ in range(2):
-        engine.step(
-            pairs,
-            [i % 5 for i in range(given.pairs)],
-            RewardObjective(5, partial(more_weights, state={})),
-        )
-    seconds = (time.perf_counter() - began) / 2
+    for _ in range(STEPS):
+        objective = RewardObjective(SOURCES, partial(more_weights, state={}))
+        engine.step(pairs, source, objective)
+    return model, optimizer, (time.perf_counter() - began) / STEPS
+
+
+def main():
+    options = parse_options()
+    recipe = Recipe(
+        options.engine,
+        options.parameters,
+        options.moments,
+        options.recompute,
+        micro_tokens=options.micro_tokens,
+    )
+    config, pairs = config_of(options), random_pairs(options)
+    load_libraries()
+    before, peak = anonymous(), Peak()
+    peak.start()
+    model, optimizer, seconds = train(config, recipe, pairs)
     highest = peak.stop() - before
 
-    work, s = (
-        Workload(
-            (PairShape(given.length, given.length, given.length),) * given.pairs,
-            1,
-            3 * given.length * given.pairs,
-        ),
-        parameter_shapes(c),
-    )
-    memory = memory_of(c, work, recipe, 4, False)
-    print(
-        json.dumps(
-            {
-                "recipe": str(recipe),
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "peak": highest,
-                "planned_peak": memory.peak,
-                "phase": memory.phase,
-                "states": optimizer.bytes(model),
-                "planned_states": sum(
-                    parameter_bytes(part, recipe) + state_bytes(part, recipe) for part in s.parts
-                ),
-                "seconds_a_step": seconds,
-            }
-        )
-    )
+    shapes = tuple(shape_of(pair) for pair in pairs)
+    planned = memory_of(config, Workload(shapes, 1, tokens_of(shapes)), recipe, 4, False)
+    parts = parameter_shapes(config).parts
+    planned_states = sum(parameter_bytes(p, recipe) + state_bytes(p, recipe) for p in parts)
+    report = {
+        "recipe": str(recipe),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "peak": highest,
+        "planned_peak": planned.peak,
+        "phase": planned.phase,
+        "states": optimizer.bytes(model),
+        "planned_states": planned_states,
+        "seconds_a_step": seconds,
+    }
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

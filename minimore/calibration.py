@@ -1,12 +1,13 @@
 """Calibration by hand: does a probability of .7 come true 70% of the time? numpy only.
 
-A reward model says sigmoid(margin) that the chosen response is preferred, margin = r_chosen - r_rejected. Two
-conventions, kept apart by name:
+A reward model says that the chosen response is preferred with the probability sigmoid(margin),
+where margin = r_chosen - r_rejected. Two conventions are kept apart by name:
 
-- the paper's (`pair_*`, arXiv 2312.07401v5, section 2): every pair enters in both orders, (p, 1) and (1 - p, 0). The two are
-  mirror images, so an even number M of bins over [0, 1] holds what M / 2 bins over [.5, 1] hold for the predicted winner,
-  except for probabilities exactly on an edge.
-- the general one (`expected_calibration_error`): any probabilities with their 0/1 outcomes, nothing folded or mirrored.
+- the paper's (`pair_*`, arXiv 2312.07401v5, section 2): every pair enters in both orders, (p, 1)
+  and (1 - p, 0). The two are mirror images, so an even number M of bins over [0, 1] holds what
+  M / 2 bins over [.5, 1] hold for the predicted winner, except for probabilities on an edge.
+- the general one (`expected_calibration_error`): any probabilities with their 0/1 outcomes, nothing
+  folded or mirrored.
 
 N pairs or predictions, M bins. Probabilities are in [0, 1], margins and losses in nats.
 """
@@ -14,21 +15,24 @@ N pairs or predictions, M bins. Probabilities are in [0, 1], margins and losses 
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 class Reliability(NamedTuple):
-    """The bins of a reliability diagram: count (M,), mean probability (M,), mean outcome (M,), edges (M + 1,).
+    """The bins of a reliability diagram.
 
-    Empty bins hold NaN means. For quantile bins the edges are the largest probability of each bin.
+    count (M,); confidence (M,), the mean probability; accuracy (M,), the mean outcome; edges
+    (M + 1,). Empty bins hold NaN means. For quantile bins the edges are the largest probability of
+    each bin.
     """
 
-    count: np.ndarray
+    count: np.ndarray  # type: ignore[assignment]  # it stands in the place of tuple.count
     confidence: np.ndarray
     accuracy: np.ndarray
     edges: np.ndarray
 
 
-def accuracy(margins) -> float:
+def accuracy(margins: ArrayLike) -> float:
     """Share of pairs with a positive margin; a reward tie (margin exactly 0) counts one half.
 
     >>> accuracy([1.0, -2.0, 0.0, 3.0])
@@ -38,57 +42,75 @@ def accuracy(margins) -> float:
     return float(np.mean((m > 0) + 0.5 * (m == 0)))
 
 
-def probability(margins) -> np.ndarray:
-    """sigmoid(margin) without overflow: the model's probability that the chosen response is preferred. (N,) -> (N,)."""
+def probability(margins: ArrayLike) -> np.ndarray:
+    """The model's probability that the chosen response is preferred: sigmoid(margin). (N,) -> (N,).
+
+    Written so that no exponential overflows.
+    """
     m = np.asarray(margins, dtype=np.float64)
     e = np.exp(-np.abs(m))
     return np.where(m >= 0, 1 / (1 + e), e / (1 + e))
 
 
-def brier(margins) -> float:
-    """Brier score: mean (1 - p)^2, p the probability given to the chosen response; 0 is best, .25 knows nothing."""
+def brier(margins: ArrayLike) -> float:
+    """Brier score: mean (1 - p)^2, p the probability given to the chosen response.
+
+    0 is best, and .25 knows nothing.
+    """
     return float(np.mean(probability(-_vector(margins, "margins")) ** 2))
 
 
-def negative_log_likelihood(margins) -> float:
+def negative_log_likelihood(margins: ArrayLike) -> float:
     """mean -log p of the chosen response, nats: Eq. 1 as a metric; log 2 = .693 knows nothing."""
     return float(np.mean(np.logaddexp(0, -_vector(margins, "margins"))))
 
 
-def fit_temperature(margins) -> float:
-    """The T that minimises the mean of -log sigmoid(margin / T) over held-out pairs: Guo et al. 2017, for pairs.
+def fit_temperature(margins: ArrayLike) -> float:
+    """The T that minimises the mean of -log sigmoid(margin / T) over held-out pairs.
 
-    margins: (N,). The loss is convex in 1 / T; its root is bracketed and bisected to the last bits. Returns 0 if the pairs are separable
-    (no margin below 0: the loss falls for ever as T falls to 0), and infinity if the margins do not speak for the chosen side
-    (their mean is 0 or less: no probability but 1/2 is better). Neither is a temperature to use.
+    margins: (N,). The loss is convex in 1 / T; the root of its slope is bracketed and bisected to
+    the last bits. Two results are no temperature to use. It is 0 if the pairs are separable: no
+    margin is below 0, so the loss falls for ever as T falls to 0. It is infinity if the margins do
+    not speak for the chosen side: their mean is 0 or less, so no probability is better than 1/2.
+    Source: Guo et al. 2017, for pairs.
 
-    >>> round(fit_temperature([2.0, 2.0, 2.0, -2.0]), 6)           # right in 3 of 4, so each margin should be log 3
+    >>> # right in 3 of 4, so each margin should be log 3
+    >>> round(fit_temperature([2.0, 2.0, 2.0, -2.0]), 6)
     1.820478
     """
     m = _vector(margins, "margins")
     scale = np.abs(m).max()
     m = m / scale if scale > 0 else m
-    if m.mean() <= 1e-12:  # of the largest: rounding
+    if m.mean() <= 1e-12:  # 0, but for rounding
         return float("inf")
     if m.min() >= 0:
         return 0.0
-    slope = lambda t: np.mean(
-        m * probability(-t * m)
-    )  # falls from mean(m) / 2 at t = 0 to a negative number
+
+    def slope(t: float) -> float:
+        """The mean of m sigmoid(-t m): half the mean of m at t = 0, then it falls below 0."""
+        return float(np.mean(m * probability(-t * m)))
+
     low, high = 0.0, 1.0
     while slope(high) > 0:
         low, high = high, 2 * high
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    middle = (low + high) / 2
+    while low < middle < high:
+        if slope(middle) > 0:
+            low = middle
+        else:
+            high = middle
+        middle = (low + high) / 2
     return float(scale / middle)
 
 
-def reliability(probabilities, outcomes, bins: int = 10, strategy: str = "uniform") -> Reliability:
+def reliability(
+    probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10, strategy: str = "uniform"
+) -> Reliability:
     """Sort predictions into bins and compare what was said with what came true.
 
-    probabilities: (N,) in [0, 1]; outcomes: (N,) of 0 and 1. `uniform`: M equal bins over [0, 1], right-closed, 0 in the
-    first, as in the paper. `quantile`: M bins of equal count, `array_split` of a stable sort. Raises ValueError for values
-    out of range, unequal lengths, or no prediction at all.
+    probabilities: (N,) in [0, 1]; outcomes: (N,) of 0 and 1. `uniform`: M equal bins over [0, 1],
+    right-closed, 0 in the first, as in the paper. `quantile`: M bins of equal count, `array_split`
+    of a stable sort. Raises ValueError for values out of range, unequal lengths, or no prediction.
     """
     p, y = _vector(probabilities, "probabilities"), _vector(outcomes, "outcomes")
     if p.shape != y.shape:
@@ -120,11 +142,12 @@ def reliability(probabilities, outcomes, bins: int = 10, strategy: str = "unifor
 
 
 def expected_calibration_error(
-    probabilities, outcomes, bins: int = 10, strategy: str = "uniform"
+    probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10, strategy: str = "uniform"
 ) -> float:
     """ECE = sum_m |B_m| / N |acc(B_m) - conf(B_m)|.
 
-    Arguments as in `reliability`. Source: Naeini et al. 2015; Guo et al. 2017; section 2 of the paper.
+    Arguments as in `reliability`. Source: Naeini et al. 2015; Guo et al. 2017; section 2 of the
+    paper.
 
     >>> round(expected_calibration_error([.9, .9, .9, .9], [1, 1, 1, 0]), 10)
     0.15
@@ -133,29 +156,33 @@ def expected_calibration_error(
     return float(np.sum(r.count * _gaps(r)) / r.count.sum())
 
 
-def pair_reliability(margins, bins: int = 10) -> Reliability:
-    """`reliability` of pairs in the paper's convention: both orders of every pair, so the diagram is symmetric."""
+def pair_reliability(margins: ArrayLike, bins: int = 10) -> Reliability:
+    """`reliability` in the paper's convention: both orders of every pair, a symmetric diagram."""
     m = _vector(margins, "margins")
     both = np.concatenate([probability(m), probability(-m)])
     return reliability(both, np.repeat([1, 0], len(m)), bins)
 
 
-def pair_ece(margins, bins: int = 10) -> float:
-    """The paper's expected calibration error of a reward model, from its margins (chosen minus rejected).
+def pair_ece(margins: ArrayLike, bins: int = 10) -> float:
+    """The paper's expected calibration error of a reward model.
 
-    margins: (N,). Mirrors every pair itself, so it cannot be fed one order only. Source: section 2; the authors' code.
+    margins: (N,), chosen minus rejected. It mirrors every pair itself, so it cannot be fed one
+    order only. Source: section 2; the authors' code.
     """
     r = pair_reliability(margins, bins)
     return float(np.sum(r.count * _gaps(r)) / r.count.sum())
 
 
-def pair_ace(margins, bins: int = 10) -> float:
-    """Average calibration error: unweighted mean gap over non-empty equal-width bins (not the adaptive kind)."""
+def pair_ace(margins: ArrayLike, bins: int = 10) -> float:
+    """Average calibration error: the unweighted mean gap over non-empty bins of equal width.
+
+    This is not the adaptive kind.
+    """
     r = pair_reliability(margins, bins)
     return float(_gaps(r)[r.count > 0].mean())
 
 
-def pair_mce(margins, bins: int = 10) -> float:
+def pair_mce(margins: ArrayLike, bins: int = 10) -> float:
     """Maximum calibration error: the largest gap over non-empty bins."""
     return float(_gaps(pair_reliability(margins, bins)).max())
 
@@ -165,7 +192,7 @@ def _gaps(r: Reliability) -> np.ndarray:
     return np.nan_to_num(np.abs(r.accuracy - r.confidence))
 
 
-def _vector(values, name) -> np.ndarray:
+def _vector(values: ArrayLike, name: str) -> np.ndarray:
     v = np.asarray(values, dtype=np.float64)
     if v.ndim != 1 or v.size == 0 or not np.isfinite(v).all():
         raise ValueError(

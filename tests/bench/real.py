@@ -1,9 +1,10 @@
-"""The main job on real preference data: uniform and MORE, from a random checkpoint, through the command line.
+"""The main job on real preference data: uniform and MORE, through the command line.
 
     python tests/bench/real.py --data DIR --tokenizer FILE --output DIR
 
-DIR holds NAME.train.jsonl.gz and NAME.test.jsonl.gz (or .jsonl) for the five sources below; FILE is a tokenizer.json.
-The model is a small random GPT-NeoX (seeded), so the figures show that the path works, not what the paper's models reach.
+DIR holds NAME.train.jsonl.gz and NAME.test.jsonl.gz (or .jsonl) for the five sources below. FILE
+is a tokenizer.json. The model is a small random GPT-NeoX (seeded), so the figures show that the
+path works, not what the paper's models reach.
 """
 
 import argparse
@@ -19,22 +20,32 @@ from minimore.data.world import small_gpt_neox
 from minimore.model.checkpoint import random_checkpoint
 
 SOURCES = ("hh_helpful", "hh_harmless", "oasst1", "webgpt", "summeval")
+METHODS = ("uniform", "more")
 
 
 def find(directory, name, split):
+    """The file of a source, packed or not."""
     for end in (".jsonl.gz", ".jsonl"):
-        if (path := directory / f"{name}.{split}{end}").is_file():
+        path = directory / f"{name}.{split}{end}"
+        if path.is_file():
             return path
-    sys.exit(
-        f"{directory}: no {name}.{split}.jsonl.gz; expected train and test files of {', '.join(SOURCES)}"
-    )
+    sources = ", ".join(SOURCES)
+    sys.exit(f"{directory}: no {name}.{split}.jsonl.gz; expected train and test files of {sources}")
+
+
+def source_options(directory, split):
+    """--source NAME=FILE of every source."""
+    options = []
+    for name in SOURCES:
+        options += ["--source", f"{name}={find(directory, name, split)}"]
+    return options
 
 
 def minimore(*arguments):
     subprocess.run([sys.executable, "-m", "minimore", *map(str, arguments)], check=True)
 
 
-def main():
+def parse_options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,68 +58,61 @@ def main():
     parser.add_argument("--pairs-per-source", type=int, default=1600)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--max-length", type=int, default=512)
-    given = parser.parse_args()
-    if given.output.exists():
-        sys.exit(f"{given.output}: exists already; choose another name")
-    train = [f"{n}={find(given.data, n, 'train')}" for n in SOURCES]
-    test = [f"{n}={find(given.data, n, 'test')}" for n in SOURCES]
+    return parser.parse_args()
 
-    rows = 1 + max(
-        Tokenizer.from_file(str(given.tokenizer)).get_vocab(with_added_tokens=True).values()
-    )
+
+def write_model(options):
+    """A random model with the tokenizer, and room for a pad token."""
+    vocabulary = Tokenizer.from_file(str(options.tokenizer)).get_vocab(with_added_tokens=True)
+    rows = max(vocabulary.values()) + 2
     config = small_gpt_neox(
-        given.width,
-        given.blocks,
-        heads=max(1, given.width // 32),
-        vocabulary=-(-(rows + 1) // 64) * 64,
+        options.width,
+        options.blocks,
+        heads=max(1, options.width // 32),
+        vocabulary=-(-rows // 64) * 64,
     )
-    given.output.mkdir(parents=True)
-    random_checkpoint(given.output / "model", config, given.tokenizer, given.seed)
+    random_checkpoint(options.output / "model", config, options.tokenizer, options.seed)
 
-    for method in ("uniform", "more"):
-        began, run = time.time(), given.output / method
-        minimore(
-            "train",
-            "--model",
-            given.output / "model",
-            *(a for s in train for a in ("--source", s)),
-            "--method",
-            method,
-            "--output",
-            run,
-            "--seed",
-            given.seed,
-            "--max-length",
-            given.max_length,
-            "--learning-rate",
-            given.learning_rate,
-            "--pairs-per-source",
-            given.pairs_per_source,
-            "--log-steps",
-            10,
-            "--save-steps",
-            50,
-        )
-        print(f"{method}: {time.time() - began:.0f} s of training", flush=True)
-    for method in ("uniform", "more"):
-        print(f"\n== {method}", flush=True)
-        minimore(
-            "evaluate",
-            "--model",
-            given.output / method,
-            *(a for s in test for a in ("--source", s)),
-            "--json",
-            given.output / f"{method}.json",
-        )
-    means = {
-        m: json.loads((given.output / f"{m}.json").read_text())["mean"] for m in ("uniform", "more")
-    }
-    print(
-        "\nmean over sources: "
-        + "; ".join(
-            f"{m} accuracy {r['accuracy']:.4f}, ECE {r['ece']:.4f}" for m, r in means.items()
-        )
+
+def train(options, method, sources):
+    minimore(
+        "train",
+        *sources,
+        *("--model", options.output / "model"),
+        *("--method", method),
+        *("--output", options.output / method),
+        *("--seed", options.seed),
+        *("--max-length", options.max_length),
+        *("--learning-rate", options.learning_rate),
+        *("--pairs-per-source", options.pairs_per_source),
+        *("--log-steps", 10),
+        *("--save-steps", 50),
     )
+
+
+def evaluate(options, method, sources):
+    """The mean row of the report."""
+    report = options.output / f"{method}.json"
+    minimore("evaluate", "--model", options.output / method, *sources, "--json", report)
+    return json.loads(report.read_text())["mean"]
+
+
+def main():
+    options = parse_options()
+    if options.output.exists():
+        sys.exit(f"{options.output}: exists already; choose another name")
+    sources = source_options(options.data, "train")
+    tests = source_options(options.data, "test")
+    options.output.mkdir(parents=True)
+    write_model(options)
+    for method in METHODS:
+        began = time.monotonic()
+        train(options, method, sources)
+        print(f"{method}: {time.monotonic() - began:.0f} s of training", flush=True)
+    print("\nmean over sources:")
+    for method in METHODS:
+        mean = evaluate(options, method, tests)
+        print(f"{method} accuracy {mean['accuracy']:.4f}, ECE {mean['ece']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ CLEAR = 2.0  # times the floor, from which an ECE counts as miscalibration
 
 
 class Interval(NamedTuple):
-    """An estimate and the ends of its 95% interval: NaN where fewer than three prompts leave none."""
+    """An estimate and the ends of its 95% interval: NaN with fewer than three prompts."""
 
     value: float
     low: float

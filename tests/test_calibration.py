@@ -34,7 +34,7 @@ def test_ece_equals_a_loop_over_bins(bins):
 
 
 @pytest.mark.parametrize("bins", [2, 4, 10, 20])
-def test_pair_ece_is_the_usual_ece_of_the_predicted_winner_with_half_the_bins(bins):
+def test_pair_ece_is_the_ece_of_the_winner(bins):
     m = margins()
     winner = 1 / (1 + np.exp(-np.abs(m)))
     right = (m > 0).astype(float)

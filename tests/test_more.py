@@ -38,7 +38,7 @@ def optimality_gap(gradients):
     return ((weights @ M @ weights - (M @ weights).min()) / M.diagonal().max()).item()
 
 
-def test_losses_are_means_per_source_of_the_logistic_loss():
+def test_losses_are_means_per_source():
     head, zc, zr, source = batch()
     for k, loss in enumerate(bradley_terry_losses(head, zc, zr, source)):
         margins = [
@@ -169,7 +169,7 @@ def test_special_rows():
             min_norm_weights(bad)
 
 
-def test_frank_wolfe_approaches_the_exact_solution_from_above():
+def test_frank_wolfe_approaches_the_solution():
     for kind, G in zoo():
         if kind == "plain":
             exact = (min_norm_weights(G) @ G).square().sum()
@@ -258,7 +258,7 @@ def test_the_readers_five_lines_run_in_fp32():
     )
 
 
-def test_proportional_weights_are_the_plain_mean_over_pairs():
+def test_proportional_weights_are_the_mean():
     head, zc, zr, _ = batch()
     source = torch.tensor([0] * 7 + [1] * 4 + [2])
     losses = bradley_terry_losses(head, zc, zr, source)

@@ -210,7 +210,7 @@ def test_small_tools():
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
-def test_temperature_is_the_minimum_of_the_loss(scale):
+def test_temperature_minimises_the_loss(scale):
     m = scale * margins_of(np.random.default_rng(7), 300, 2.0)
     t = torch.zeros(
         (), dtype=torch.float64, requires_grad=True

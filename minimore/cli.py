@@ -1,8 +1,12 @@
-"""The verbs. Every error that a user can cause ends in one line and exit code 2; a failed training ends in 1."""
+"""The verbs. An error that a user can cause ends in one line and exit code 2."""
 
 import os
 import signal
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -14,44 +18,52 @@ from .lab.demo import DemoOptions, demo
 from .lab.features import FeaturesOptions, ProbeOptions, features, probe
 from .lab.grid import ReproduceOptions
 from .lab.reproduce import reproduce
-from .options import InputError, Parser, add_options, from_arguments, printable
+from .options import InputError, Parser, add_options, from_arguments, printable, require
 from .score import ScoreOptions, score
 from .train import TrainOptions, train
 
+
+class Verb(NamedTuple):
+    """What a sub-command takes, the function that does it, and one line of help."""
+
+    options: type
+    run: Callable[..., int | None]
+    help: str
+
+
 VERBS = {
-    "demo": (DemoOptions, demo, "train uniform and MORE on a synthetic world, in about a minute"),
-    "plan": (
+    "demo": Verb(
+        DemoOptions, demo, "train uniform and MORE on a synthetic world, in about a minute"
+    ),
+    "plan": Verb(
         PlanOptions,
         plan,
-        "what a training will take of memory and time, and the recipe that fits, from config.json alone",
+        "what a training will take of memory and time, and the recipe that fits, from config.json "
+        "alone",
     ),
-    "train": (
-        TrainOptions,
-        train,
-        "train a reward model on one or more sources of preference pairs",
+    "train": Verb(
+        TrainOptions, train, "train a reward model on one or more sources of preference pairs"
     ),
-    "evaluate": (
-        EvaluateOptions,
-        evaluate,
-        "accuracy and calibration of a reward model, per source",
+    "evaluate": Verb(
+        EvaluateOptions, evaluate, "accuracy and calibration of a reward model, per source"
     ),
-    "check": (
+    "check": Verb(
         CheckOptions,
         check,
-        "what is in a checkpoint, and does it work here: perplexity, rewards, memory, parity with transformers",
+        "what is in a checkpoint, and does it work here: perplexity, rewards, memory, parity with "
+        "transformers",
     ),
-    "features": (FeaturesOptions, features, "store the pooled states of a frozen checkpoint"),
-    "probe": (
-        ProbeOptions,
-        probe,
-        "train reward heads on stored states, by any method, over many seeds",
+    "features": Verb(FeaturesOptions, features, "store the pooled states of a frozen checkpoint"),
+    "probe": Verb(
+        ProbeOptions, probe, "train reward heads on stored states, by any method, over many seeds"
     ),
-    "reproduce": (
+    "reproduce": Verb(
         ReproduceOptions,
         reproduce,
-        "run one of the paper's experiments as a grid, on the built-in ladder or on real checkpoints",
+        "run one of the paper's experiments as a grid, on the built-in ladder or on real "
+        "checkpoints",
     ),
-    "score": (ScoreOptions, score, "add rewards to every line of a JSON lines file"),
+    "score": Verb(ScoreOptions, score, "add rewards to every line of a JSON lines file"),
 }
 
 
@@ -63,60 +75,93 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"minimore {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, (options_class, _, help) in VERBS.items():
-        add_options(verbs.add_parser(name, help=help, description=help), options_class)
+    for name, verb in VERBS.items():
+        add_options(verbs.add_parser(name, help=verb.help, description=verb.help), verb.options)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a name that the terminal cannot show is shown as escapes
+    """Run one verb; return the exit code."""
+    show_what_cannot_be_shown()
+    parsed = build_parser().parse_args(arguments)
+    try:
+        with termination_unwinds():
+            return run(parsed)
+    except BaseException as error:
+        code, message = outcome_of(error)
+    if message:
+        print(f"minimore {parsed.verb}: {printable(message)}", file=sys.stderr)
+    return code
+
+
+def run(parsed: Namespace) -> int:
+    """Check that the arguments are text, make the options of the verb, and carry it out."""
+    for value in vars(parsed).values():
+        is_text = not any("\udc80" <= c <= "\udcff" for c in str(value))  # bytes that no UTF-8 is
+        require(is_text, f"{value}: not UTF-8; expected names that are")
+    verb = VERBS[parsed.verb]
+    return verb.run(from_arguments(verb.options, parsed)) or 0
+
+
+def outcome_of(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error and its one line; what no user can cause is raised again.
+
+    2    the user's to mend: input, disk, memory
+    1    a training whose numbers are no longer finite
+    130  Ctrl-C
+    141  the reader of our output went away
+    """
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141, ""
+    if isinstance(error, FloatingPointError):
+        return 1, str(error)
+    if isinstance(error, OSError):
+        where = str(error)
+        if error.filename and error.strerror:
+            where = f"{error.filename}: {error.strerror}"
+        return 2, f"{where}; check the path, its permissions and the space left"
+    if is_out_of_memory(error):
+        return 2, (
+            "out of memory; train with --memory, with a smaller --micro-tokens elsewhere,"
+            " or look for a huge line in the input"
+        )
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    raise error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, a GPU or the CPU's allocator has no memory left."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@contextmanager
+def termination_unwinds() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP raise SystemExit, so that half-written files are removed."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    ours = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, exit_by_signal)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def exit_by_signal(number: int, _: object) -> None:
+    """Leave with the exit code that a shell gives to a signal."""
+    sys.exit(128 + number)
+
+
+def show_what_cannot_be_shown() -> None:
+    """A name that the terminal cannot show is printed with escapes."""
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    given = build_parser().parse_args(arguments)
-    options_class, run, _ = VERBS[given.verb]
-    code, message = 0, None
-    asked = [
-        s
-        for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None))
-        if s and signal.getsignal(s) == signal.SIG_DFL
-    ]
-    for number in asked:  # so that half-written files go
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        for value in vars(given).values():
-            if any("\udc80" <= c <= "\udcff" for c in str(value)):
-                raise InputError(f"{value}: not UTF-8; expected names that are")
-        code = run(from_arguments(options_class, given)) or 0
-    except InputError as error:
-        code, message = 2, error
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
-    except FloatingPointError as error:
-        code, message = 1, error
-    except OSError as error:
-        about = (
-            f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
-        )
-        code, message = 2, f"{about}; check the path, its permissions and the space left"
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(
-            error, (MemoryError, torch.OutOfMemoryError)
-        ) and "can't allocate memory" not in str(error):
-            raise
-        code, message = (
-            2,
-            "out of memory; train with --memory, with a smaller --micro-tokens elsewhere, or look for a huge line in the input",
-        )
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    finally:
-        for number in asked:
-            signal.signal(number, signal.SIG_DFL)
-    if message is not None:
-        print(f"minimore {given.verb}: {printable(str(message))}", file=sys.stderr)
-    return code

@@ -1,24 +1,16 @@
-"""Figures, if matplotlib is installed (the extra `plots`): reliability, margins, weights over time."""
+"""Figures, if matplotlib is installed (the extra `plots`): reliability, margins, weights."""
 
-import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .calibration import pair_reliability
-from .files import beside
+from .files import written_whole
 from .options import InputError
 
-PALETTE = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#F0E442",
-    "#000000",
-)  # Okabe and Ito
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+PALETTE = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #F0E442 #000000".split()
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")  # so that a grey print still tells sources apart
 
@@ -32,7 +24,8 @@ def available() -> bool:
     return True
 
 
-def _figure(columns, rows=1):
+def _figure(columns: float, rows: int = 1) -> Any:
+    """An empty figure of so many panels; InputError without matplotlib."""
     if not available():
         raise InputError("figures need matplotlib: pip install 'minimore[plots]'")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -44,18 +37,22 @@ def _figure(columns, rows=1):
 
 
 def draw_margins(margins: dict[str, np.ndarray], directory: Path) -> Path:
-    """Per source: reliability diagram (top, the paper's both-orders bins, 95% intervals of each) and histogram of margins (bottom)."""
+    """Reliability diagrams and histograms of margins, a column for every source.
+
+    Top: the paper's bins, which hold both orders of every pair, each with its 95% interval.
+    """
     figure = _figure(len(margins), 2)
     axes = figure.subplots(2, len(margins), squeeze=False)
     for k, (name, m) in enumerate(margins.items()):
-        r, top, bottom = pair_reliability(m), axes[0, k], axes[1, k]
-        filled = r.count > 0
+        bins, top, bottom = pair_reliability(m), axes[0, k], axes[1, k]
+        is_filled = bins.count > 0
+        shares = bins.accuracy[is_filled]
+        low, high = _wilson(shares, bins.count[is_filled])
         top.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        low, high = _wilson(r.accuracy[filled], r.count[filled])
         top.errorbar(
-            r.confidence[filled],
-            r.accuracy[filled],
-            (r.accuracy[filled] - low, high - r.accuracy[filled]),
+            bins.confidence[is_filled],
+            shares,
+            (shares - low, high - shares),
             fmt="o-",
             color=PALETTE[k % len(PALETTE)],
             markersize=4,
@@ -75,15 +72,14 @@ def draw_margins(margins: dict[str, np.ndarray], directory: Path) -> Path:
 
 
 def draw_weights(weights: dict[str, list[float]], directory: Path) -> Path:
-    """The weight of every source over the steps of a run: dots, and their moving average over a tenth of the run."""
+    """The weight of every source in every step: dots, and their average over a tenth of the run."""
     figure = _figure(2)
     axis = figure.subplots()
     for k, (name, values) in enumerate(weights.items()):
         colour, window = PALETTE[k % len(PALETTE)], max(1, len(values) // 10)
         average = np.convolve(values, np.ones(window) / window, "valid")
-        axis.plot(
-            np.arange(1, len(values) + 1), values, ".", color=colour, alpha=0.25, markersize=2
-        )
+        steps = np.arange(1, len(values) + 1)
+        axis.plot(steps, values, ".", color=colour, alpha=0.25, markersize=2)
         axis.plot(
             np.arange(len(average)) + (window + 1) / 2,
             average,
@@ -97,43 +93,33 @@ def draw_weights(weights: dict[str, list[float]], directory: Path) -> Path:
     return _save(figure, directory / "weights.png")
 
 
-def _wilson(share, count):
-    """95% interval of a share of `count` pairs, taken as independent: Wilson 1927."""
-    z2 = 1.96**2
-    middle, half = (
-        share + z2 / (2 * count),
-        1.96 * np.sqrt(share * (1 - share) / count + z2 / (4 * count**2)),
-    )
-    return np.minimum((middle - half) / (1 + z2 / count), share), np.maximum(
-        (middle + half) / (1 + z2 / count), share
-    )
-
-
 def draw_boxes(margins: dict[str, dict[str, np.ndarray]], path: Path) -> Path:
-    """Box plots of the margins, one panel a source and one box a scheme: {source: {scheme: (N,)}}. Whiskers end at 1.5 interquartile ranges."""
+    """Box plots of the margins, one panel a source and one box a scheme.
+
+    margins: {source: {scheme: (N,)}}. Whiskers end at 1.5 interquartile ranges.
+    """
     figure = _figure(len(margins))
-    for k, (axis, (name, schemes)) in enumerate(
-        zip(figure.subplots(1, len(margins), sharey=True, squeeze=False)[0], margins.items())
-    ):
-        axis.boxplot(
+    panels = figure.subplots(1, len(margins), sharey=True, squeeze=False)[0]
+    for k, (panel, (name, schemes)) in enumerate(zip(panels, margins.items())):
+        panel.boxplot(
             list(schemes.values()),
             orientation="vertical",
             flierprops={"markersize": 1},
             medianprops={"color": PALETTE[k % len(PALETTE)]},
         )
-        axis.set_xticks(
-            np.arange(1, len(schemes) + 1),
-            [_plain(s) for s in schemes],
-            rotation=90,
-            fontsize="x-small",
-        )
-        axis.set(title=_plain(name), ylabel="margin (chosen minus rejected)" if k == 0 else "")
-        axis.axhline(0, color="grey", linewidth=0.8)
+        labels = [_plain(scheme) for scheme in schemes]
+        places = np.arange(1, len(schemes) + 1)
+        panel.set_xticks(places, labels, rotation=90, fontsize="x-small")
+        panel.set(title=_plain(name), ylabel="margin (chosen minus rejected)" if k == 0 else "")
+        panel.axhline(0, color="grey", linewidth=0.8)
     return _save(figure, path)
 
 
 def draw_schemes(schemes: dict[str, dict], names: list[str], path: Path) -> Path:
-    """Accuracy (top) and ECE (bottom) of every scheme on every source: {scheme: {rate: [(mean, half interval) per source]}}."""
+    """Accuracy (top) and ECE (bottom) of every scheme on every source.
+
+    schemes: {scheme: {rate: [(mean, half interval) of each source]}}.
+    """
     figure = _figure(2.5, 2)
     for axis, rate in zip(figure.subplots(2, 1, sharex=True), ("accuracy", "ece")):
         for k, (scheme, rates) in enumerate(schemes.items()):
@@ -163,7 +149,7 @@ def draw_schemes(schemes: dict[str, dict], names: list[str], path: Path) -> Path
 
 
 def draw_curves(curves: dict[str, list[tuple]], across: str, up: str, path: Path) -> Path:
-    """Lines through (x, mean, half interval), one a label."""
+    """Lines through points (x, mean, half interval), one line a label."""
     figure = _figure(2)
     axis = figure.subplots()
     for k, (label, points) in enumerate(curves.items()):
@@ -185,26 +171,35 @@ def draw_curves(curves: dict[str, list[tuple]], across: str, up: str, path: Path
     return _save(figure, path)
 
 
-def _plain(name):
+def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95% interval of a share of `count` pairs, taken as independent: Wilson 1927."""
+    z = 1.96
+    middle = share + z**2 / (2 * count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    return np.minimum((middle - half) / scale, share), np.maximum((middle + half) / scale, share)
+
+
+def _plain(name: str) -> str:
     """A source's name as it is, not as mathematics."""
     return name.replace("$", r"\$")
 
 
-def _bins(values, count=40):
+def _bins(values: np.ndarray, count: int = 40) -> np.ndarray:
     """Edges of equal bins that hold all values, also where these are all the same."""
     low, high = values.min(), values.max()
     room = max(high - low, 1e-6 * max(abs(low), abs(high)), 1e-6) / count
     return np.linspace(low - room, high + room, count + 1)
 
 
-def _save(figure, path):
-    made, unfinished = not path.parent.exists(), beside(path)
+def _save(figure: Any, path: Path) -> Path:
+    """Write the figure whole or not at all; a directory made for it goes, too, if it fails."""
+    is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        figure.savefig(unfinished, dpi=120, format="png")
-        os.replace(unfinished, path)
+        with written_whole(path) as unfinished:
+            figure.savefig(unfinished, dpi=120, format="png")
     finally:
-        unfinished.unlink(missing_ok=True)
-        if made and not any(path.parent.iterdir()):
+        if is_new and not any(path.parent.iterdir()):
             path.parent.rmdir()
     return path

@@ -10,7 +10,10 @@ from .files import written_whole
 from .options import InputError
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-PALETTE = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #F0E442 #000000".split()
+PALETTE = (
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7"),
+    *("#56B4E9", "#D55E00", "#F0E442", "#000000"),
+)
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")  # so that a grey print still tells sources apart
 

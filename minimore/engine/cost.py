@@ -347,22 +347,25 @@ def plain_phases(step: StepShape) -> Phases:
     """
     shapes, blocks = step.shapes, step.config.blocks
     all_gradients = 4 * shapes.parameters
-    fullest_block = max(step.saved)
-    table_gradients = 4 * count(shapes.embeddings)  # of this micro-batch, beside their sums
-    keeps_casts = step.recipe.recompute != "full"
+    saved = max(step.saved)
+    casts = step.casts * (1 if step.recipe.recompute == "full" else blocks)
     start = {
+        # The sums of the micro-batches before, or the last block's gradient.
         "gradients": all_gradients if step.several else 4 * count(shapes.block),
-        "saved activations": blocks * fullest_block,
-        "recomputed": step.recomputed,
-        "casts": step.casts * (blocks if keeps_casts else 1),
+        "saved activations": blocks * saved,
+        "recomputed": step.recomputed,  # of the last block
+        "casts": casts,  # a graph that was not dropped holds those of its block
         "scratch": step.block_gradients + step.residual(step.most_tokens),
     }
+    # The embedding tables' dense gradient of one micro-batch, before it is added to the sum.
+    table_gradients = 4 * count(shapes.embeddings) if step.several else 0
+    # The gradient of the embedded tokens, and a copy of it, at least fp32.
     residual_gradients = 2 * step.most_tokens * step.config.width * max(4, step.itemsize)
     end = {
         "gradients": all_gradients,
-        "saved activations": fullest_block,
+        "saved activations": saved,  # of the first block
         "recomputed": step.recomputed,
-        "scratch": (table_gradients if step.several else 0) + residual_gradients,
+        "scratch": table_gradients + residual_gradients,
     }
     return {"backward, last block": start, "backward, embedding": end}
 
@@ -370,32 +373,27 @@ def plain_phases(step: StepShape) -> Phases:
 def streamed_phases(step: StepShape) -> Phases:
     """The end of the way forward, the first block of the way back, and the embedding."""
     shapes, blocks, itemsize = step.shapes, step.config.blocks, step.itemsize
-    if "inputs" in step.recipe.offload:  # one computed with, one on its way each way
-        saved = 3 * step.residual(step.most_tokens)
-    else:
-        saved = blocks * sum(step.saved)
-    keeps_casts = step.recipe.recompute != "full"
-    casts = step.casts * (blocks if keeps_casts else 1)
+    saved = blocks * sum(step.saved)
+    if "inputs" in step.recipe.offload:
+        saved = 3 * step.residual(step.most_tokens)  # one in use, one on its way each way
+    casts = step.casts * (1 if step.recipe.recompute == "full" else blocks)
+    # The residual stream of all micro-batches (on the way back its gradient), inside of one block.
     scratch = step.residual(step.tokens) + step.block_gradients
+    forward = {"saved activations": saved, "casts": casts, "scratch": scratch}
     # Over several micro-batches: the gradient of one, beside the sum, which is at least fp32.
     gradient_itemsize = max(4, itemsize) + itemsize if step.several else itemsize
-    forward = {
-        "saved activations": saved,
-        "casts": casts,
-        "scratch": scratch,
-    }
     backward = {
-        "gradients": gradient_itemsize * count(shapes.block),
+        "gradients": gradient_itemsize * count(shapes.block),  # of the last block alone
         "saved activations": saved,
         "recomputed": step.recomputed,
         "casts": casts,
         "scratch": scratch,
     }
-    residual_gradient = step.residual(step.tokens)
+    # The gradient of the embedded tokens by micro-batch, joined, and as fp32 if it is not.
     as_fp32 = 4 * step.tokens * step.config.width if itemsize < 4 else 0
     embedding = {
         "gradients": 4 * count(shapes.embeddings),
-        "scratch": 2 * residual_gradient + as_fp32,
+        "scratch": 2 * step.residual(step.tokens) + as_fp32,
     }
     return {
         "forward, last block": forward,

@@ -1,4 +1,7 @@
-"""minimore: reward models from several sources of human preference, minimal and from scratch (arXiv 2312.07401)."""
+"""minimore: reward models from several sources of human preference, minimal and from scratch.
+
+Source: arXiv 2312.07401.
+"""
 
 __version__ = "0.1.0"
 

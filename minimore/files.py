@@ -1,7 +1,7 @@
 """Files that last: written whole or not at all.
 
-A file is written beside its place, brought to the disk and then renamed into place. Whoever reads it
-sees the old file or the new one, never half of one. Standard library only.
+A file is written beside its place, brought to the disk and then renamed into place. Whoever reads
+it sees the old file or the new one, never half of one. Standard library only.
 """
 
 import json
@@ -74,9 +74,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented strict JSON: no NaN, and escapes only where UTF-8 has no bytes for a character."""
+    """Write indented strict JSON. Raises ValueError for NaN and the infinities.
+
+    A character is written as itself, unless the text holds half a surrogate pair: UTF-8 has no
+    bytes for that, so then all that is not ASCII is escaped.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    if any("\ud800" <= c <= "\udfff" for c in text):
+    holds_surrogates = any("\ud800" <= c <= "\udfff" for c in text)
+    if holds_surrogates:
         text = json.dumps(value, indent=2, allow_nan=False)
     write_text(path, text + "\n")
 

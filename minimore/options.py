@@ -120,7 +120,7 @@ def check_ranges(options: Any) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and exit code 2, without usage and without abbreviations."""
+    """argparse without abbreviations; its errors are one line, without usage, and exit code 2."""
 
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, allow_abbrev=False, **keywords)
@@ -256,7 +256,7 @@ def parse_sources(
 
 
 def require_tests(paths: dict[str, tuple[str, str | None]]) -> None:
-    """Refuse a source without a test file, or whose test file is missing or is its training file."""
+    """Refuse a source that has no test file of its own, or whose files do not exist."""
     for name, (train, test) in paths.items():
         if test is None:
             raise InputError(f"--source {name}: has no test file; expected NAME=TRAIN,TEST")

@@ -108,7 +108,7 @@ def test_an_untrained_model_is_said_to_be_one(transformers, tmp_path, capsys):
     )
 
 
-# ---- figures -----------------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", SIZES)

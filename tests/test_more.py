@@ -30,7 +30,10 @@ def batch(B=12, K=3, D=5, seed=0, dtype=torch.float64):
 
 
 def optimality_gap(gradients):
-    """How far below ||sum lambda g||^2 any other point of the hull could be, over the largest squared norm."""
+    """How much shorter than sum lambda g any other vector of the hull could be.
+
+    Lengths are squared, and in units of the longest gradient's.
+    """
     G = gradients.double() / gradients.abs().max().double()
     weights = min_norm_weights(gradients)
     assert weights.dtype == torch.float64 and weights.min() >= 0 and abs(weights.sum() - 1) < 1e-12
@@ -107,7 +110,11 @@ def test_a_source_without_a_pair_is_nan_and_stays_out_of_the_solve():
 
 
 def zoo():
-    """Hard gradient matrices: K = 1..8, scales from 1e-6 to 1e6, duplicate, opposite, nearly parallel and low-rank rows."""
+    """Hard gradient matrices of K = 1 to 8 rows.
+
+    Their scales reach from 1e-6 to 1e6; rows are duplicate, opposite, nearly parallel or of low
+    rank.
+    """
     g = torch.Generator().manual_seed(1)
     for K, D in itertools.product(range(1, 9), (1, 2, 3, 7, 64)):
         G = torch.randn(K, D, generator=g, dtype=torch.float64)
@@ -170,12 +177,12 @@ def test_special_rows():
 
 
 def test_frank_wolfe_approaches_the_solution():
-    for kind, G in zoo():
-        if kind == "plain":
-            exact = (min_norm_weights(G) @ G).square().sum()
-            iterated = (frank_wolfe_weights(G, iterations=1000, tolerance=1e-9) @ G).square().sum()
-            assert exact - 1e-12 <= iterated <= exact + 1e-3 * G.square().sum(1).max()
-            assert frank_wolfe_weights(G).sum() == pytest.approx(1)
+    plain = [G for kind, G in zoo() if kind == "plain"]
+    for G in plain[::2]:  # every K and every D, but not every two of them
+        exact = (min_norm_weights(G) @ G).square().sum()
+        iterated = (frank_wolfe_weights(G, iterations=1000, tolerance=1e-9) @ G).square().sum()
+        assert exact - 1e-12 <= iterated <= exact + 1e-3 * G.square().sum(1).max()
+        assert frank_wolfe_weights(G).sum() == pytest.approx(1)
 
 
 def test_small_gradients_capture_the_weight_unless_normalised():

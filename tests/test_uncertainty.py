@@ -1,4 +1,7 @@
-"""Intervals that cover, a floor that is there, and no verdict that noise could give. Seeds are fixed; bench/coverage.py has the long run."""
+"""Intervals cover, the floor is where it should be, and noise alone gives no verdict.
+
+Seeds are fixed; bench/coverage.py has the long run.
+"""
 
 import math
 from statistics import NormalDist
@@ -31,11 +34,13 @@ from minimore.uncertainty import (
 
 
 def margins_of(random, count, confidence=1.0, spread=1.0, group=None):
-    """Margins of a model that says `confidence` times the true log odds, themselves normal; group: added to them, prompt by prompt."""
+    """Margins of a model that says `confidence` times the log odds, which are normal.
+
+    group: what the true log odds have in addition, the same for all pairs of a prompt.
+    """
     odds = random.normal(0, spread, count)
-    right = random.random(count) < probability(
-        odds + (0 if group is None else group * np.sign(odds))
-    )
+    true_odds = odds if group is None else odds + group * np.sign(odds)
+    right = random.random(count) < probability(true_odds)
     return confidence * np.where(right, odds, -odds)
 
 
@@ -56,9 +61,8 @@ def test_the_floor_is_what_calibrated_models_show():
 def test_the_floor_of_certain_margins_is_zero_and_of_none_a_coin():
     assert noise_floor([800.0, -900.0]).mean == 0
     coin = noise_floor(np.zeros(400), replicates=2000)
-    assert coin.mean == pytest.approx(
-        0, abs=1e-12
-    )  # a probability of exactly 1/2, both orders: the two mirror images cancel
+    # With a probability of exactly 1/2 in both orders the two mirror images cancel.
+    assert coin.mean == pytest.approx(0, abs=1e-12)
     assert noise_floor(np.full(400, 0.1), replicates=2000).mean == pytest.approx(
         math.sqrt(2 / math.pi) * 0.5 / 20, rel=0.05
     )
@@ -78,42 +82,58 @@ def test_calibrated_models_are_seldom_called_miscalibrated(count):
     )
 
 
-@pytest.mark.parametrize("count, confidence", [(500, 2.0), (500, 0.4), (133, 3.0), (2000, 2.0)])
+@pytest.mark.parametrize(
+    "count, confidence",
+    [
+        (133, 3.0),
+        pytest.param(500, 0.4, marks=pytest.mark.slow),
+        pytest.param(500, 2.0, marks=pytest.mark.slow),
+        pytest.param(1000, 2.0, marks=pytest.mark.slow),
+    ],
+)
 def test_intervals_cover(count, confidence):
     """200 samples: a share of .95 has a standard error of .015."""
     random = np.random.default_rng(2)
     large = [margins_of(random, 400_000, confidence) for _ in range(3)]
     true = np.mean([accuracy(m) for m in large]), np.mean([pair_ece(m) for m in large])
-    found = [
+    estimates = [
         intervals(margins_of(random, count, confidence), replicates=300, seed=i) for i in range(200)
     ]
     covered = [
-        np.mean([i[which].low <= true[which] <= i[which].high for i in found]) for which in (0, 1)
+        np.mean([i[which].low <= true[which] <= i[which].high for i in estimates])
+        for which in (0, 1)
     ]
     assert 0.91 <= covered[0] <= 0.985 and covered[1] >= 0.90
-    assert abs(np.mean([ece.value for _, ece in found]) - true[1]) < 0.1 * true[1]
+    assert abs(np.mean([ece.value for _, ece in estimates]) - true[1]) < 0.1 * true[1]
 
 
+@pytest.mark.slow
 def test_intervals_by_prompt_cover_where_intervals_by_pair_do_not():
-    random, by = np.random.default_rng(3), {"prompt": [], "pair": []}
-    sample = lambda prompts: (
-        margins_of(random, prompts * 30, group=np.repeat(random.normal(0, 1.0, prompts), 30)),
-        np.repeat(np.arange(prompts), 30),
-    )
+    random, intervals_by = np.random.default_rng(3), {"prompt": [], "pair": []}
+
+    def sample(prompts):
+        """Margins of 30 pairs a prompt that go together, and the prompt of each."""
+        group = np.repeat(random.normal(0, 1.0, prompts), 30)
+        return margins_of(random, prompts * 30, group=group), np.repeat(np.arange(prompts), 30)
+
     true = np.mean([accuracy(sample(20_000)[0]) for _ in range(2)])
     for i in range(200):
         m, prompts = sample(20)
-        by["prompt"].append(intervals(m, prompts, 300, i)[0])
-        by["pair"].append(intervals(m, None, 300, i)[0])
+        intervals_by["prompt"].append(intervals(m, prompts, 300, i)[0])
+        intervals_by["pair"].append(intervals(m, None, 300, i)[0])
     covered = {
-        kind: np.mean([a.low <= true <= a.high for a in found]) for kind, found in by.items()
+        kind: np.mean([a.low <= true <= a.high for a in of_kind])
+        for kind, of_kind in intervals_by.items()
     }
     assert covered["prompt"] > 0.90 and covered["pair"] < 0.80, covered
 
 
 @pytest.mark.parametrize("prompts, each", [(20, 36), (6, 100)])
 def test_prompts_whose_pairs_go_together_do_not_raise_false_alarms(prompts, each):
-    """Calibrated on the whole, but the outcomes of one prompt's pairs are drawn together (a Gaussian copula, correlation .3)."""
+    """Calibrated on the whole, but the outcomes of one prompt's pairs are drawn together.
+
+    They are drawn by a Gaussian copula with a correlation of .3.
+    """
     random, alarms = np.random.default_rng(8), {"prompt": 0, "pair": 0}
     for _ in range(120):
         odds = np.abs(random.normal(0, 1, prompts * each))

@@ -10,18 +10,21 @@ from torch import Tensor, nn
 from ..model.attention import pack
 from ..model.trunk import Trunk
 
-CHUNK = 1024  # positions whose logits exist at a time: 1024 x 152k of Qwen's are 0.6 GB
+# So many positions have logits at a time: 1024 of them, times Qwen's 152k tokens, are 0.6 GB.
+CHUNK = 1024
 
 
 class LanguageModel(nn.Module):
-    """trunk, and unembedding (V, D): the logits are its products with the final hidden states. A tied one is the embedding itself."""
+    """A trunk and its unembedding (V, D), whose products with the hidden states are the logits.
+
+    A tied unembedding is the parameter of the embedding itself.
+    """
 
     def __init__(self, trunk: Trunk, unembedding: Tensor):
         super().__init__()
         self.trunk = trunk
-        self.unembedding = (
-            unembedding if isinstance(unembedding, nn.Parameter) else nn.Parameter(unembedding)
-        )
+        is_parameter = isinstance(unembedding, nn.Parameter)
+        self.unembedding = unembedding if is_parameter else nn.Parameter(unembedding)
 
     def logits(self, states: Tensor) -> Tensor:
         """Final hidden states (..., D) -> (..., V), in their type."""
@@ -29,12 +32,18 @@ class LanguageModel(nn.Module):
 
 
 def token_losses(model: LanguageModel, tokens: list[int]) -> Tensor:
-    """-log p, in nats, of every token but the first, given those before it: (N - 1,); exp of their mean is the perplexity."""
-    states = model.trunk.states(pack([([], [tokens])]).to(model.unembedding.device))[:-1]
+    """Loss of every token but the first, given those before it; exp of the mean is the perplexity.
+
+        L_t = -log p(token_t | token_0 ... token_{t-1}),  t = 1 ... N - 1
+
+    Returns (N - 1,), nats.
+    """
+    stream = pack([([], [tokens])]).to(model.unembedding.device)
+    # The last state predicts what comes after the text, of which nothing is known.
+    states = model.trunk.states(stream)[:-1]
     targets = torch.tensor(tokens[1:], device=states.device)
-    return torch.cat(
-        [
-            F.cross_entropy(model.logits(s), t, reduction="none")
-            for s, t in zip(states.split(CHUNK), targets.split(CHUNK))
-        ]
-    )
+    losses = [
+        F.cross_entropy(model.logits(some_states), some_targets, reduction="none")
+        for some_states, some_targets in zip(states.split(CHUNK), targets.split(CHUNK))
+    ]
+    return torch.cat(losses)

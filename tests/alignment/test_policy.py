@@ -1,4 +1,4 @@
-"""The language model: logits and losses are transformers', tied or not; perplexity shows a part that is not the model's own."""
+"""The language model: its logits and losses are those of transformers, tied or not."""
 
 import pytest
 import torch
@@ -29,10 +29,9 @@ def test_logits_and_losses_are_those_of_transformers(transformers, tmp_path, fam
     assert (ours.unembedding is ours.trunk.embedding.weight) == tied
     for text in TEXTS:
         expected = theirs(torch.tensor([text]), labels=torch.tensor([text]))
-        found = ours.logits(ours.trunk.states(pack([([], [text])])))
-        torch.testing.assert_close(
-            found, expected.logits[0], atol=2e-5 * float(expected.logits.abs().max()), rtol=0
-        )
+        logits = ours.logits(ours.trunk.states(pack([([], [text])])))
+        tolerance = 2e-5 * float(expected.logits.abs().max())
+        torch.testing.assert_close(logits, expected.logits[0], atol=tolerance, rtol=0)
         losses = token_losses(ours, text)
         assert losses.shape == (len(text) - 1,)
         torch.testing.assert_close(losses.mean(), expected.loss, atol=2e-5, rtol=2e-5)
@@ -53,9 +52,10 @@ def test_a_stored_head_that_differs_wins_over_the_tie(transformers, tmp_path):
     write_checkpoint(theirs, tmp_path)
     stored = load_file(tmp_path / "model.safetensors") | {"lm_head.weight": torch.randn(300, 24)}
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(language_model(Checkpoint(str(tmp_path))).unembedding, again.lm_head.weight)
-    assert torch.equal(again.lm_head.weight, stored["lm_head.weight"])
+    reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ours = language_model(Checkpoint(str(tmp_path)))
+    assert torch.equal(ours.unembedding, reopened.lm_head.weight)
+    assert torch.equal(reopened.lm_head.weight, stored["lm_head.weight"])
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model = language_model(Checkpoint(str(tmp_path)))

@@ -1,0 +1,158 @@
+"""Files that last: whole or not at all, never over another, and JSON that is read back."""
+
+import json
+
+import pytest
+
+from minimore.files import (
+    beside,
+    directory_written_whole,
+    one_line,
+    read_json,
+    refuse_existing,
+    write_json,
+    write_text,
+    written_whole,
+)
+from minimore.options import InputError
+
+
+def names_in(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_file_takes_its_place_only_at_the_end(tmp_path):
+    path = tmp_path / "report.txt"
+    path.write_text("old")
+    with written_whole(path) as unfinished:
+        unfinished.write_text("new")
+        assert path.read_text() == "old" and unfinished.parent == tmp_path
+    assert path.read_text() == "new" and names_in(tmp_path) == ["report.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path, error):
+    path = tmp_path / "report.txt"
+    path.write_text("old")
+    with pytest.raises(error), written_whole(path) as unfinished:
+        unfinished.write_text("half")
+        raise error
+    assert path.read_text() == "old" and names_in(tmp_path) == ["report.txt"]
+
+
+def test_a_rename_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "a", "text")
+    with pytest.raises(OSError, match="No space left"), directory_written_whole(tmp_path / "b"):
+        pass
+    assert names_in(tmp_path) == []
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr("os.fsync", lambda _: events.append("to disk"))
+    monkeypatch.setattr("os.replace", lambda *_: events.append("renamed"))
+    write_text(tmp_path / "a", "text")
+    assert events == ["to disk", "renamed"]
+
+
+def test_two_names_beside_a_file_differ_and_fit(tmp_path):
+    path = tmp_path / ("x" * 250)
+    first, second = beside(path), beside(path)
+    assert first != second and first.parent == second.parent == tmp_path
+    first.write_text("a name of 255 bytes at most")
+
+
+def test_a_directory_takes_its_place_only_at_the_end(tmp_path):
+    path = tmp_path / "cell"
+    (tmp_path / "cell.partial").mkdir()
+    (tmp_path / "cell.partial" / "stale").write_text("of a killed process")
+    with directory_written_whole(path) as unfinished:
+        (unfinished / "a").write_text("a")
+        assert not path.exists()
+    assert names_in(tmp_path) == ["cell"] and names_in(path) == ["a"]
+    with pytest.raises(ValueError), directory_written_whole(tmp_path / "other") as unfinished:
+        (unfinished / "a").write_text("a")
+        raise ValueError
+    assert names_in(tmp_path) == ["cell"]
+
+
+def test_text_is_utf_8(tmp_path):
+    write_text(tmp_path / "a", "é\n")
+    assert (tmp_path / "a").read_bytes() == b"\xc3\xa9\n"
+
+
+@pytest.mark.parametrize("value", [{}, {"a": [1, 2.5, None]}, {"name": "é"}, {"name": "\ud800"}])
+def test_json_is_read_back(tmp_path, value):
+    path = tmp_path / "a.json"
+    write_json(path, value)
+    assert read_json(path) == value and path.read_text("utf-8").endswith("}\n")
+    assert ("\\u" in path.read_text("utf-8")) == (value == {"name": "\ud800"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_json_lacks_are_not_written(tmp_path, value):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"a": value})
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "content, kind, expected",
+    [
+        (b"[1, 2]", dict, "holds list; expected a JSON object"),
+        (b"{}", list, "holds dict; expected a JSON list"),
+        (b"3", dict, "holds int; expected a JSON object"),
+        (b"{", dict, "not readable as JSON"),
+        (b"", dict, "not readable as JSON"),
+        (b'{"a": "\xff"}', dict, "not readable as JSON"),
+        (b"[" * 100_000, list, "not readable as JSON"),
+    ],
+)
+def test_what_is_not_json_is_refused(tmp_path, content, kind, expected):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=expected) as refusal:
+        read_json(path, kind)
+    assert str(path) in str(refusal.value)
+
+
+def test_a_missing_file_and_a_directory_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file$"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(InputError, match="expected a Hugging Face checkpoint directory"):
+        read_json(tmp_path / "config.json")
+    with pytest.raises(InputError, match="not a plain file"):
+        read_json(tmp_path)
+
+
+def test_outputs_are_never_overwritten(tmp_path):
+    refuse_existing(None)
+    refuse_existing(tmp_path / "new")
+    refuse_existing(tmp_path / "new" / "deep", make_parents=True)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path, tmp_path / "file", tmp_path / "link"):
+        with pytest.raises(InputError, match="--json .*exists already"):
+            refuse_existing(path, "--json")
+    with pytest.raises(InputError, match="path is empty"):
+        refuse_existing("")
+    with pytest.raises(InputError, match="is not a directory; make it first"):
+        refuse_existing(tmp_path / "new" / "deep")
+    with pytest.raises(InputError, match="is not a directory"):
+        refuse_existing(tmp_path / "file" / "deep", make_parents=True)
+
+
+def test_an_error_is_told_on_one_short_line():
+    assert one_line(ValueError("two\nlines")) == "two lines"
+    assert one_line(ValueError("")) == "ValueError"
+    assert len(one_line(ValueError("x" * 1000))) == 160
+
+
+def test_json_is_indented_by_two(tmp_path):
+    write_json(tmp_path / "a.json", {"a": {"b": 1}})
+    assert (tmp_path / "a.json").read_text() == json.dumps({"a": {"b": 1}}, indent=2) + "\n"

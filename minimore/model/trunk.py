@@ -92,6 +92,9 @@ class Linear(nn.Module):
 class Norm(nn.Module):
     """LayerNorm, or RMSNorm without bias, over the last dimension.
 
+        layer    y = (x - mean x) / sqrt(var x + eps) · weight + bias
+        rms      y = x / sqrt(mean x² + eps) · weight
+
     It is computed in fp32 and returned in the type of x.
     """
 

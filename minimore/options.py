@@ -122,8 +122,8 @@ def check_ranges(options: Any) -> None:
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations; its errors are one line, without usage, and exit code 2."""
 
-    def __init__(self, *arguments: Any, **keywords: Any):
-        super().__init__(*arguments, allow_abbrev=False, **keywords)
+    def __init__(self, **keywords: Any):
+        super().__init__(allow_abbrev=False, **keywords)
 
     def error(self, message: str) -> NoReturn:
         """Print the one line and leave."""

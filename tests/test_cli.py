@@ -1,4 +1,7 @@
-"""The verbs end to end, and what they say to bad input: one line, exit code 2, nothing half-written."""
+"""The verbs end to end, and what they say to bad input.
+
+That is one line, exit code 2, and nothing half-written.
+"""
 
 import gzip
 import json
@@ -21,48 +24,51 @@ from minimore.data.world import World
 GOOD = {"prompt": "amber", "chosen": " basil", "rejected": " cedar"}
 
 
+def succeed(*arguments):
+    """Run a verb that must end well."""
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def train(model, output, *more):
+    succeed("train", "--model", model, "--output", output, *more)
+
+
+def score(model, path, output, *more):
+    succeed("score", "--model", model, "--input", path, "--output", output, *more)
+
+
+def report_of(model, path, output, *more):
+    """What `evaluate` writes of a file, called source a: its part of the report."""
+    succeed("evaluate", "--model", model, "--source", f"a={path}", "--json", output, *more)
+    return json.loads(output.read_text("utf-8"))["sources"]["a"]
+
+
+def score_a_pipe(model, output):
+    """The command that scores what is written to its standard input."""
+    verb = [sys.executable, "-m", "minimore", "score", "--model", str(model)]
+    return [*verb, "--input", "/dev/stdin", "--output", str(output)]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     directory = tmp_path_factory.mktemp("world")
-    return directory, World(
-        annotators=("ana", "ben"), train_pairs=(24,), test_pairs=30, ties=0.1
-    ).write(directory)
+    small = World(annotators=("ana", "ben"), train_pairs=(24,), test_pairs=30, ties=0.1)
+    return directory, small.write(directory)
 
 
 @pytest.fixture(scope="module")
 def run(world):
     directory, paths = world
     sources = [a for n, (train, _) in paths.items() for a in ("--source", f"{n}={train}")]
-    assert (
-        main(
-            [
-                "train",
-                "--model",
-                str(directory / "model"),
-                *sources,
-                "--method",
-                "more",
-                "--output",
-                str(directory / "run"),
-                "--learning-rate",
-                "1e-3",
-                "--batch-size",
-                "8",
-                "--max-length",
-                "64",
-                "--log-steps",
-                "10",
-            ]
-        )
-        == 0
-    )
+    options = "--method more --learning-rate 1e-3 --batch-size 8 --max-length 64 --log-steps 10"
+    train(directory / "model", directory / "run", *sources, *options.split())
     return directory / "run"
 
 
 def lines(path, *records):
-    path.write_bytes(
-        b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in records)
-    )
+    """Write a file of one line a record; bytes are written as they are."""
+    encoded = [r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in records]
+    path.write_bytes(b"".join(encoded))
     return str(path)
 
 
@@ -78,11 +84,8 @@ def refused(capsys, *arguments):
     except SystemExit as stop:
         code = stop.code
     said = capsys.readouterr().err
-    assert (
-        code == 2
-        and said.count("\n") == 1
-        and said.startswith(("minimore:", f"minimore {arguments[0]}:"))
-    ), said
+    assert code == 2 and said.count("\n") == 1, said
+    assert said.startswith(("minimore:", f"minimore {arguments[0]}:")), said
     return said
 
 
@@ -188,29 +191,11 @@ def test_files_that_cannot_be_read(world, run, tmp_path, capsys):
         ("plain.jsonl.gz", "cannot be read"),
         ("folder", "a directory without"),
     ):
-        said = refused(
-            capsys,
-            "train",
-            "--model",
-            run,
-            "--source",
-            f"a={good}",
-            "--source",
-            f"b={tmp_path / path}",
-            "--output",
-            tmp_path / "out",
-        )
+        sources = ("--source", f"a={good}", "--source", f"b={tmp_path / path}")
+        output = ("--output", tmp_path / "out")
+        said = refused(capsys, "train", "--model", run, *sources, *output)
         assert expected in said and str(tmp_path) in said
-        refused(
-            capsys,
-            "score",
-            "--model",
-            run,
-            "--input",
-            tmp_path / path,
-            "--output",
-            tmp_path / "out",
-        )
+        refused(capsys, "score", "--model", run, "--input", tmp_path / path, *output)
     assert not (tmp_path / "out").exists()
 
 
@@ -284,18 +269,8 @@ def test_absurd_outputs_are_refused_before_the_work(run, tmp_path, capsys, monke
     good = lines(tmp_path / "good.jsonl", GOOD)
     for flag in ("--json", "--figures"):
         refused(capsys, "evaluate", "--model", run, "--source", f"a={good}", flag, "")
-    refused(
-        capsys,
-        "evaluate",
-        "--model",
-        run,
-        "--source",
-        f"a={good}",
-        "--json",
-        tmp_path / "f" / "j",
-        "--figures",
-        tmp_path / "f",
-    )
+    outputs = ("--json", tmp_path / "f" / "j", "--figures", tmp_path / "f")
+    refused(capsys, "evaluate", "--model", run, "--source", f"a={good}", *outputs)
     for output in ("", tmp_path / "absent" / "out"):
         refused(capsys, "score", "--model", run, "--input", good, "--output", output)
     refused(capsys, "train", "--model", run, "--source", f"a={good}", "--output", "")
@@ -311,10 +286,7 @@ def test_absurd_outputs_are_refused_before_the_work(run, tmp_path, capsys, monke
 def test_a_users_own_partial_file_is_left_alone(run, tmp_path):
     good = lines(tmp_path / "good.jsonl", GOOD)
     (tmp_path / "out.partial").write_text("mine")
-    assert (
-        main(["score", "--model", str(run), "--input", good, "--output", str(tmp_path / "out")])
-        == 0
-    )
+    score(run, good, tmp_path / "out")
     assert (tmp_path / "out.partial").read_text() == "mine" and len(list(tmp_path.iterdir())) == 3
 
 
@@ -358,25 +330,14 @@ def test_the_kernel_refuses_to_write_and_nothing_is_left(run, tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_an_interrupted_score_leaves_nothing(run, tmp_path, number):
     """The input is a pipe that never ends: the signal comes while score waits."""
-    script = [
-        sys.executable,
-        "-m",
-        "minimore",
-        "score",
-        "--model",
-        str(run),
-        "--input",
-        "/dev/stdin",
-        "--output",
-        str(tmp_path / "out"),
-    ]
     process = subprocess.Popen(
-        script,
+        score_a_pipe(run, tmp_path / "out"),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # nohup and & pass on that a signal is ignored
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    )  # nohup and & pass on that it is ignored
+    )
     process.stdin.write((json.dumps(GOOD) + "\n") * 600)
     process.stdin.flush()
     while not list(tmp_path.iterdir()):
@@ -384,35 +345,16 @@ def test_an_interrupted_score_leaves_nothing(run, tmp_path, number):
         time.sleep(0.05)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
-    assert (
-        process.returncode == (130 if number == signal.SIGINT else 128 + number)
-        and "Traceback" not in said
-    )
+    assert process.returncode == 128 + number and "Traceback" not in said
     assert not list(tmp_path.iterdir())
 
 
 def test_score_reads_a_pipe_and_says_what_it_replaced(run, tmp_path):
-    script = [
-        sys.executable,
-        "-m",
-        "minimore",
-        "score",
-        "--model",
-        str(run),
-        "--input",
-        "/dev/stdin",
-        "--output",
-        str(tmp_path / "out"),
-    ]
     record = json.dumps({"prompt": "amber", "response": " basil", "reward": "mine"}) + "\n"
-    said = subprocess.run(
-        script, input=record * 3, capture_output=True, text=True, check=True
-    ).stdout
-    assert (
-        "3 lines scored" in said
-        and "3 had such a key already" in said
-        and len(read(tmp_path / "out")) == 3
-    )
+    command = score_a_pipe(run, tmp_path / "out")
+    process = subprocess.run(command, input=record * 3, capture_output=True, text=True, check=True)
+    assert "3 lines scored" in process.stdout and "3 had such a key already" in process.stdout
+    assert len(read(tmp_path / "out")) == 3
 
 
 def test_what_cannot_be_saved_is_refused_before_training(run, tmp_path, capsys):
@@ -420,12 +362,10 @@ def test_what_cannot_be_saved_is_refused_before_training(run, tmp_path, capsys):
     for change in ({"note": float("nan")}, {"note": "\ud800"}, {"\ud800": 1}):
         shutil.copytree(run, odd)
         (odd / "options.json").unlink()
-        (odd / "config.json").write_text(
-            json.dumps(json.loads((run / "config.json").read_text()) | change)
-        )
-        refused(
-            capsys, "train", "--model", odd, "--source", f"a={good}", "--output", tmp_path / "out"
-        )
+        config = json.loads((run / "config.json").read_text()) | change
+        (odd / "config.json").write_text(json.dumps(config))
+        output = ("--output", tmp_path / "out")
+        refused(capsys, "train", "--model", odd, "--source", f"a={good}", *output)
         shutil.rmtree(odd)
     assert not (tmp_path / "out").exists()
 
@@ -477,204 +417,89 @@ def test_handled_and_counted_never_refused(run, tmp_path, capsys):
         GOOD | {"chosen": " ", "margin": 3},
         {"prompt": "", "chosen": "", "rejected": "a"},
     )
-    assert (
-        main(
-            [
-                "evaluate",
-                "--model",
-                str(run),
-                "--source",
-                f"odd={odd}",
-                "--json",
-                str(tmp_path / "r.json"),
-            ]
-        )
-        == 0
-    )
-    r = json.loads((tmp_path / "r.json").read_text())["sources"]["odd"]
-    assert {
-        k: r[k] for k in ("pairs", "label_ties", "identical", "truncated", "blank", "dropped")
-    } == {"pairs": 6, "label_ties": 1, "identical": 1, "truncated": 1, "blank": 2, "dropped": 1}
-    assert (
-        main(
-            [
-                "train",
-                "--model",
-                str(run),
-                "--source",
-                f"odd={odd}",
-                "--output",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 0
-    )
+    counts = {"pairs": 6, "label_ties": 1, "identical": 1, "truncated": 1, "blank": 2, "dropped": 1}
+    report = report_of(run, odd, tmp_path / "r.json")
+    assert {name: report[name] for name in counts} == counts
+    train(run, tmp_path / "out", "--source", f"odd={odd}")
 
 
 def test_evaluate_writes_the_report(world, run, tmp_path, capsys):
     sources = [a for n, (_, test) in world[1].items() for a in ("--source", f"{n}={test}")]
-    assert (
-        main(
-            [
-                "evaluate",
-                "--model",
-                str(run),
-                *sources,
-                "--json",
-                str(tmp_path / "r.json"),
-                "--figures",
-                str(tmp_path / "figures"),
-            ]
-        )
-        == 0
-    )
+    outputs = ("--json", tmp_path / "r.json", "--figures", tmp_path / "figures")
+    succeed("evaluate", "--model", run, *sources, *outputs)
     report, said = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
-    rates = [
-        "accuracy",
-        "ece",
-        "ace",
-        "mce",
-        "brier",
-        "nll",
-        "mean_margin",
-        "length_accuracy",
-        "random_accuracy",
-        "ece_debiased",
-    ]
+    rates = (
+        "accuracy ece ace mce brier nll mean_margin length_accuracy random_accuracy ece_debiased"
+    ).split()
     assert list(report["mean"]) == rates and list(report["sources"]) == ["ana", "ben"]
     for rate in rates:
         assert report["mean"][rate] == pytest.approx(
             np.mean([r[rate] for r in report["sources"].values()])
         )
     for r in report["sources"].values():
-        assert (
-            r["pairs"] + r["label_ties"] == 30
-            and f"{r['accuracy']:.3f} [".removeprefix("0") in said
-            and r["accuracy_interval"][0] < r["accuracy"] < r["accuracy_interval"][1]
-        )
+        assert r["pairs"] + r["label_ties"] == 30
+        assert f"{r['accuracy']:.3f} [".removeprefix("0") in said
+        assert r["accuracy_interval"][0] < r["accuracy"] < r["accuracy_interval"][1]
     assert (tmp_path / "figures" / "margins.png").stat().st_size > 5000
 
 
 def test_evaluate_compares_and_calibrates(world, run, tmp_path, capsys):
-    (name, (train, test)), *_ = world[1].items()
-    source = ["evaluate", "--model", str(run), "--source", f"{name}={test}"]
-    assert (
-        main(
-            [
-                *source,
-                "--baseline",
-                str(world[0] / "model"),
-                "--calibrate",
-                f"{name}={train}",
-                "--json",
-                str(tmp_path / "r.json"),
-            ]
-        )
-        == 0
-    )
+    (name, (train_path, test_path)), *_ = world[1].items()
+    source = ("evaluate", "--model", run, "--source", f"{name}={test_path}")
+    calibrate = ("--calibrate", f"{name}={train_path}")
+    baseline = ("--baseline", world[0] / "model")
+    succeed(*source, *baseline, *calibrate, "--json", tmp_path / "r.json")
     report, said = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
-    r, d, t = report["sources"][name], report["differences"][name], report["temperatures"]
-    assert r["calibration"] in ("indistinguishable", "over-confident", "under-confident") and (
-        r["ece_interval"] is None
-    ) == (r["calibration"] == "indistinguishable")
-    assert (
-        d["pairs"] == r["pairs"]
-        and d["accuracy_interval"][0] <= d["accuracy"] <= d["accuracy_interval"][1]
-        and "exceeds noise" in said
-    )
-    assert t["pooled"] == t["sources"][name]["temperature"] and f"{t['pooled']:.3f}" in said
+    row, difference = report["sources"][name], report["differences"][name]
+    assert row["calibration"] in ("indistinguishable", "over-confident", "under-confident")
+    assert (row["ece_interval"] is None) == (row["calibration"] == "indistinguishable")
+    low, high = difference["accuracy_interval"]
+    assert difference["pairs"] == row["pairs"] and low <= difference["accuracy"] <= high
+    assert "exceeds noise" in said
+    pooled = report["temperatures"]["pooled"]
+    assert pooled == report["temperatures"]["sources"][name]["temperature"]
+    assert f"{pooled:.3f}" in said
     assert "--baseline" in refused(capsys, *source, "--baseline", tmp_path / "absent")
-    assert "is a test file" in refused(capsys, *source, "--calibrate", f"{name}={test}")
-    assert "is no --source" in refused(capsys, *source, "--calibrate", f"typo={train}")
+    assert "is a test file" in refused(capsys, *source, "--calibrate", f"{name}={test_path}")
+    assert "is no --source" in refused(capsys, *source, "--calibrate", f"typo={train_path}")
 
 
 def test_the_length_baseline_prefers_the_longer_response(run, tmp_path):
-    path = lines(
-        tmp_path / "in.jsonl",
-        *[GOOD | {"chosen": " basil and cedar"}] * 2,
+    longer, alike, shorter = (
+        GOOD | {"chosen": " basil and cedar"},
         GOOD,
         GOOD | {"rejected": " copper"},
-    )  # longer, longer, alike, shorter
-    assert (
-        main(
-            [
-                "evaluate",
-                "--model",
-                str(run),
-                "--source",
-                f"a={path}",
-                "--json",
-                str(tmp_path / "r.json"),
-            ]
-        )
-        == 0
     )
-    assert (
-        json.loads((tmp_path / "r.json").read_text())["sources"]["a"]["length_accuracy"]
-        == (1 + 1 + 0.5 + 0) / 4
-    )
+    path = lines(tmp_path / "in.jsonl", longer, longer, alike, shorter)
+    report = report_of(run, path, tmp_path / "r.json")
+    assert report["length_accuracy"] == (1 + 1 + 0.5 + 0) / 4
 
 
 def test_score_agrees_with_evaluate_and_streams_in_order(world, run, tmp_path):
     path = world[1]["ana"][1]
     records = read(path)
-    extra = [
-        {"prompt": "amber", "response": " basil", "id": 7, "note": "\ud800"},
-        {"prompt": "amber", "response": ""},
-        {"text": ["amber basil", "amber", "amber basil"], "score": [1, 0, 1]},
-    ]
-    mixed = lines(tmp_path / "in.jsonl", *[r for r in records if "chosen" in r], *extra)
-    assert (
-        main(
-            [
-                "score",
-                "--model",
-                str(run),
-                "--input",
-                mixed,
-                "--output",
-                str(tmp_path / "out.jsonl"),
-            ]
-        )
-        == 0
-    )
-    scored = read(tmp_path / "out.jsonl")
-    assert [
-        {
-            k: v
-            for k, v in s.items()
-            if "reward" not in k and k != "probability" or k == "probability" and "chosen" not in s
-        }
-        for s in scored[-3:]
-    ] == extra
-    assert (
-        scored[-1]["rewards"][0]
-        == pytest.approx(scored[-3]["reward"], abs=1e-6)
-        == pytest.approx(scored[-1]["rewards"][2], abs=1e-6)
-    )
-    assert [s["prompt"] for s in scored[:-3]] == [r["prompt"] for r in records if "chosen" in r]
-    margins = [s["chosen_reward"] - s["rejected_reward"] for s in scored[:-3]]
-    assert [s["probability"] for s in scored[:-3]] == pytest.approx(
-        [1 / (1 + math.exp(-m)) for m in margins]
-    )
-    assert (
-        main(
-            [
-                "evaluate",
-                "--model",
-                str(run),
-                "--source",
-                f"ana={path}",
-                "--json",
-                str(tmp_path / "r.json"),
-            ]
-        )
-        == 0
-    )
-    report = json.loads((tmp_path / "r.json").read_text())["sources"]["ana"]
-    assert report["accuracy"] == calibration.accuracy(margins) and report["ece"] == pytest.approx(
-        calibration.pair_ece(margins), abs=1e-6
-    )
+    pairs = [r for r in records if "chosen" in r]
+    single = {"prompt": "amber", "response": " basil", "id": 7, "note": "\ud800"}
+    empty = {"prompt": "amber", "response": ""}
+    ranked = {
+        "text": ["amber basil", "amber", "amber basil"],
+        "score": [1, 0, 1],
+        "probability": "mine",
+    }
+    mixed = lines(tmp_path / "in.jsonl", *pairs, single, empty, ranked)
+    score(run, mixed, tmp_path / "out.jsonl")
+    *scored, scored_single, scored_empty, scored_ranked = read(tmp_path / "out.jsonl")
+    reward, rewards = scored_single.pop("reward"), scored_ranked.pop("rewards")
+    del scored_empty["reward"]
+    assert (scored_single, scored_empty, scored_ranked) == (single, empty, ranked)
+    assert rewards[0] == pytest.approx(reward, abs=1e-6) == pytest.approx(rewards[2], abs=1e-6)
+    assert [s["prompt"] for s in scored] == [r["prompt"] for r in pairs]
+    margins = [s["chosen_reward"] - s["rejected_reward"] for s in scored]
+    probabilities = [1 / (1 + math.exp(-margin)) for margin in margins]
+    assert [s["probability"] for s in scored] == pytest.approx(probabilities)
+    report = report_of(run, path, tmp_path / "r.json")
+    assert report["accuracy"] == calibration.accuracy(margins)
+    assert report["ece"] == pytest.approx(calibration.pair_ece(margins), abs=1e-6)
 
 
 def test_scores_do_not_depend_on_company(world, run, tmp_path):
@@ -683,48 +508,16 @@ def test_scores_do_not_depend_on_company(world, run, tmp_path):
     together = lines(tmp_path / "in.jsonl", *records)
     reversed_ = lines(tmp_path / "reversed.jsonl", *records[::-1])
     for name, path, micro in (("a", together, 8192), ("b", together, 1), ("c", reversed_, 100)):
-        assert (
-            main(
-                [
-                    "score",
-                    "--model",
-                    str(run),
-                    "--input",
-                    path,
-                    "--output",
-                    str(tmp_path / name),
-                    "--micro-tokens",
-                    str(micro),
-                ]
-            )
-            == 0
-        )
+        score(run, path, tmp_path / name, "--micro-tokens", micro)
     a, b, c = ([r["reward"] for r in read(tmp_path / n)] for n in "abc")
     assert a == pytest.approx(b, abs=1e-5) and a == pytest.approx(c[::-1], abs=1e-5)
 
 
 def test_max_length_is_the_runs_own_unless_asked(world, run, tmp_path, capsys):
     path = lines(tmp_path / "in.jsonl", {"prompt": "amber " * 100, "response": " basil"})
-    assert (
-        main(["score", "--model", str(run), "--input", path, "--output", str(tmp_path / "a")]) == 0
-    )
+    score(run, path, tmp_path / "a")
     assert "1 truncated to 64 tokens" in capsys.readouterr().out
-    assert (
-        main(
-            [
-                "score",
-                "--model",
-                str(run),
-                "--input",
-                path,
-                "--output",
-                str(tmp_path / "b"),
-                "--max-length",
-                "500",
-            ]
-        )
-        == 0
-    )
+    score(run, path, tmp_path / "b", "--max-length", "500")
     assert "0 truncated to 500 tokens" in capsys.readouterr().out
 
 
@@ -734,75 +527,29 @@ def test_truncation_is_the_runs_own_unless_asked(world, tmp_path, capsys):
         {"prompt": "amber " * 100, "chosen": " basil", "rejected": " cedar" * 20},
         {"prompt": "amber " * 100, "response": " basil"},
     )
-    assert (
-        main(
-            [
-                "train",
-                "--model",
-                str(world[0] / "model"),
-                "--source",
-                f"a={world[1]['ana'][0]}",
-                "--output",
-                str(tmp_path / "run"),
-                "--max-length",
-                "64",
-                "--truncate",
-                "together",
-            ]
-        )
-        == 0
-    )
-    found = {}
-    for name, extra in (
-        ("own", []),
-        ("together", ["--truncate", "together"]),
-        ("each", ["--truncate", "each"]),
+    options = ("--source", f"a={world[1]['ana'][0]}", "--max-length", 64, "--truncate", "together")
+    train(world[0] / "model", tmp_path / "run", *options)
+    scored = {}
+    for name, more in (
+        ("own", ()),
+        ("together", ("--truncate", "together")),
+        ("each", ("--truncate", "each")),
     ):
-        assert (
-            main(
-                [
-                    "score",
-                    "--model",
-                    str(tmp_path / "run"),
-                    "--input",
-                    long,
-                    "--output",
-                    str(tmp_path / name),
-                    *extra,
-                ]
-            )
-            == 0
-        )
-        found[name] = read(tmp_path / name)
-    assert (
-        found["own"] == found["together"] != found["each"] and found["own"][1] == found["each"][1]
-    )
+        score(tmp_path / "run", long, tmp_path / name, *more)
+        scored[name] = read(tmp_path / name)
+    assert scored["own"] == scored["together"] != scored["each"]
+    assert scored["own"][1] == scored["each"][1]
 
 
 def test_an_untrained_head_is_said_to_be_one(world, tmp_path, capsys):
     path = lines(tmp_path / "in.jsonl", GOOD)
-    assert main(["evaluate", "--model", str(world[0] / "model"), "--source", f"a={path}"]) == 0
+    succeed("evaluate", "--model", world[0] / "model", "--source", f"a={path}")
     assert "untrained head" in capsys.readouterr().err
 
 
 def test_a_reward_model_goes_on_with_its_head(run, tmp_path):
     good = lines(tmp_path / "good.jsonl", GOOD)
-    assert (
-        main(
-            [
-                "train",
-                "--model",
-                str(run),
-                "--source",
-                f"a={good}",
-                "--output",
-                str(tmp_path / "out"),
-                "--learning-rate",
-                "1e-30",
-            ]
-        )
-        == 0
-    )
+    train(run, tmp_path / "out", "--source", f"a={good}", "--learning-rate", "1e-30")
     assert torch.equal(
         load_file(tmp_path / "out" / "model.safetensors")["score.weight"],
         load_file(run / "model.safetensors")["score.weight"],
@@ -814,28 +561,21 @@ def test_weights_that_overflow_end_in_one_line_and_exit_code_1(run, tmp_path, ca
     broken.mkdir()
     for name in ("config.json", "tokenizer.json"):
         (broken / name).write_bytes((run / name).read_bytes())
-    tensors = load_file(run / "model.safetensors")
-    save_file(
-        {k: t * 1e38 if k == "score.weight" else t for k, t in tensors.items()},
-        broken / "model.safetensors",
-        {"format": "pt"},
-    )
     good = lines(tmp_path / "good.jsonl", GOOD)
+
+    def code_with(name):
+        """The exit code of score when one tensor is 1e38 times as large."""
+        tensors = load_file(run / "model.safetensors")
+        tensors[name] *= 1e38
+        save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+        output = ["--output", str(tmp_path / name)]
+        return main(["score", "--model", str(broken), "--input", good, *output])
+
+    assert code_with("score.weight") in (0, 1)
     capsys.readouterr()
-    assert main(
-        ["score", "--model", str(broken), "--input", good, "--output", str(tmp_path / "out")]
-    ) in (0, 1)
-    tensors["gpt_neox.final_layer_norm.weight"] *= 1e38
-    save_file(
-        {k: t * 1e38 if k == "score.weight" else t for k, t in tensors.items()},
-        broken / "model.safetensors",
-        {"format": "pt"},
-    )
-    assert (
-        main(["score", "--model", str(broken), "--input", good, "--output", str(tmp_path / "out2")])
-        == 1
-    )
-    assert "not finite" in capsys.readouterr().err and not (tmp_path / "out2").exists()
+    assert code_with("gpt_neox.final_layer_norm.weight") == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "gpt_neox.final_layer_norm.weight").exists()
 
 
 def test_importing_needs_neither_transformers_nor_matplotlib():

@@ -12,10 +12,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from reference import quiet_transformers
+from runs import options
 from safetensors.torch import load_file, save_file
 
+from minimore.data.world import World
 from minimore.model.checkpoint import Checkpoint
 from minimore.reward import RewardModel
+from minimore.train import train
 
 torch.set_num_threads(1)
 
@@ -59,6 +62,25 @@ def damaged(tmp_path):
         return directory
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("world")
+    paths = World(annotators=("ana", "ben", "cleo"), train_pairs=(30, 24, 12), test_pairs=20).write(
+        directory
+    )
+    return directory, paths
+
+
+@pytest.fixture(scope="session")
+def halted(world, tmp_path_factory):
+    """A run with a checkpoint, not finished."""
+    run = tmp_path_factory.mktemp("halted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minimore.train.finish", lambda *a: None)
+        train(options(world, run, save_steps=2, gradient_average=0.5))
+    return run
 
 
 class KeepsGradients:

@@ -1,0 +1,82 @@
+"""Small trainings that several tests share: their options, and what must be equal of two."""
+
+import json
+import subprocess
+import sys
+
+from minimore.train import TrainOptions
+
+
+def options(world, output, **changes):
+    directory, paths = world
+    return TrainOptions(
+        **{
+            "model": str(directory / "model"),
+            "output": str(output),
+            "learning_rate": 1e-3,
+            "batch_size": 6,
+            "source": tuple(f"{n}={a},{b}" for n, (a, b) in paths.items()),
+            "log_steps": 100,
+        }
+        | changes
+    )
+
+
+def content(run):
+    """Everything that must be equal to the bit; wall time is left out."""
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return (
+        (run / "model.safetensors").read_bytes(),
+        json.loads((run / "evaluation.json").read_text()),
+        [{k: v for k, v in s.items() if k != "seconds"} for s in steps],
+    )
+
+
+RECIPES = {
+    "streamed": {"engine": "streamed"},
+    "split": {
+        "engine": "streamed",
+        "parameters": "split",
+        "recompute": "selective",
+        "micro_tokens": 100,
+    },
+    "offloaded": {
+        "engine": "streamed",
+        "parameters": "split",
+        "recompute": "full",
+        "offload": ("inputs", "states"),
+        "micro_tokens": 100,
+    },
+    "lossy": {
+        "engine": "streamed",
+        "parameters": "bfloat16",
+        "moments": "int8",
+        "recompute": "full",
+    },
+    "half lossy": {"engine": "streamed", "parameters": "split", "moments": "bfloat16"},
+    "8 bits, plain": {"moments": "int8"},
+}
+
+
+def command(train_options):
+    """The command line that gives these options."""
+    words = [sys.executable, "-m", "minimore", "train"]
+    for key, value in vars(train_options).items():
+        flag = "--" + key.replace("_", "-")
+        for single in value if isinstance(value, tuple) else [value]:
+            if single is True:
+                words.append(flag)
+            elif single is not None and single is not False:
+                words += [flag, str(single)]
+    return words
+
+
+def run_command(train_options):
+    """Train in a process of its own, to the end."""
+    finished = subprocess.run(command(train_options), capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+def unfinished(run):
+    """Nothing in it looks finished, and nothing half-written lies about."""
+    return not (run / "config.json").exists() and not list(run.rglob("*.partial*"))

@@ -1,0 +1,418 @@
+"""A run that is killed or damaged anywhere ends as if it had not been, or is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import RECIPES, command, content, options, run_command
+from safetensors.torch import load_file, save_file
+
+import minimore.train as training
+from minimore.engine.optim import AdamW
+from minimore.options import InputError
+from minimore.resume import Saver, file_digest
+from minimore.train import train
+
+VARIANTS = {
+    "more": {},
+    "average": {
+        "gradient_average": 0.3,
+        "lambda_scope": "group",
+        "epochs": 2,
+        "weight_decay": 0.1,
+        "label_smoothing": 0.1,
+    },
+    "dro": {
+        "method": "group_dro",
+        "sampling": "proportional",
+        "schedule": "cosine",
+        "warmup": 0.1,
+        "micro_tokens": 100,
+    },
+    "clipped": {"max_grad_norm": 0.5, "moments": "bfloat16", "recompute": "selective"},
+}
+
+
+VARIANTS |= RECIPES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_crashed_run_resumes_bitwise(world, tmp_path, name, monkeypatch):
+    changes = VARIANTS[name] | {"save_steps": 3}
+    assert train(options(world, tmp_path / "whole", **changes)) == 0
+    real, calls = AdamW.update, []
+
+    def crash(optimizer, name, *arguments):
+        if name == "trunk.blocks.0.mlp.up.weight":
+            calls.append(1)
+            # Before any checkpoint, and between two; half of the parameters are of another step.
+            if len(calls) in (2, 9):
+                raise RuntimeError("crash")
+        return real(optimizer, name, *arguments)
+
+    monkeypatch.setattr(AdamW, "update", crash)
+    for attempt in range(2):
+        with pytest.raises(RuntimeError):
+            train(options(world, tmp_path / "cut", resume=attempt > 0, **changes))
+    monkeypatch.setattr(AdamW, "update", real)
+    assert [p.name for p in training.checkpoints(tmp_path / "cut")] == ["checkpoint-6"]
+    assert train(options(world, tmp_path / "cut", resume=True, **changes)) == 0
+    assert content(tmp_path / "whole") == content(tmp_path / "cut")
+    card = (tmp_path / "cut" / "README.md").read_text("utf-8")
+    assert (
+        "ana: 30 pairs, 0 label ties" in card
+        and "| `--save-steps` | `3` |" in card
+        and "mean   " in card
+    )
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
+        "README.md",
+        "config.json",
+        "environment.json",
+        "evaluation.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "options.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert (
+        train(options(world, tmp_path / "cut", resume=True, **changes)) == 0
+    )  # finished: nothing to do
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_process_resumes_bitwise(world, tmp_path, number):
+    changes = {"save_steps": 2, "epochs": 6, "micro_tokens": 200}
+    run_command(options(world, tmp_path / "whole", **changes))
+    log = tmp_path / "cut" / "metrics.jsonl"
+    process = subprocess.Popen(
+        command(options(world, tmp_path / "cut", **changes)), stdout=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 5):
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    if number != signal.SIGKILL:
+        assert "saved; the same command with --resume continues" in output
+    assert not (tmp_path / "cut" / "config.json").exists()
+    run_command(options(world, tmp_path / "cut", resume=True, **changes))
+    assert content(tmp_path / "whole") == content(tmp_path / "cut")
+
+
+KILLS = int(os.environ.get("MINIMORE_KILLS", 5))
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not(world, tmp_path):
+    """SIGKILL, whatever is going on: loading, a step, a state or the finished model half written.
+
+    MINIMORE_KILLS=100 makes it longer.
+    """
+    random = np.random.default_rng(int(os.environ.get("MINIMORE_KILLS_SEED", 0)))
+    wholes, run, killed, recipes_run = {}, tmp_path / "run", 0, []
+    while killed < KILLS:
+        name = list(RECIPES)[len(recipes_run) % len(RECIPES)]
+        changes = RECIPES[name] | {"save_steps": 1, "epochs": 3, "keep": 1 + len(recipes_run) % 2}
+        if name not in wholes:
+            began = time.monotonic()
+            run_command(options(world, tmp_path / name, **changes))
+            wholes[name] = content(tmp_path / name), time.monotonic() - began
+        whole, seconds = wholes[name]
+        shutil.rmtree(run, ignore_errors=True)
+        while True:
+            process = subprocess.Popen(
+                command(options(world, run, resume=True, **changes)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            try:  # the first two seconds are imports: the kill comes after most of them
+                output = process.communicate(
+                    timeout=seconds * random.uniform(0.6, 1.0) if killed < KILLS else None
+                )
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                killed += 1
+                for checkpoint in training.checkpoints(run):
+                    training.check_whole(checkpoint)  # what bears its name is whole
+                continue
+            assert process.returncode == 0, output
+            break
+        assert content(run) == whole, name
+        assert not list(run.glob("*.partial")) and not training.checkpoints(run)
+        recipes_run.append(name)
+
+
+def test_changed_options_and_changed_data_are_refused(world, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(training, "finish", lambda *a: None)
+    train(options(world, run, save_steps=2))
+    with pytest.raises(InputError, match=r"--learning-rate is 0\.002 but the run in .* has 0\.001"):
+        train(options(world, run, save_steps=2, resume=True, learning_rate=0.002))
+    moved = tmp_path / "other.jsonl"
+    name, (train_path, test_path) = next(iter(world[1].items()))
+    original = Path(train_path).read_text()
+    moved.write_text(original)
+    try:
+        Path(train_path).write_text("\n".join(original.splitlines()[::-1]) + "\n")
+        with pytest.raises(InputError, match="source 'ana' has other pairs"):
+            train(options(world, run, save_steps=2, resume=True))
+    finally:
+        Path(train_path).write_text(original)
+
+
+DAMAGE = {
+    "state.json is gone": lambda c: (c / "state.json").unlink(),
+    "state.json is empty": lambda c: (c / "state.json").write_text("{}"),
+    "state.json is odd": lambda c: (c / "state.json").write_text(
+        '{"step": [], "threads": 1, "data": {}}'
+    ),
+    "state.safetensors is gone": lambda c: (c / "state.safetensors").unlink(),
+    "state.safetensors is cut": lambda c: (c / "state.safetensors").write_bytes(
+        (c / "state.safetensors").read_bytes()[:9000]
+    ),
+    "state.safetensors is another's": lambda c: (c / "state.safetensors").write_bytes(
+        (c / "model.safetensors").read_bytes()
+    ),
+    "config.json is gone": lambda c: (c / "config.json").unlink(),
+    "the tokenizer is gone": lambda c: (c / "tokenizer.json").unlink(),
+    "the weights are cut": lambda c: (c / "model.safetensors").write_bytes(
+        (c / "model.safetensors").read_bytes()[:9000]
+    ),
+    "its step is another": lambda c: (c / "state.json").write_text(
+        (c / "state.json").read_text().replace('"step": 11', '"step": 3')
+    ),
+    "its step is true": lambda c: (c / "state.json").write_text(
+        (c / "state.json").read_text().replace('"step": 11', '"step": true')
+    ),
+    "a moment has another shape": lambda c: change_tensor(c, "m.head", torch.zeros(3)),
+    "a moment has another type": lambda c: change_tensor(
+        c, "m.head", torch.zeros(64, dtype=torch.float64)
+    ),
+    "the average is misshapen": lambda c: change_tensor(c, "weighting.average", torch.zeros(2, 64)),
+    "the average is not finite": lambda c: change_tensor(
+        c, "weighting.average", torch.full((3, 64), torch.nan)
+    ),
+    "the average is gone": lambda c: change_tensor(c, "weighting.average", None),
+    "a byte of the weights is another": lambda c: flip(c / "model.safetensors"),
+    "a byte of the moments is another": lambda c: flip(c / "state.safetensors"),
+    "half of it is deleted": lambda c: [p.unlink() for p in sorted(c.iterdir())[::2]],
+    "its checksums are null": lambda c: edit(c / "state.json", sha256=None),
+    "its checksums are empty": lambda c: edit(c / "state.json", sha256={}),
+    "the weighting is forgotten": lambda c: edit(c / "state.json", weighting=[]),
+    "the random state is short": lambda c: change_tensor(
+        c, "random", torch.zeros(3, dtype=torch.uint8)
+    ),
+    "config.json of the run is empty": lambda c: (c.parent / "config.json").touch(),
+    "metrics.jsonl is garbage": lambda c: (c.parent / "metrics.jsonl").write_text("garbage\n"),
+    "options.json is a list": lambda c: (c.parent / "options.json").write_text("[]"),
+}
+
+
+def change_tensor(checkpoint, key, tensor):
+    """Another tensor, with a checksum that is right: the shape and the type are looked at, too."""
+    tensors = load_file(checkpoint / "state.safetensors")
+    assert key in tensors
+    save_file(
+        {k: v for k, v in (tensors | {key: tensor}).items() if v is not None},
+        checkpoint / "state.safetensors",
+    )
+    sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
+    edit(
+        checkpoint / "state.json",
+        sha256=sums | {"state.safetensors": file_digest(checkpoint / "state.safetensors")},
+    )
+
+
+def flip(path):
+    """Change the last byte."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_is_refused_in_one_line(world, halted, tmp_path, name):
+    run = Path(shutil.copytree(halted, tmp_path / "run"))
+    DAMAGE[name](training.checkpoints(run)[-1])
+    with pytest.raises(InputError):
+        train(options(world, run, save_steps=2, gradient_average=0.5, resume=True))
+    assert training.checkpoints(run) and not (
+        (run / "config.json").is_file() and (run / "config.json").read_text()
+    )
+
+
+def test_several_checkpoints_are_kept_and_the_last_good_one_is_named(world, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "finish", lambda *a: None)
+        train(options(world, run, save_steps=2, keep=3))
+    assert [p.name for p in training.checkpoints(run)] == [
+        "checkpoint-8",
+        "checkpoint-10",
+        "checkpoint-11",
+    ]
+    flip(run / "checkpoint-11" / "model.safetensors")
+    with pytest.raises(
+        InputError,
+        match="model.safetensors is damaged: its checksum is another.*;"
+        " remove checkpoint-11 to continue from checkpoint-10",
+    ):
+        train(options(world, run, save_steps=2, keep=3, resume=True))
+    shutil.rmtree(run / "checkpoint-11")
+    assert train(options(world, run, save_steps=5, resume=True)) == 0
+    train(options(world, tmp_path / "whole"))
+    assert content(run) == content(tmp_path / "whole")
+
+
+OTHERS = {
+    "--parameters is 'split' but the run in .* has 'bfloat16'": {"parameters": "split"},
+    "--moments is 'float32' but the run in .* has 'int8'": {"moments": "float32"},
+    "--model is .* but the run": {"model": "elsewhere"},
+    "--source is": {"source": ("ana=x.jsonl",)},
+    "--seed is 1": {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_a_run_is_not_continued_with_another_recipe_model_or_data(
+    world, tmp_path, monkeypatch, said
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "finish", lambda *a: None)
+        train(options(world, run, **RECIPES["lossy"]))
+    with pytest.raises(InputError, match=said):
+        train(options(world, run, resume=True, **RECIPES["lossy"] | OTHERS[said]))
+
+
+RECIPE_EDITS = {
+    "gone": ...,
+    "a list": [],
+    "empty": {},
+    "odd": {"parameters": "foo"},
+    "of another type": {"moments": 7},
+}
+
+
+@pytest.mark.parametrize("name", RECIPE_EDITS)
+@pytest.mark.parametrize("memory", [None, "1GB"])
+def test_an_edited_recipe_is_refused(world, halted, tmp_path, name, memory):
+    run = Path(shutil.copytree(halted, tmp_path / "run"))
+    stored, edited = json.loads((run / "options.json").read_text()), RECIPE_EDITS[name]
+    recipe = stored.pop("recipe")
+    stored |= {} if edited is ... else {"recipe": recipe | edited if edited else edited}
+    (run / "options.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match='"recipe" is not that of a run'):
+        train(options(world, run, save_steps=2, gradient_average=0.5, resume=True, memory=memory))
+
+
+def test_a_checkpoint_of_an_older_version_is_not_called_damaged(world, halted, tmp_path):
+    run = Path(shutil.copytree(halted, tmp_path / "run"))
+    path = training.checkpoints(run)[-1] / "state.json"
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"})
+    )
+    with pytest.raises(
+        InputError,
+        match="older version of minimore, without checksums; continue this run with that version",
+    ):
+        train(options(world, run, save_steps=2, gradient_average=0.5, resume=True))
+
+
+def test_a_save_that_fails_in_its_thread_stops_the_run_at_the_next_step(
+    world, tmp_path, monkeypatch
+):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minimore.resume.write_model", fail)
+    with pytest.raises(
+        OSError,
+        match="No space left on device; checkpoint-2 was not written, no checkpoint is kept",
+    ):
+        train(options(world, tmp_path / "run", save_steps=2, epochs=50))
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 20
+
+
+def test_a_run_may_go_on_with_another_engine(world, tmp_path, monkeypatch, capsys):
+    """Exact recipes differ by rounding, which is said; offloading by nothing, which is not."""
+    for name, first, then in (
+        ("a", {}, {"engine": "streamed", "recompute": "full", "offload": ("states",)}),
+        ("b", RECIPES["lossy"], {"memory": "1GB", "recompute": "full"}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "finish", lambda *a: None)
+            train(options(world, tmp_path / name, **first))
+        capsys.readouterr()
+        assert train(options(world, tmp_path / name, resume=True, **then)) == 0
+        said = capsys.readouterr().out
+        assert ("--engine is 'streamed' but the run" in said) == (
+            name == "a"
+        ) and "offload is" not in said
+        assert json.loads((tmp_path / name / "options.json").read_text())["recipe"]["moments"] == (
+            "float32" if name == "a" else "int8"
+        )
+
+
+def test_saving_with_and_without_room_for_a_copy_is_the_same(world, tmp_path, monkeypatch):
+    """With room, a thread writes a copy while training goes on: the state at its step."""
+    real = Saver._write
+    threads, files = [], {}
+
+    def slow(saver, snapshot):
+        threads.append(threading.current_thread() is not threading.main_thread())
+        time.sleep(0.2)
+        real(saver, snapshot)
+        step = snapshot.facts["step"]
+        checkpoint = saver.run / f"checkpoint-{step}"
+        files[step] = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+
+    monkeypatch.setattr(Saver, "_write", slow)
+    results = []
+    for available in (1 << 60, 0):
+        threads.clear()
+        files.clear()
+        monkeypatch.setattr("minimore.resume.available_memory", lambda room=available: room)
+        train(options(world, tmp_path / str(available), save_steps=3, **RECIPES["lossy"]))
+        results.append((list(threads), dict(files)))
+    (threads_with_room, files_with_room), (threads_without, files_without) = results
+    assert files_with_room == files_without and len(files_without) == 4
+    assert threads_with_room == [True] * 4 and threads_without == [False] * 4
+
+
+def test_a_step_may_be_cut_finer_when_memory_runs_out(world, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "finish", lambda *a: None)
+        train(options(world, tmp_path / "run"))
+    assert train(options(world, tmp_path / "run", resume=True, micro_tokens=100)) == 0
+    assert "--micro-tokens is 100" in capsys.readouterr().out
+
+
+def test_a_stop_after_the_last_step_saves_before_the_evaluation(world, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate_sources", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(options(world, tmp_path / "cut"))
+    assert [p.name for p in training.checkpoints(tmp_path / "cut")] == ["checkpoint-11"]
+    train(options(world, tmp_path / "cut", resume=True))
+    train(options(world, tmp_path / "whole"))
+    assert content(tmp_path / "whole") == content(tmp_path / "cut")

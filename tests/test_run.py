@@ -1,0 +1,86 @@
+"""The directory of a run: who may write in it, and what a full disk leaves there."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import command, content, options, unfinished
+
+import minimore.train as training
+from minimore.cli import main
+from minimore.options import InputError
+from minimore.run import Lock
+from minimore.train import train
+
+
+@pytest.mark.slow
+def test_every_rename_that_fails_is_survived(world, tmp_path, monkeypatch, capsys):
+    short = dict(pairs_per_source=4, save_steps=1)
+    real, calls, broken = os.replace, [], None
+
+    def replace(*arguments):
+        calls.append(arguments)
+        if len(calls) == broken:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr("os.replace", replace)
+    assert train(options(world, tmp_path / "whole", **short)) == 0
+    most = len(calls)
+    assert most > 15
+    for broken in range(1, most + 1):
+        run = tmp_path / str(broken)
+        calls.clear()
+        with pytest.raises(OSError, match="No space left"):
+            train(options(world, run, **short))
+        assert (unfinished(run) or broken == most) and all(
+            {"state.json", "config.json", "model.safetensors"} <= {p.name for p in c.iterdir()}
+            for c in training.checkpoints(run)
+        )
+        assert train(options(world, run, resume=True, **short)) == 0
+        assert content(run) == content(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_leaves_nothing_that_looks_finished(world, tmp_path, capsys):
+    """The kernel refuses to write past a limit, as a full disk does, to every file in turn."""
+    resource = pytest.importorskip("resource")
+    short = {"pairs_per_source": 4, "save_steps": 1}
+    limits_before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert train(options(world, tmp_path / "whole", **short)) == 0
+    sizes = sorted({path.stat().st_size for path in (tmp_path / "whole").iterdir()})
+    words = command(options(world, tmp_path / "run", **short))[3:]  # without python -m minimore
+    capsys.readouterr()
+    for limit in sorted({0, 100, *(size - 1 for size in sizes), sizes[-1] + 5000}):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits_before[1]))
+        try:
+            code = main(words)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits_before)
+        message = capsys.readouterr().err
+        assert code == 2, (limit, message)
+        assert message.count("\n") == 1 and "Traceback" not in message, (limit, message)
+        assert unfinished(tmp_path / "run"), limit
+        assert main([*words, "--resume"]) == 0
+        assert content(tmp_path / "run") == content(tmp_path / "whole")
+        capsys.readouterr()
+
+
+def test_two_processes_do_not_train_in_one_directory(world, halted, tmp_path):
+    run = Path(shutil.copytree(halted, tmp_path / "run"))
+    before = sorted(p.name for p in run.rglob("*"))
+    with Lock(run), pytest.raises(InputError, match="another process is training there"):
+        train(options(world, run, save_steps=2, gradient_average=0.5, resume=True))
+    assert sorted(p.name for p in run.rglob("*")) == before
+    assert train(options(world, run, save_steps=2, gradient_average=0.5, resume=True)) == 0
+
+
+def test_an_existing_output_is_refused_and_left_alone(world, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    for resume in (False, True):
+        with pytest.raises(InputError):
+            train(options(world, tmp_path / "mine", resume=resume))
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]

@@ -6,6 +6,7 @@ That is one line, exit code 2, and nothing half-written.
 import gzip
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minimore import calibration
-from minimore.cli import main
+from minimore.cli import VERBS, main
 from minimore.data.world import World
 
 GOOD = {"prompt": "amber", "chosen": " basil", "rejected": " cedar"}
@@ -41,12 +42,6 @@ def report_of(model, path, output, *more):
     """What `evaluate` writes of a file, called source a: its part of the report."""
     succeed("evaluate", "--model", model, "--source", f"a={path}", "--json", output, *more)
     return json.loads(output.read_text("utf-8"))["sources"]["a"]
-
-
-def score_a_pipe(model, output):
-    """The command that scores what is written to its standard input."""
-    verb = [sys.executable, "-m", "minimore", "score", "--model", str(model)]
-    return [*verb, "--input", "/dev/stdin", "--output", str(output)]
 
 
 @pytest.fixture(scope="module")
@@ -327,11 +322,13 @@ def test_the_kernel_refuses_to_write_and_nothing_is_left(run, tmp_path, capsys):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_an_interrupted_score_leaves_nothing(run, tmp_path, number):
     """The input is a pipe that never ends: the signal comes while score waits."""
+    command = [sys.executable, "-m", "minimore", "score", "--model", str(run)]
     process = subprocess.Popen(
-        score_a_pipe(run, tmp_path / "out"),
+        [*command, "--input", "/dev/stdin", "--output", str(tmp_path / "out")],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -349,11 +346,15 @@ def test_an_interrupted_score_leaves_nothing(run, tmp_path, number):
     assert not list(tmp_path.iterdir())
 
 
-def test_score_reads_a_pipe_and_says_what_it_replaced(run, tmp_path):
-    record = json.dumps({"prompt": "amber", "response": " basil", "reward": "mine"}) + "\n"
-    command = score_a_pipe(run, tmp_path / "out")
-    process = subprocess.run(command, input=record * 3, capture_output=True, text=True, check=True)
-    assert "3 lines scored" in process.stdout and "3 had such a key already" in process.stdout
+def test_score_reads_a_pipe_and_says_what_it_replaced(run, tmp_path, capsys):
+    record = {"prompt": "amber", "response": " basil", "reward": "mine"}
+    end_to_read, end_to_write = os.pipe()
+    with open(end_to_write, "w") as pipe:
+        pipe.write((json.dumps(record) + "\n") * 3)
+    score(run, f"/dev/fd/{end_to_read}", tmp_path / "out")
+    os.close(end_to_read)
+    said = capsys.readouterr().out
+    assert "3 lines scored" in said and "3 had such a key already" in said
     assert len(read(tmp_path / "out")) == 3
 
 
@@ -428,9 +429,8 @@ def test_evaluate_writes_the_report(world, run, tmp_path, capsys):
     outputs = ("--json", tmp_path / "r.json", "--figures", tmp_path / "figures")
     succeed("evaluate", "--model", run, *sources, *outputs)
     report, said = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
-    rates = (
-        "accuracy ece ace mce brier nll mean_margin length_accuracy random_accuracy ece_debiased"
-    ).split()
+    proper = ["accuracy", "ece", "ace", "mce", "brier", "nll", "mean_margin"]
+    rates = [*proper, "length_accuracy", "random_accuracy", "ece_debiased"]
     assert list(report["mean"]) == rates and list(report["sources"]) == ["ana", "ben"]
     for rate in rates:
         assert report["mean"][rate] == pytest.approx(
@@ -481,11 +481,7 @@ def test_score_agrees_with_evaluate_and_streams_in_order(world, run, tmp_path):
     pairs = [r for r in records if "chosen" in r]
     single = {"prompt": "amber", "response": " basil", "id": 7, "note": "\ud800"}
     empty = {"prompt": "amber", "response": ""}
-    ranked = {
-        "text": ["amber basil", "amber", "amber basil"],
-        "score": [1, 0, 1],
-        "probability": "mine",
-    }
+    ranked = {"text": ["amber basil", "amber", "amber basil"], "score": [1, 0, 1]}
     mixed = lines(tmp_path / "in.jsonl", *pairs, single, empty, ranked)
     score(run, mixed, tmp_path / "out.jsonl")
     *scored, scored_single, scored_empty, scored_ranked = read(tmp_path / "out.jsonl")
@@ -578,21 +574,27 @@ def test_weights_that_overflow_end_in_one_line_and_exit_code_1(run, tmp_path, ca
     assert not (tmp_path / "gpt_neox.final_layer_norm.weight").exists()
 
 
-def test_importing_needs_neither_transformers_nor_matplotlib():
-    script = (
-        "import sys\nfor m in ('transformers', 'matplotlib'): sys.modules[m] = None\n"
-        "import minimore, minimore.cli, minimore.plots\nassert not minimore.plots.available()"
-    )
-    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
-
-
-def test_module_and_command_are_one(capsys):
-    out = subprocess.run(
-        [sys.executable, "-m", "minimore", "--version"], capture_output=True, text=True, check=True
-    ).stdout
+def test_the_module_is_the_command_and_needs_no_extras(capsys):
+    script = """
+import runpy, sys
+for name in ("transformers", "matplotlib"):
+    sys.modules[name] = None
+import minimore.plots
+assert not minimore.plots.available()
+sys.argv = ["minimore", "--version"]
+runpy.run_module("minimore", run_name="__main__")
+"""
+    command = [sys.executable, "-W", "error", "-c", script]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
     with pytest.raises(SystemExit):
         main(["--version"])
-    assert out == capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
-    assert stop.value.code == 0 and "--lambda-scope" in capsys.readouterr().out
+    assert process.stdout == capsys.readouterr().out
+
+
+def test_every_verb_has_help(capsys):
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0
+        expected = "--lambda-scope" if verb == "train" else "--"
+        assert expected in capsys.readouterr().out

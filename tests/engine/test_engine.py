@@ -383,10 +383,13 @@ def test_contradictions_are_refused(recipe, message):
 
 
 def peak_of(recipe):
-    """The memory that two training steps took in a fresh process, and what was planned."""
+    """The memory that two training steps took in a fresh process, and what was planned.
+
+    A model of 76 million parameters: a quarter of the benchmark's own, in the same proportions.
+    """
     script = ROOT / "tests" / "bench" / "cpu_memory.py"
     result = subprocess.run(
-        [sys.executable, str(script), *recipe.split()],
+        [sys.executable, str(script), "--width", "512", *recipe.split()],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -401,10 +404,10 @@ def peak_of(recipe):
 def test_the_leanest_recipe_trains_in_a_third_of_the_plain_peak():
     plain = peak_of("--engine plain")
     lean = peak_of("--engine streamed --parameters bfloat16 --moments int8 --recompute full")
-    assert plain["parameters"] == lean["parameters"] >= 300e6
+    assert plain["parameters"] == lean["parameters"] >= 75e6
     assert lean["peak"] <= plain["peak"] / 3
     for measured in (plain, lean):
-        assert measured["states"] == measured["planned_activations"]
+        assert measured["states"] == measured["planned_states"]
         # A CPU's allocator does not return all that is freed.
         assert 0.8 < measured["peak"] / measured["planned_peak"] < 1.25
 

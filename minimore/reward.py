@@ -1,4 +1,4 @@
-"""The reward model: trunk + one bias-free linear head in fp32, read at the last content token. And `score`.
+"""The reward model: a trunk and one linear head in fp32, read at the last token of a text.
 
 S texts, B pairs, D width.
 """
@@ -7,22 +7,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .data.pairs import (
-    TRUNCATE,
-    PairBatch,
-    TokenPair,
-    pack_pairs,
-    split_by_tokens,
-)
+from .data.pairs import TRUNCATE, PairBatch, TokenPair, batches_by_length, pack_pairs
 from .files import read_json
 from .model.attention import Stream, pack
 from .model.checkpoint import Checkpoint
 from .model.trunk import ModelConfig, Trunk
-from .options import InputError, Range, option
+from .options import Range, check_ranges, option, require
 
 DEFAULT_MAX_LENGTH = 512  # the paper's
 
@@ -52,12 +47,16 @@ class ModelOptions:
     )
     micro_tokens: int = option(
         8192,
+        within=Range(least=1),
         help="unique tokens computed at a time; bounds memory, changes no result beyond rounding",
     )
 
 
 class RewardModel(nn.Module):
-    """trunk: (tokens) -> z (S, D); head: (D,) fp32, reward = z . head. No EOS is appended, no token is padding."""
+    """A trunk and a linear head: reward = z . head, with z the hidden state at a text's last token.
+
+    trunk: tokens -> z (S, D). head: (D,) fp32. No EOS is appended, and no token is padding.
+    """
 
     def __init__(self, trunk: Trunk, head: Tensor):
         super().__init__()
@@ -65,7 +64,7 @@ class RewardModel(nn.Module):
         self.head = nn.Parameter(head)
 
     def features(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Last hidden states of the chosen and the rejected texts: two (B, D), fp32."""
+        """Last hidden states of the chosen and of the rejected texts: two (B, D), fp32."""
         z = self.trunk(batch.stream.to(self.head.device))
         return z[0::2], z[1::2]
 
@@ -79,63 +78,74 @@ def fresh_head(width: int, seed: int) -> Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width + 1)
 
 
+# ---- opening -------------------------------------------------------------------------------------
+
+
 def open_reward_model(options: ModelOptions) -> tuple[RewardModel, Checkpoint]:
-    """Open options.model as a reward model; a checkpoint without a head gets a fresh, seeded one."""
+    """Open options.model as a reward model; one without a head gets a fresh, seeded one."""
     checkpoint = Checkpoint(options.model)
     return load_reward_model(checkpoint, options), checkpoint
 
 
-def device_of(options) -> str:
-    """The device asked for, or an InputError where it is not there."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
-    return (
-        options.device
-        if options.device != "auto"
-        else ("cuda" if torch.cuda.is_available() else "cpu")
-    )
-
-
-def compute_type(options: ModelOptions) -> torch.dtype:
-    """The type of activations and matrix products."""
-    kind = (
-        options.compute_dtype
-        if options.compute_dtype != "auto"
-        else ("bfloat16" if device_of(options) == "cuda" else "float32")
-    )
-    return getattr(torch, kind)
+Hold = Callable[[str, Tensor], Tensor]  # name and value of a parameter -> what the model holds
 
 
 def load_reward_model(
-    checkpoint: Checkpoint,
-    options: ModelOptions,
-    hold: Callable[[str, Tensor], Tensor] | None = None,
+    checkpoint: Checkpoint, options: ModelOptions, hold: Hold | None = None
 ) -> RewardModel:
     """The weights of an opened checkpoint, on the device and in the compute type asked for.
 
-    hold: name and value of each parameter -> what the model is to hold of it; by default matrices in the compute type, in which
-    they would be used anyway, and vectors as they are.
+    hold: what the model is to hold of each parameter as it is loaded. By default it holds matrices
+    in the compute type, in which they would be used anyway, and vectors as they are. Training holds
+    what its optimizer gives back.
     """
-    if options.micro_tokens < 1:
-        raise InputError(f"--micro-tokens {options.micro_tokens}: expected at least 1")
+    check_ranges(options)
     device, compute = device_of(options), compute_type(options)
-    if not 0 <= options.seed < 2**63:
-        raise InputError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
-    hold = hold or (lambda name, value: value.to(compute) if value.ndim > 1 else value)
+
+    def in_compute_type(name: str, value: Tensor) -> Tensor:
+        return value.to(compute) if value.ndim > 1 else value
+
+    hold = hold or in_compute_type
     trunk, head = checkpoint.load(
         device=device, hold=lambda name, value: hold(f"trunk.{name}", value)
     )
-    head = fresh_head(checkpoint.config.width, options.seed).to(device) if head is None else head
+    if head is None:
+        head = fresh_head(checkpoint.config.width, options.seed).to(device)
     trunk.compute_dtype = compute
     return RewardModel(trunk, hold("head", head))
 
 
+def device_of(options: Any) -> str:
+    """The device asked for. Raises InputError where it is not there."""
+    has_gpu = torch.cuda.is_available()
+    require(
+        options.device != "cuda" or has_gpu,
+        "--device cuda: torch sees no CUDA device; use --device cpu",
+    )
+    if options.device != "auto":
+        return options.device
+    return "cuda" if has_gpu else "cpu"
+
+
+def compute_type(options: ModelOptions) -> torch.dtype:
+    """The type of activations and matrix products."""
+    name = options.compute_dtype
+    if name == "auto":
+        name = "bfloat16" if device_of(options) == "cuda" else "float32"
+    return getattr(torch, name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReadingOptions(ModelOptions):
-    """What the commands that read pairs with a finished model take besides; None means as the run was trained."""
+    """What the commands that read pairs with a finished model take besides.
+
+    None means: as the run was trained.
+    """
 
     max_length: int | None = option(
-        None, help="tokens a text, cut on the left (default: the run's own, else 512)"
+        None,
+        within=Range(least=1),
+        help="tokens a text, cut on the left (default: the run's own, else 512)",
     )
     truncate: str | None = option(
         None,
@@ -145,43 +155,48 @@ class ReadingOptions(ModelOptions):
 
     def limits(self, checkpoint: Checkpoint) -> tuple[int, str]:
         """max_length and truncate: as asked, else the run's own, else 512 and "each"."""
-        if self.max_length is not None and self.max_length < 1:
-            raise InputError(f"--max-length {self.max_length}: expected at least 1")
+        check_ranges(self)
         directory = checkpoint.directory
-        path = (
-            directory.parent if directory.name.startswith("checkpoint-") else directory
-        ) / "options.json"
+        run = directory.parent if directory.name.startswith("checkpoint-") else directory
+        path = run / "options.json"
         stored = read_json(path) if path.is_file() else {}
-        length, truncate = stored.get("max_length"), stored.get("truncate")
-        length = self.max_length or (
-            length if type(length) is int and length > 0 else DEFAULT_MAX_LENGTH
-        )
-        check_length(checkpoint.config, length, directory)
-        return length, self.truncate or (truncate if truncate in TRUNCATE else "each")
+        max_length, truncate = stored.get("max_length"), stored.get("truncate")
+        if type(max_length) is not int or max_length < 1:
+            max_length = DEFAULT_MAX_LENGTH
+        if truncate not in TRUNCATE:
+            truncate = "each"
+        max_length = self.max_length or max_length
+        check_length(checkpoint.config, max_length, directory)
+        return max_length, self.truncate or truncate
 
 
-def check_length(c: ModelConfig, max_length: int, directory: Path):
+def check_length(config: ModelConfig, max_length: int, directory: Path) -> None:
     """Refuse texts longer than a learned position embedding."""
-    most = c.learned_positions - c.position_offset
-    if c.learned_positions and max_length > most:
-        raise InputError(
-            f"--max-length {max_length}: {directory} has learned positions for {most} tokens only"
-        )
+    positions = config.learned_positions - config.position_offset
+    require(
+        not config.learned_positions or max_length <= positions,
+        f"--max-length {max_length}: {directory} has learned positions for {positions} tokens only",
+    )
+
+
+# ---- rewards -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def pair_rewards(
     model: RewardModel, pairs: Sequence[TokenPair], micro_tokens: int = 8192, share: bool = True
 ) -> Tensor:
-    """Rewards of both sides of every pair: (B, 2) fp32 on the CPU, chosen first."""
-    order = sorted(range(len(pairs)), key=lambda i: pairs[i].tokens)  # similar lengths waste least
-    out = torch.empty(len(pairs), 2)
-    for part in split_by_tokens([pairs[i].tokens for i in order], micro_tokens):
-        chosen, rejected = model.features(pack_pairs([pairs[order[i]] for i in part], share=share))
-        out[[order[i] for i in part]] = torch.stack(
-            [chosen @ model.head, rejected @ model.head], 1
-        ).cpu()
-    return _finite(out)
+    """Rewards of both sides of every pair: (B, 2) fp32 on the CPU, chosen first.
+
+    share: compute a prompt once for both sides.
+    """
+    rewards = torch.empty(len(pairs), 2)
+    for places in batches_by_length([pair.tokens for pair in pairs], micro_tokens):
+        batch = pack_pairs([pairs[place] for place in places], share=share)
+        chosen, rejected = model.features(batch)
+        sides = torch.stack([chosen @ model.head, rejected @ model.head], 1)
+        rewards[places] = sides.cpu()
+    return _finite(rewards)
 
 
 @torch.no_grad()
@@ -189,13 +204,11 @@ def text_rewards(
     model: RewardModel, texts: Sequence[Sequence[int]], micro_tokens: int = 8192
 ) -> Tensor:
     """Rewards of whole texts given as token ids: (S,) fp32 on the CPU."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    out = torch.empty(len(texts))
-    for part in split_by_tokens([len(texts[i]) for i in order], micro_tokens):
-        out[[order[i] for i in part]] = model.rewards(
-            pack([([], [list(texts[order[i]])]) for i in part])
-        ).cpu()
-    return _finite(out)
+    rewards = torch.empty(len(texts))
+    for places in batches_by_length([len(text) for text in texts], micro_tokens):
+        stream = pack([([], [list(texts[place])]) for place in places])
+        rewards[places] = model.rewards(stream).cpu()
+    return _finite(rewards)
 
 
 def _finite(rewards: Tensor) -> Tensor:

@@ -1,22 +1,23 @@
-"""Rewards of a file: the `score` verb."""
+"""Rewards of a file: the `score` verb.
+
+read     a record -> its texts: of a pair, of a prompt with a response, or of a list
+encode   texts -> token ids, cut to the length with which the model was trained
+reward   token ids -> rewards; pairs share their prompt
+write    the record with its rewards, in input order
+"""
 
 import json
-import os
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import accumulate, chain, islice
-from pathlib import Path
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import NamedTuple
 
 from .calibration import probability
-from .data.pairs import (
-    TokenPair,
-    encode,
-    refuse_doubled_bos,
-    shared_length,
-)
+from .data.pairs import TokenPair, encode, refuse_doubled_bos, shared_length
 from .data.records import (
+    Record,
     is_conversation,
     messages_of,
     prompt_end,
@@ -25,9 +26,20 @@ from .data.records import (
     text_of,
     texts_of,
 )
-from .files import beside, refuse_existing
-from .options import InputError, option
-from .reward import ReadingOptions, open_reward_model, pair_rewards, text_rewards
+from .files import refuse_existing, written_whole
+from .model.checkpoint import Checkpoint
+from .model.tokenizer import Tokenizer
+from .options import InputError, check_ranges, option, require
+from .reward import ReadingOptions, RewardModel, open_reward_model, pair_rewards, text_rewards
+
+RECORDS_AT_ONCE = 256
+
+# What is added to a record of each kind.
+ADDED_KEYS = {
+    "pair": ("chosen_reward", "rejected_reward", "probability"),
+    "response": ("reward",),
+    "texts": ("rewards",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,29 +53,28 @@ class ScoreOptions(ReadingOptions):
     output: str = option(value="OUT.jsonl", help="JSON lines file to write; must not exist")
 
 
-def score(options: ScoreOptions):
-    """Add rewards to every line of a file, streaming, in input order.
+def score(options: ScoreOptions) -> None:
+    """Add rewards to every line of a file, as a stream, in input order.
 
-    A pair gets chosen_reward, rejected_reward and probability = sigmoid(difference); a prompt with a response gets reward; a
-    list of texts gets the list rewards.
+    A pair gets chosen_reward, rejected_reward and probability = sigmoid(their difference). A prompt
+    with a response gets reward. A list of texts gets the list rewards.
     """
+    check_ranges(options)
     refuse_existing(options.output)
     with closing(read_records(options.input)) as records:  # opened once: it may be a pipe
         first = next(records, None)
         if first is None:
             raise InputError(f"{options.input}: is empty; expected at least one line")
         model, checkpoint = open_reward_model(options)
-        limit, truncate = options.limits(checkpoint)
-        counts = _write_scored(options, model, checkpoint, chain([first], records), limit, truncate)
-    print(
-        f"{options.output}: {counts['lines']} lines scored, {counts['truncated']} truncated to {limit} tokens, {counts['blank']} with a blank response"
-        + (
-            f", {counts['named']} with names of special tokens, read as text"
-            if counts["named"]
-            else ""
-        )
-        + (f", {counts['replaced']} had such a key already, replaced" if counts["replaced"] else "")
-    )
+        max_length, truncate = options.limits(checkpoint)
+        scorer = Scorer(model, checkpoint, max_length, truncate, options.micro_tokens)
+        with (
+            written_whole(options.output) as unfinished,
+            open(unfinished, "x", encoding="utf-8") as file,
+        ):
+            for record in scorer.scored(chain([first], records)):
+                file.write(json_line(record) + "\n")
+    print(f"{options.output}: {scorer.counts.line(max_length)}")
     if not checkpoint.has_head:
         print(
             f"{options.model}: no score.weight, so the rewards are those of an untrained head",
@@ -71,134 +82,180 @@ def score(options: ScoreOptions):
         )
 
 
-def _write_scored(options, model, checkpoint, records, limit, truncate):
-    """Score the records, 256 at a time, into a file beside the output, then rename it; returns the counts."""
-    output, counts = (
-        Path(options.output),
-        {"lines": 0, "truncated": 0, "blank": 0, "named": 0, "replaced": 0},
-    )
-    unfinished = beside(output)
-    try:
-        with open(unfinished, "x", encoding="utf-8") as out:
-            while chunk := list(islice(records, 256)):
-                for record in _scored(model, checkpoint, chunk, options, limit, truncate, counts):
-                    out.write(_json_line(record) + "\n")
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return counts
-
-
-def _json_line(record):
+def json_line(record: Record) -> str:
+    """A record as JSON; escapes only where UTF-8 has no bytes for half of a surrogate pair."""
     text = json.dumps(record, ensure_ascii=False)
-    return (
-        text if text.encode("utf-8", "replace").decode() == text else json.dumps(record)
-    )  # half a surrogate pair
+    has_bytes = text.encode("utf-8", "replace").decode() == text
+    return text if has_bytes else json.dumps(record)
 
 
-class Readable(NamedTuple):
-    """The texts of one record, whole; what: "pair", "response" or "texts"."""
+# ---- read ----------------------------------------------------------------------------------------
 
+
+class Texts(NamedTuple):
+    """The whole texts of one record. kind: a key of ADDED_KEYS."""
+
+    kind: str
     texts: list[str]
-    rendered: bool
-    blank: bool
-    what: str
+    is_rendered: bool
+    is_blank: bool
 
 
-def _readable(record, where, tokenizer) -> Readable:
+def texts_of_record(record: Record, where: str, tokenizer: Tokenizer) -> Texts:
+    """The texts that a record asks to score. Raises InputError for a record of no known form."""
     if "response" in record and "chosen" not in record:
-        prompt, response = record.get("prompt"), record["response"]
-        if is_conversation(prompt) or is_conversation(response):
-            turns = messages_of(prompt, f'{where}: "prompt"', tokenizer, "user") + messages_of(
-                response, f'{where}: "response"', tokenizer, "assistant"
-            )
-            return Readable(
-                [tokenizer.render(turns)],
-                tokenizer.template is not None,
-                not turns[-1]["content"].strip(),
-                "response",
-            )
-        prompt, response = text_of(record, "prompt", where), text_of(record, "response", where)
-        return Readable([prompt + response], False, not response.strip(), "response")
+        return _response(record, where, tokenizer)
     if "chosen" in record or "rejected" in record:
-        pairs = record_pairs(record, where, tokenizer)[0]
-        if len(pairs) != 1:
-            raise InputError(
-                f'{where}: "rejected" is a list of {len(pairs)} responses; give score one pair a line'
-            )
-        pair = pairs[0]
-        return Readable(
-            [pair.prompt + pair.chosen, pair.prompt + pair.rejected],
-            pair.rendered,
-            pair.is_blank,
-            "pair",
-        )
+        return _pair(record, where, tokenizer)
     if "text" in record:
         texts = texts_of(record, where)
-        cut = prompt_end(texts)
-        return Readable(texts, False, not all(t[cut:].strip() for t in texts), "texts")
+        end = prompt_end(texts)
+        is_blank = not all(text[end:].strip() for text in texts)
+        return Texts("texts", texts, False, is_blank)
+    keys = ", ".join(map(str, record)) or "none"
     raise InputError(
-        f'{where}: expected "chosen" and "rejected", "prompt" and "response", or a list "text"; '
-        f"found keys: {', '.join(map(str, record)) or 'none'}"
+        f'{where}: expected "chosen" and "rejected", "prompt" and "response", or a list "text";'
+        f" found keys: {keys}"
     )
 
 
-ADDED = {
-    "pair": ("chosen_reward", "rejected_reward", "probability"),
-    "response": ("reward",),
-    "texts": ("rewards",),
-}
+def _response(record: Record, where: str, tokenizer: Tokenizer) -> Texts:
+    prompt, response = record.get("prompt"), record["response"]
+    if is_conversation(prompt) or is_conversation(response):
+        turns = messages_of(prompt, f'{where}: "prompt"', tokenizer, "user")
+        turns += messages_of(response, f'{where}: "response"', tokenizer, "assistant")
+        text, is_rendered = tokenizer.render(turns), tokenizer.template is not None
+        return Texts("response", [text], is_rendered, not turns[-1]["content"].strip())
+    prompt, response = text_of(record, "prompt", where), text_of(record, "response", where)
+    return Texts("response", [prompt + response], False, not response.strip())
 
 
-def _scored(model, checkpoint, chunk, options, limit, truncate, counts):
-    """The records of one chunk with their rewards."""
-    read = [_readable(record, where, checkpoint.tokenizer) for where, record in chunk]
-    for (where, _), r in zip(chunk, read):
-        for text in r.texts:
-            refuse_doubled_bos(text, r.rendered, where, checkpoint.tokenizer)
-    rewards = [None] * len(read)
-    for together in (
-        True,
-        False,
-    ):  # pairs first: their sides may have to be cut alike, and share their prompt
-        mine = [i for i, r in enumerate(read) if (r.what == "pair") == together]
-        ids, cut = encode(
-            [t for i in mine for t in read[i].texts],
-            checkpoint.tokenizer,
-            limit,
-            [read[i].rendered for i in mine for _ in read[i].texts],
-            together and truncate == "together",
+def _pair(record: Record, where: str, tokenizer: Tokenizer) -> Texts:
+    pairs, _ = record_pairs(record, where, tokenizer)
+    require(
+        len(pairs) == 1,
+        f'{where}: "rejected" is a list of {len(pairs)} responses; give score one pair a line',
+    )
+    pair = pairs[0]
+    texts = [pair.prompt + pair.chosen, pair.prompt + pair.rejected]
+    return Texts("pair", texts, pair.rendered, pair.is_blank)
+
+
+# ---- encode, reward, write -----------------------------------------------------------------------
+
+
+@dataclass
+class Counts:
+    """What was scored, and what was not as it came."""
+
+    lines: int = 0
+    truncated: int = 0
+    blank: int = 0
+    named: int = 0
+    replaced: int = 0
+
+    def line(self, max_length: int) -> str:
+        """One line for the log."""
+        line = (
+            f"{self.lines} lines scored, {self.truncated} truncated to {max_length} tokens,"
+            f" {self.blank} with a blank response"
         )
-        places = list(accumulate((len(read[i].texts) for i in mine), initial=0))
-        for i, start, end in zip(mine, places, places[1:]):
-            if not all(map(len, ids[start:end])):
-                raise InputError(
-                    f"{chunk[i][0]}: a text is empty and the tokenizer adds no BOS: nothing to score"
+        if self.named:
+            line += f", {self.named} with names of special tokens, read as text"
+        if self.replaced:
+            line += f", {self.replaced} had such a key already, replaced"
+        return line
+
+
+@dataclass
+class Scorer:
+    """Scores records with one model, some at a time, and counts what it meets."""
+
+    model: RewardModel
+    checkpoint: Checkpoint
+    max_length: int
+    truncate: str
+    micro_tokens: int
+    counts: Counts = field(default_factory=Counts)
+
+    def scored(self, records: Iterable[tuple[str, Record]]) -> Iterator[Record]:
+        """The records with their rewards, in input order; records: ("file:line", record)."""
+        remaining = iter(records)
+        while located := list(islice(remaining, RECORDS_AT_ONCE)):
+            texts = [self._read(where, record) for where, record in located]
+            rewards = self._rewards([where for where, _ in located], texts)
+            for (_, record), record_texts, values in zip(located, texts, rewards):
+                self._count(record, record_texts)
+                yield record | added(record_texts.kind, values)
+
+    def _read(self, where: str, record: Record) -> Texts:
+        texts = texts_of_record(record, where, self.checkpoint.tokenizer)
+        for text in texts.texts:
+            refuse_doubled_bos(text, texts.is_rendered, where, self.checkpoint.tokenizer)
+        return texts
+
+    def _rewards(self, wheres: Sequence[str], texts: Sequence[Texts]) -> list[list[float]]:
+        """The rewards of every text of every record.
+
+        Pairs are computed apart from the rest: their sides may have to be cut alike, and they share
+        their prompt.
+        """
+        rewards: list[list[float]] = [[] for _ in texts]
+        for are_pairs in (True, False):
+            places = [i for i, t in enumerate(texts) if (t.kind == "pair") == are_pairs]
+            if not places:
+                continue
+            ids, was_cut = self._encode([texts[i] for i in places], are_pairs)
+            places_of_ids = [i for i in places for _ in texts[i].texts]
+            for i, text_ids in zip(places_of_ids, ids):
+                require(
+                    len(text_ids),
+                    f"{wheres[i]}: a text is empty and the tokenizer adds no BOS: nothing to score",
                 )
-            counts["truncated"] += any(cut[start:end])
-        if together:
-            pairs = [TokenPair(c, r, shared_length(c, r), 0) for c, r in zip(ids[0::2], ids[1::2])]
-            found = (
-                pair_rewards(model, pairs, options.micro_tokens).flatten().tolist() if mine else []
-            )
-        else:
-            found = (
-                text_rewards(model, [t.tolist() for t in ids], options.micro_tokens).tolist()
-                if mine
-                else []
-            )
-        for i, start, end in zip(mine, places, places[1:]):
-            rewards[i] = found[start:end]
-    for (_, record), r, values in zip(chunk, read, rewards):
-        counts["lines"] += 1
-        counts["blank"] += r.blank
-        counts["named"] += not r.rendered and any(map(checkpoint.tokenizer.names_special, r.texts))
-        counts["replaced"] += any(key in record for key in ADDED[r.what])
-        values = (
-            [*values, float(probability(values[0] - values[1]))]
-            if r.what == "pair"
-            else [values]
-            if r.what == "texts"
-            else values
+            self.counts.truncated += len({i for i, cut in zip(places_of_ids, was_cut) if cut})
+            values = self._rewards_of_pairs(ids) if are_pairs else self._rewards_of_texts(ids)
+            for i, value in zip(places_of_ids, values):
+                rewards[i].append(value)
+        return rewards
+
+    def _encode(self, texts: Sequence[Texts], are_pairs: bool) -> tuple[list, list[bool]]:
+        """Token ids of all texts of these records, and which of them were cut."""
+        return encode(
+            [text for t in texts for text in t.texts],
+            self.checkpoint.tokenizer,
+            self.max_length,
+            [t.is_rendered for t in texts for _ in t.texts],
+            are_pairs and self.truncate == "together",
         )
-        yield record | dict(zip(ADDED[r.what], values))
+
+    def _rewards_of_pairs(self, ids: Sequence) -> list[float]:
+        """Rewards of texts that come two by two."""
+        pairs = [
+            TokenPair(chosen, rejected, shared_length(chosen, rejected), 0)
+            for chosen, rejected in zip(ids[0::2], ids[1::2])
+        ]
+        return pair_rewards(self.model, pairs, self.micro_tokens).flatten().tolist()
+
+    def _rewards_of_texts(self, ids: Sequence) -> list[float]:
+        texts = [text_ids.tolist() for text_ids in ids]
+        return text_rewards(self.model, texts, self.micro_tokens).tolist()
+
+    def _count(self, record: Record, texts: Texts) -> None:
+        tokenizer = self.checkpoint.tokenizer
+        self.counts.lines += 1
+        self.counts.blank += texts.is_blank
+        if not texts.is_rendered:
+            self.counts.named += any(map(tokenizer.names_special, texts.texts))
+        self.counts.replaced += any(key in record for key in ADDED_KEYS[texts.kind])
+
+
+def added(kind: str, rewards: list[float]) -> Record:
+    """What a record of this kind gets."""
+    if kind == "pair":
+        chosen, rejected = rewards
+        values: list = [chosen, rejected, float(probability(chosen - rejected))]
+    elif kind == "response":
+        values = rewards
+    else:
+        values = [rewards]
+    return dict(zip(ADDED_KEYS[kind], values))

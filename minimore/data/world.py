@@ -1,8 +1,13 @@
 """A synthetic world of annotators whose shared reward and drift are known exactly.
 
-A response is a bag of words; annotator k values it at r*(y) + drift_k(y), each a sum of word values / sqrt(words). Over the
-world's own pairs the drifts are orthogonal to r*, equally strong, and sum to zero over the annotators (a regular simplex). Labels
-are drawn: P(a over b) = sigmoid(beta_k (margin of annotator k)), beta_k being the annotator's decisiveness.
+A response y is a bag of n words. Annotator k values it at
+
+    r*(y) + drift_k(y),    each a sum of word values / √n
+
+Over the world's own pairs the drifts are orthogonal to r*, equally strong, and sum to zero over the
+annotators: they are the corners of a regular simplex. Labels are drawn:
+
+    P(a over b) = σ(β_k (margin of annotator k)),    β_k the annotator's decisiveness
 
 Everything is written as real files: JSON lines, a tokenizer trained here, a checkpoint directory.
 
@@ -12,73 +17,50 @@ W words, K annotators, N pairs.
 import gzip
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..calibration import probability
 from ..model.checkpoint import random_checkpoint
-from ..options import InputError
+from ..options import require
 from .records import Pair
 
 WORDS = [
-    "amber",
-    "anchor",
-    "basil",
-    "bridge",
-    "candle",
-    "canyon",
-    "cedar",
-    "copper",
-    "coral",
-    "cotton",
-    "ember",
-    "falcon",
-    "fennel",
-    "garnet",
-    "ginger",
-    "hazel",
-    "indigo",
-    "ivory",
-    "jasper",
-    "juniper",
-    "lantern",
-    "lemon",
-    "linen",
-    "maple",
-    "marble",
-    "meadow",
-    "nectar",
-    "olive",
-    "onyx",
-    "orchard",
-    "pebble",
-    "pepper",
-    "quartz",
-    "raven",
-    "saffron",
-    "silver",
-    "thistle",
-    "timber",
-    "velvet",
-    "willow",
+    *("amber", "anchor", "basil", "bridge", "candle", "canyon", "cedar", "copper"),
+    *("coral", "cotton", "ember", "falcon", "fennel", "garnet", "ginger", "hazel"),
+    *("indigo", "ivory", "jasper", "juniper", "lantern", "lemon", "linen", "maple"),
+    *("marble", "meadow", "nectar", "olive", "onyx", "orchard", "pebble", "pepper"),
+    *("quartz", "raven", "saffron", "silver", "thistle", "timber", "velvet", "willow"),
 ]
-MOST_PAIRS = 10**6  # of one annotator: prompts are all different, and there are 40^6
 ANNOTATORS = ("ana", "ben", "cleo", "dov", "eve")
+PAIRS_PER_ANNOTATOR = 10**6  # at most; all prompts differ, and there are 40^6 of six words
+TOKENIZER_LINES = 200  # of each annotator, on which the tokenizer is trained
+
+Line = dict[str, Any]
+Paths = dict[str, tuple[Path, Path]]  # annotator -> training and test file
 
 
 @dataclass(frozen=True)
 class World:
-    """conflict: share of an annotator's taste that is drift, 0 to 1; reveal: whether the prompt names the annotator;
-    ties: share of pairs labelled a tie; reversed: an annotator who wants the opposite of r* (no drift, no orthogonality)."""
+    """Annotators, how much they differ, and how many pairs each labels.
+
+    conflict: share of an annotator's taste that is drift, 0 to 1. decisiveness: beta of each
+    annotator, or one for all. train_pairs: of each annotator, or one for all. ties: share of pairs
+    that are labelled a tie. reveal: whether the prompt names the annotator. reversed: an annotator
+    who wants the opposite of r*, whose drift is no longer orthogonal to it.
+
+    Raises InputError for a world that cannot be.
+    """
 
     annotators: tuple[str, ...] = ANNOTATORS
     conflict: float = 0.2
-    decisiveness: tuple[float, ...] = (2.0,)  # beta per annotator, or one for all
-    train_pairs: tuple[int, ...] = (3200,)  # per annotator, or one for all
+    decisiveness: tuple[float, ...] = (2.0,)
+    train_pairs: tuple[int, ...] = (3200,)
     test_pairs: int = 1000
     ties: float = 0.0
     reveal: bool = False
@@ -87,164 +69,228 @@ class World:
     response_words: int = 14
     seed: int = 0
 
-    def __post_init__(self):
-        K = len(self.annotators)
-        if not 0 <= self.conflict <= 1 or not 0 <= self.ties < 1 or K < 1 or len(WORDS) < K + 2:
-            raise InputError(
-                f"world: conflict {self.conflict}, ties {self.ties}, {K} annotators: expected shares and at most {len(WORDS) - 2} annotators"
-            )
-        pairs = [*self.train_pairs, self.test_pairs + 1]
-        if not 0 <= self.seed < 2**63 or not pairs or min(pairs) < 1 or max(pairs) > MOST_PAIRS:
-            raise InputError(
-                f"world: seed {self.seed}, {self.train_pairs} training and {self.test_pairs} test pairs: expected a seed "
-                f"from 0 to 2^63 - 1, and 1 to {MOST_PAIRS} pairs each"
-            )
-        if self.reversed is not None and self.reversed not in self.annotators:
-            raise InputError(
-                f"world: reversed is {self.reversed!r}; expected one of {', '.join(self.annotators)}"
-            )
-        prompts = sum(
-            self.train_pairs[k % len(self.train_pairs)] + self.test_pairs for k in range(K)
+    def __post_init__(self) -> None:
+        K, most = len(self.annotators), len(WORDS) - 2
+        require(
+            0 <= self.conflict <= 1 and 0 <= self.ties < 1 and 1 <= K <= most,
+            f"world: conflict {self.conflict}, ties {self.ties}, {K} annotators:"
+            f" expected shares and at most {most} annotators",
         )
-        if len(WORDS) ** self.prompt_words < 2 * prompts:
-            raise InputError(
-                f"world: {self.prompt_words} words a prompt make too few prompts for {prompts} pairs"
-            )
+        counts = [*self.train_pairs, self.test_pairs + 1]
+        has_pairs = self.train_pairs and min(counts) >= 1 and max(counts) <= PAIRS_PER_ANNOTATOR
+        require(
+            0 <= self.seed < 2**63 and has_pairs,
+            f"world: seed {self.seed}, {self.train_pairs} training and {self.test_pairs} test"
+            " pairs: expected a seed from 0 to 2^63 - 1,"
+            f" and 1 to {PAIRS_PER_ANNOTATOR} pairs each",
+        )
+        require(
+            self.reversed is None or self.reversed in self.annotators,
+            f"world: reversed is {self.reversed!r}; expected one of {', '.join(self.annotators)}",
+        )
+        prompts = sum(self._of(self.train_pairs, k) + self.test_pairs for k in range(K))
+        require(
+            len(WORDS) ** self.prompt_words >= 2 * prompts,
+            f"world: {self.prompt_words} words a prompt make too few prompts for {prompts} pairs",
+        )
         for name in ("decisiveness", "train_pairs"):
-            if len(getattr(self, name)) not in (1, K):
-                raise InputError(
-                    f"world: {name} has {len(getattr(self, name))} values; expected 1 or {K}"
-                )
+            count = len(getattr(self, name))
+            require(count in (1, K), f"world: {name} has {count} values; expected 1 or {K}")
+
+    @staticmethod
+    def _of(values: tuple, k: int) -> Any:
+        """The value of annotator k: its own, or the one for all."""
+        return values[k % len(values)]
+
+    # ---- what is known exactly ----
 
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """Word values of r* (W,) and of the drifts (K, W), both already scaled by the conflict."""
         K, W = len(self.annotators), len(WORDS)
         random = np.random.default_rng([self.seed, 0]).standard_normal((W, K + 1))
-        basis, _ = np.linalg.qr(
-            np.concatenate([np.ones((W, 1)), random], 1)
-        )  # column 0: what every word has alike
-        shared, axes = basis[:, 1], basis[:, 2:].T  # unit, centred, orthogonal
+        # Orthonormal columns, of which the first is what all words have alike. Those behind it are
+        # therefore centred.
+        basis, _ = np.linalg.qr(np.concatenate([np.ones((W, 1)), random], 1))
+        shared, axes = basis[:, 1], basis[:, 2:].T
         drifting = [k for k in range(K) if self.annotators[k] != self.reversed]
         n, drifts = len(drifting), np.zeros((K, W))
         simplex = np.eye(n) - 1 / max(1, n)  # n points that sum to zero
         drifts[drifting] = simplex @ axes[:n] * math.sqrt(n / max(1, n - 1))  # of unit length
         scale = math.sqrt(W)  # unit variance over words
-        shared, drifts = (
-            scale * math.sqrt(1 - self.conflict) * shared,
-            scale * math.sqrt(self.conflict) * drifts,
-        )
+        shared = scale * math.sqrt(1 - self.conflict) * shared
+        drifts = scale * math.sqrt(self.conflict) * drifts
         if self.reversed:
             drifts[self.annotators.index(self.reversed)] = -2 * shared  # r* + drift = -r*
         return shared, drifts
 
     def true_margins(self, pairs: list[Pair]) -> np.ndarray:
-        """Every annotator's true margin (chosen minus rejected) of every pair, beta not applied: (N, K)."""
+        """Every annotator's true margin of every pair, before beta: (N, K)."""
         shared, drifts = self.values()
-        counts = np.array([_counts(p.chosen) - _counts(p.rejected) for p in pairs])
-        return counts @ (shared + drifts).T / math.sqrt(self.response_words)
+        return _count_differences(pairs) @ (shared + drifts).T / math.sqrt(self.response_words)
 
     def decompose(self, margins: np.ndarray, pairs: list[Pair]) -> "Decomposition":
-        """What a model's margins on these pairs consist of, for Eq. 4: shared reward, drift, and neither.
+        """What a model's margins m on these pairs consist of: shared reward, drift, and neither.
 
-        margins: (N,), of the same pairs. r* and the drifts are orthogonal under the world's pairs, so the shares add up to 1 but for what a
-        sample adds (to drift, about K / N of what is neither); they are undefined (NaN) for margins of 0. The drifts sum to zero, so a model
-        with one of them has -1 / (K - 1) of every other. Raises ValueError if an annotator is reversed: that drift is -2 r*, and orthogonal to nothing.
+            slope on x          mean(m x) / mean(x²)            1 if m has x as it is
+            share of X          mean of the square of m's projection on the columns of X / mean(m²)
+
+        with x the true margins of r* or of one drift, and X those of r* (N, 1), or of all drifts
+        (N, K). margins: (N,). r* and the drifts are orthogonal under the world's pairs, so the
+        shares add up to 1, but for what a sample adds: to drift, about K / N of what is neither.
+        They are NaN for margins of 0. The drifts sum to zero, so a model with one of them has
+        -1 / (K - 1) of every other. Source: Eq. 4-6.
+
+        Raises ValueError if an annotator is reversed: that drift is -2 r*, orthogonal to nothing.
         """
         if self.reversed:
             raise ValueError(
-                f"{self.reversed} is reversed: shared reward and drift cannot be told apart in this world"
+                f"{self.reversed} is reversed: shared reward and drift cannot be told apart in"
+                " this world"
             )
         m = np.asarray(margins, dtype=np.float64)
-        counts = np.array([_counts(p.chosen) - _counts(p.rejected) for p in pairs]) / math.sqrt(
-            self.response_words
-        )
+        counts = _count_differences(pairs) / math.sqrt(self.response_words)
         shared, drifts = self.values()
         true, drift = counts @ shared, counts @ drifts.T  # (N,), (N, K)
-        slope = lambda x: float(np.mean(m * x) / np.mean(x * x)) if np.any(x) else math.nan
-        explained = lambda x: (
-            float(np.mean((x @ np.linalg.lstsq(x, m, rcond=None)[0]) ** 2) / np.mean(m * m))
-            if np.any(m)
-            else math.nan
+        both = np.concatenate([true[:, None], drift], 1)  # (N, 1 + K)
+        return Decomposition(
+            shared=_slope(m, true),
+            drift=np.array([_slope(m, column) for column in drift.T]),
+            shared_share=_share(m, true[:, None]),
+            drift_share=_share(m, drift),
+            other_share=1 - _share(m, both),
         )
-        parts = explained(true[:, None]), explained(drift)
-        both = explained(np.concatenate([true[:, None], drift], 1))
-        return Decomposition(slope(true), np.array([slope(d) for d in drift.T]), *parts, 1 - both)
 
     def ceilings(self, pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
-        """Expected accuracy per annotator (K,) over these pairs: of that annotator's own best rule, and of the best single rule.
+        """Expected accuracy per annotator over these pairs, of two rules: (K,) and (K,).
 
-        The single rule decides each pair by sum_k (2 p_k - 1): no preference shared by all annotators has a better mean
-        accuracy, so no single reward has either.
+        The first is each annotator's own best rule. The second is the best rule shared by all. It
+        decides each pair by sum_k (2 p_k - 1): no preference shared by all annotators has a better
+        mean accuracy, so no single reward has either.
         """
         betas = np.broadcast_to(self.decisiveness, len(self.annotators))
         p = probability(betas * self.true_margins(pairs))  # (N, K)
-        first = (2 * p - 1).sum(1, keepdims=True) > 0
-        return np.maximum(p, 1 - p).mean(0), np.where(first, p, 1 - p).mean(0)
+        takes_first = (2 * p - 1).sum(1, keepdims=True) > 0
+        return np.maximum(p, 1 - p).mean(0), np.where(takes_first, p, 1 - p).mean(0)
 
-    def paths(self, directory: Path) -> dict[str, tuple[Path, Path]]:
-        """Where `write` puts the training and test file of each annotator."""
-        end = lambda k: ".jsonl.gz" if k % 5 == 3 else ".jsonl"
-        return {
-            name: tuple(directory / "data" / f"{name}.{part}{end(k)}" for part in ("train", "test"))
-            for k, name in enumerate(self.annotators)
-        }
+    # ---- files ----
 
-    def write(self, directory: Path) -> dict[str, tuple[Path, Path]]:
-        """Write data/NAME.train.jsonl and .test.jsonl per annotator and the checkpoint model/; returns the paths by name.
-
-        The annotators use different line formats, one is gzipped: all doors that real data comes through.
-        """
-        (directory / "data").mkdir(parents=True)
-        random, seen, paths, texts = (
-            np.random.default_rng([self.seed, 1]),
-            set(),
-            self.paths(directory),
-            [],
-        )
+    def paths(self, directory: Path) -> Paths:
+        """Where `write` puts the training and the test file of each annotator."""
+        paths = {}
         for k, name in enumerate(self.annotators):
-            count = self.train_pairs[k % len(self.train_pairs)]
-            lines = [self._line(k, random, seen) for _ in range(count + self.test_pairs)]
-            for path, part in zip(paths[name], (lines[:count], lines[count:])):
-                content = "".join(json.dumps(line) + "\n" for line in part).encode()
-                path.write_bytes(
-                    gzip.compress(content, mtime=0) if path.suffix == ".gz" else content
-                )
-            texts += [json.dumps(line) for line in lines[:200]]
-        train_tokenizer(texts, directory / "tokenizer.json")
-        random_checkpoint(
-            directory / "model", small_gpt_neox(), directory / "tokenizer.json", self.seed
-        )
+            suffix = ".jsonl.gz" if LineFormat.of(k).is_zipped else ".jsonl"
+            home = directory / "data"
+            paths[name] = (home / f"{name}.train{suffix}", home / f"{name}.test{suffix}")
         return paths
 
-    def _line(self, k, random, seen):
+    def write(self, directory: Path) -> Paths:
+        """Write NAME.train.jsonl and NAME.test.jsonl of each annotator, and a checkpoint.
+
+        The annotators use different line formats, and one is zipped, so that everything comes
+        through the doors that real data comes through. Returns the paths by name.
+        """
+        (directory / "data").mkdir(parents=True)
+        random = np.random.default_rng([self.seed, 1])
+        prompts: set[str] = set()
+        paths = self.paths(directory)
+        texts = []  # on which the tokenizer is trained
+        for k, name in enumerate(self.annotators):
+            train_pairs = self._of(self.train_pairs, k)
+            pairs = train_pairs + self.test_pairs
+            lines = [json.dumps(self._line(k, random, prompts)) for _ in range(pairs)]
+            _write_lines(paths[name][0], lines[:train_pairs])
+            _write_lines(paths[name][1], lines[train_pairs:])
+            texts += lines[:TOKENIZER_LINES]
+        tokenizer = directory / "tokenizer.json"
+        train_tokenizer(texts, tokenizer)
+        random_checkpoint(directory / "model", small_gpt_neox(), tokenizer, self.seed)
+        return paths
+
+    def _line(self, k: int, random: np.random.Generator, prompts: set[str]) -> Line:
         """One labelled pair of annotator k, on a prompt that no other pair has."""
-        words = lambda n: " ".join(WORDS[i] for i in random.integers(len(WORDS), size=n))
-        while (asked := words(self.prompt_words)) in seen:
-            pass
-        seen.add(asked)
-        prompt = f"\n\nHuman: {self.annotators[k] + ' asks ' if self.reveal else ''}{asked}\n\nAssistant:"
-        a, b = (" " + words(self.response_words) for _ in range(2))
-        beta = self.decisiveness[k % len(self.decisiveness)]
-        p = float(probability(beta * self.true_margins([Pair(prompt, a, b)])[0, k]))
-        prefers_a, tie = random.random() < p, random.random() < self.ties
-        chosen, rejected, p = (a, b, p) if prefers_a else (b, a, 1 - p)
-        if tie or k % 5 == 4:
-            return {
-                "text": [prompt + a, prompt + b],
-                "score": [1.0, 1.0] if tie else [float(prefers_a), float(not prefers_a)],
-            }
-        if k % 5 == 2:
-            return {"chosen": prompt + chosen, "rejected": prompt + rejected}
+        question = _draw_words(random, self.prompt_words)
+        while question in prompts:
+            question = _draw_words(random, self.prompt_words)
+        prompts.add(question)
+        speaker = f"{self.annotators[k]} asks " if self.reveal else ""
+        prompt = f"\n\nHuman: {speaker}{question}\n\nAssistant:"
+        a = " " + _draw_words(random, self.response_words)
+        b = " " + _draw_words(random, self.response_words)
+        margin = self.true_margins([Pair(prompt, a, b)])[0, k]
+        p = float(probability(self._of(self.decisiveness, k) * margin))
+        prefers_a, is_tie = random.random() < p, random.random() < self.ties
+        labelled = LabelledPair(prompt, a, b, bool(prefers_a), p)
+        return labelled.tie() if is_tie else LineFormat.of(k).write(labelled)
+
+
+class LabelledPair(NamedTuple):
+    """Two responses, which one was preferred, and the probability that it would be a."""
+
+    prompt: str
+    a: str
+    b: str
+    prefers_a: bool
+    p: float
+
+    @property
+    def chosen(self) -> str:
+        """The response that was preferred."""
+        return self.a if self.prefers_a else self.b
+
+    @property
+    def rejected(self) -> str:
+        """The other response."""
+        return self.b if self.prefers_a else self.a
+
+    def tie(self) -> Line:
+        """Two texts with equal scores."""
+        return {"text": [self.prompt + self.a, self.prompt + self.b], "score": [1.0, 1.0]}
+
+    def scored(self) -> Line:
+        """Two texts, of which the preferred one has the score 1."""
+        scores = [float(self.prefers_a), float(not self.prefers_a)]
+        return {"text": [self.prompt + self.a, self.prompt + self.b], "score": scores}
+
+    def dialogues(self) -> Line:
+        """Two whole dialogues, without a prompt."""
+        return {"chosen": self.prompt + self.chosen, "rejected": self.prompt + self.rejected}
+
+    def triple(self) -> Line:
+        """Prompt and responses, with the exact probability of this label."""
+        p = self.p if self.prefers_a else 1 - self.p
         return {
-            "prompt": prompt,
-            "chosen": chosen,
-            "rejected": rejected,
+            "prompt": self.prompt,
+            "chosen": self.chosen,
+            "rejected": self.rejected,
             "probability": round(p, 6),
         }
 
 
+class LineFormat(NamedTuple):
+    """How an annotator's lines are written."""
+
+    write: Callable[[LabelledPair], Line]
+    is_zipped: bool = False
+
+    @classmethod
+    def of(cls, k: int) -> "LineFormat":
+        """The format of annotator k: five formats, in turn."""
+        formats = (
+            cls(LabelledPair.triple),
+            cls(LabelledPair.triple),
+            cls(LabelledPair.dialogues),
+            cls(LabelledPair.triple, is_zipped=True),
+            cls(LabelledPair.scored),
+        )
+        return formats[k % len(formats)]
+
+
 class Decomposition(NamedTuple):
-    """Slopes: margin on r* and on each drift (K,), 1 where a model has it as it is. Shares of the margins' mean square: r*, drifts, neither."""
+    """What margins consist of: see `World.decompose`.
+
+    shared, drift (K,): slopes on r* and on each drift, 1 where a model has it as it is.
+    shared_share, drift_share, other_share: shares of the margins' mean square.
+    """
 
     shared: float
     drift: np.ndarray
@@ -253,14 +299,41 @@ class Decomposition(NamedTuple):
     other_share: float
 
 
+def _slope(m: np.ndarray, x: np.ndarray) -> float:
+    """mean(m x) / mean(x²); NaN for x of 0."""
+    return float(np.mean(m * x) / np.mean(x * x)) if np.any(x) else math.nan
+
+
+def _share(m: np.ndarray, columns: np.ndarray) -> float:
+    """The share of the mean square of m that its projection on the columns (N, C) has."""
+    if not np.any(m):
+        return math.nan
+    coefficients = np.linalg.lstsq(columns, m, rcond=None)[0]
+    return float(np.mean((columns @ coefficients) ** 2) / np.mean(m * m))
+
+
+def _count_differences(pairs: list[Pair]) -> np.ndarray:
+    """How much more often each word occurs in the chosen response: (N, W)."""
+    return np.array([_counts(pair.chosen) - _counts(pair.rejected) for pair in pairs])
+
+
 def _counts(response: str) -> np.ndarray:
     """How often each word occurs: (W,)."""
     index = {word: i for i, word in enumerate(WORDS)}
-    return np.bincount([index[w] for w in response.split()], minlength=len(WORDS))
+    return np.bincount([index[word] for word in response.split()], minlength=len(WORDS))
 
 
-def train_tokenizer(texts: list[str], path: Path, vocabulary: int = 512):
-    """A small byte-level BPE, so that any text can be encoded."""
+def _draw_words(random: np.random.Generator, count: int) -> str:
+    return " ".join(WORDS[i] for i in random.integers(len(WORDS), size=count))
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    content = "".join(line + "\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def train_tokenizer(texts: list[str], path: Path, vocabulary: int = 512) -> None:
+    """Train a small byte-level BPE, which can encode any text, and save it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -11,7 +11,7 @@ from minimore.lab.demo import true_pairs
 from minimore.options import InputError
 
 
-def test_drifts_cancel_are_equally_strong_and_orthogonal_to_the_shared_reward():
+def test_drifts_are_orthogonal():
     shared, drifts = World(conflict=0.3).values()
     assert (
         np.allclose(drifts.sum(0), 0)

@@ -1,24 +1,27 @@
-"""Families of transformers: how each one's config.json and tensor names map to ours. Data, not code.
+"""Families of transformers: how each one's config.json and tensor names map to ours.
 
 A family is an entry of FAMILIES: a function from config.json to ModelConfig, and a table of names.
+It is data, not code.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..options import InputError
-from .trunk import ModelConfig
+from ..options import InputError, require
+from .trunk import ModelConfig, Trunk
 
 LARGEST = 2**31  # of any number in a config.json
 MOST_BLOCKS, MOST_PARAMETERS = 1000, 10**12  # what no checkpoint has; more is a damaged config.json
 
 
-# ---- config.json -> ModelConfig --------------------------------------------------------------------------------------
+# ---- config.json -> ModelConfig ------------------------------------------------------------------
 
 ACTIVATION_NAMES = {
     "gelu": "gelu",
@@ -31,151 +34,186 @@ ACTIVATION_NAMES = {
 }
 
 
+KINDS = {
+    int: "a positive whole number",
+    float: "a positive number",
+    bool: "true or false",
+    str: "a string",
+}
+
+Fields = dict[str, Any]  # of ModelConfig
+
+
 class Json:
     """config.json with typed access: a wrong or missing value is one clear line."""
 
-    def __init__(self, values: dict, where: str):
+    def __init__(self, values: dict[str, Any], where: str):
         self.values, self.where = values, where
 
-    def get(self, key, kind, default=None):
-        """values[key] as int, float, bool or str; the default where it is missing or null; InputError for anything else."""
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """values[key] as int, float, bool or str; the default where it is missing or null.
+
+        Raises InputError for anything else.
+        """
         value = self.values.get(key)
         if value is None and default is not None:
             return default
         if kind is float and type(value) is int and abs(value) < 2**53:
             value = float(value)
-        if type(value) is not kind or (kind in (int, float) and not 0 < value < LARGEST):
-            what = "is missing" if key not in self.values else f"is {json.dumps(value)[:80]}"
-            kinds = {
-                int: "a positive whole number",
-                float: "a positive number",
-                bool: "true or false",
-                str: "a string",
-            }
-            raise InputError(f'{self.where}: "{key}" {what}; expected {kinds[kind]}')
+        is_in_range = kind not in (int, float) or type(value) is not kind or 0 < value < LARGEST
+        if type(value) is not kind or not is_in_range:
+            what = f"is {json.dumps(value)[:80]}" if key in self.values else "is missing"
+            raise InputError(f'{self.where}: "{key}" {what}; expected {KINDS[kind]}')
         return value
 
-    def activation(self, default, key="hidden_act"):
-        """The name of an activation, a key of model.ACTIVATIONS."""
+    def is_null(self, key: str) -> bool:
+        """Whether a key is missing or null."""
+        return self.values.get(key) is None
+
+    def activation(self, default: str, key: str = "hidden_act") -> str:
+        """The name of an activation, a key of trunk.ACTIVATIONS."""
         name = self.get(key, str, default)
-        if name not in ACTIVATION_NAMES:
-            raise InputError(
-                f'{self.where}: "{key}" is {name!r}; known: {", ".join(ACTIVATION_NAMES)}'
-            )
+        require(
+            name in ACTIVATION_NAMES,
+            f'{self.where}: "{key}" is {name!r}; known: {", ".join(ACTIVATION_NAMES)}',
+        )
         return ACTIVATION_NAMES[name]
 
-    def rope(self, head_width, base_key, share_key, share, longest):
-        """Rotary fields; old spelling (top level, rope_scaling) and new (rope_parameters). share_key: None rotates whole heads.
+    # ---- rotation ----
 
-        longest: the family's own max_position_embeddings.
+    def rope(
+        self, head_width: int, base_key: str, share_key: str | None, share: float, longest: int
+    ) -> Fields:
+        """Rotary fields, in the old spelling (rope_scaling) and in the new (rope_parameters).
+
+        share_key: the key of the share of a head that rotates, with its default; None rotates whole
+        heads. longest: the family's own max_position_embeddings.
         """
-        key = (
-            "rope_scaling"
-            if self.values.get("rope_scaling") not in (None, {})
-            else "rope_parameters"
-        )
-        given = {} if self.values.get(key) is None else self.values[key]
-        if not isinstance(given, dict):
-            raise InputError(f'{self.where}: "{key}" is not an object')
-        rope = Json(given, f"{self.where}: rope")
-        base = rope.get("rope_theta", float, self.get(base_key, float, 10000.0))
+        scaling = self._rope_object()
+        base = scaling.get("rope_theta", float, self.get(base_key, float, 10000.0))
         if share_key is not None:
-            share = rope.get("partial_rotary_factor", float, self.get(share_key, float, share))
-        kind = given.get("rope_type") or given.get("type") or "default"
-        fields = {"rotary_width": int(head_width * share), "rope_base": base}
-        if kind == "linear":
-            fields["rope_factor"] = rope.get("factor", float)
-        elif kind == "llama3":
-            original = "original_max_position_embeddings"
-            positions = (
-                self.get(original, int)
-                if self.values.get(original) is not None
-                else rope.get(original, int, self.get("max_position_embeddings", int, longest))
-            )
-            fields["rope_llama3"] = (
-                *(rope.get(k, float) for k in ("factor", "low_freq_factor", "high_freq_factor")),
-                positions,
-            )
-            if fields["rope_llama3"][1] >= fields["rope_llama3"][2]:
-                raise InputError(
-                    f'{self.where}: "low_freq_factor" must be smaller than "high_freq_factor"'
-                )
-        elif kind != "default":
-            raise InputError(
-                f"{self.where}: rope scaling {kind!r} is not supported; known: default, linear, llama3"
-            )
-        rotary = fields[
-            "rotary_width"
-        ]  # an odd one rotates one dimension more, as transformers does
-        if not 0 < rotary + rotary % 2 <= head_width:
-            raise InputError(
-                f"{self.where}: {rotary} rotary dimensions do not fit in heads of width {head_width}"
-            )
-        return fields
+            default = self.get(share_key, float, share)
+            share = scaling.get("partial_rotary_factor", float, default)
+        rotary_width = int(head_width * share)
+        # An odd width rotates one dimension more, as in transformers.
+        require(
+            0 < rotary_width + rotary_width % 2 <= head_width,
+            f"{self.where}: {rotary_width} rotary dimensions do not fit in heads of width"
+            f" {head_width}",
+        )
+        fields = {"rotary_width": rotary_width, "rope_base": base}
+        return fields | self._rope_scaling(scaling, longest)
 
-    def windows(self, blocks, window, first=0):
-        """Per block: the sliding window, in the blocks that `layer_types` names or from block number `first` on."""
+    def _rope_object(self) -> "Json":
+        """The object that describes rotation; empty if there is none."""
+        is_old = self.values.get("rope_scaling") not in (None, {})
+        key = "rope_scaling" if is_old else "rope_parameters"
+        values = {} if self.is_null(key) else self.values[key]
+        require(isinstance(values, dict), f'{self.where}: "{key}" is not an object')
+        return Json(values, f"{self.where}: rope")
+
+    def _rope_scaling(self, scaling: "Json", longest: int) -> Fields:
+        """How frequencies are changed for longer texts."""
+        kind = scaling.values.get("rope_type") or scaling.values.get("type") or "default"
+        if kind == "default":
+            return {}
+        if kind == "linear":
+            return {"rope_factor": scaling.get("factor", float)}
+        require(
+            kind == "llama3",
+            f"{self.where}: rope scaling {kind!r} is not supported; known: default, linear, llama3",
+        )
+        key = "original_max_position_embeddings"
+        if self.is_null(key):
+            default = self.get("max_position_embeddings", int, longest)
+            original = scaling.get(key, int, default)
+        else:
+            original = self.get(key, int)
+        factor = scaling.get("factor", float)
+        low, high = scaling.get("low_freq_factor", float), scaling.get("high_freq_factor", float)
+        require(
+            low < high, f'{self.where}: "low_freq_factor" must be smaller than "high_freq_factor"'
+        )
+        return {"rope_llama3": (factor, low, high, original)}
+
+    # ---- windows ----
+
+    def windows(self, blocks: int, window: int | None, first: int = 0) -> tuple[int | None, ...]:
+        """The sliding window of every block; () if there is none.
+
+        It slides in the blocks that `layer_types` names, or from block number `first` on.
+        """
         types = self.values.get("layer_types")
         if types is None:
             types = [
-                "sliding_attention" if window and i >= first else "full_attention"
-                for i in range(blocks)
+                "sliding_attention" if window and block >= first else "full_attention"
+                for block in range(blocks)
             ]
-        if (
-            not isinstance(types, list)
-            or len(types) != blocks
-            or not all(t in ("sliding_attention", "full_attention") for t in types)
-        ):
-            raise InputError(
-                f'{self.where}: "layer_types" is {json.dumps(types)[:80]}; expected {blocks} of full_attention or sliding_attention'
-            )
-        return tuple(window if t == "sliding_attention" else None for t in types) if window else ()
-
-    def sizes(self, mlp_key="intermediate_size", kv_heads=None, head_width=None, plain=False):
-        """What the families spell alike; kv_heads and head_width: a family's own defaults; plain: it knows no other number of either."""
-        j = (
-            Json(
-                {
-                    k: v
-                    for k, v in self.values.items()
-                    if k not in ("num_key_value_heads", "head_dim")
-                },
-                self.where,
-            )
-            if plain
-            else self
+        known = ("sliding_attention", "full_attention")
+        is_whole = (
+            isinstance(types, list) and len(types) == blocks and all(t in known for t in types)
         )
-        return j._sizes(
-            mlp_key, None if "num_key_value_heads" in j.values else kv_heads, head_width
+        require(
+            is_whole,
+            f'{self.where}: "layer_types" is {json.dumps(types)[:80]};'
+            f" expected {blocks} of full_attention or sliding_attention",
         )
+        if not window:
+            return ()
+        return tuple(window if t == "sliding_attention" else None for t in types)
 
-    def _sizes(self, mlp_key, kv_heads, head_width):
+    # ---- sizes ----
+
+    def sizes(
+        self,
+        mlp_key: str = "intermediate_size",
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        plain: bool = False,
+    ) -> Fields:
+        """The sizes that all families spell alike.
+
+        kv_heads, head_width: a family's own defaults. plain: the family knows no other number of
+        either, so these keys are not read.
+        """
+        if plain:
+            own_keys = ("num_key_value_heads", "head_dim")
+            values = {key: value for key, value in self.values.items() if key not in own_keys}
+            return Json(values, self.where).sizes(mlp_key, kv_heads, head_width)
         width, heads = self.get("hidden_size", int), self.get("num_attention_heads", int)
-        kv_heads = self.get("num_key_value_heads", int, kv_heads or heads)
-        if (
-            width % heads and self.values.get("head_dim") is None and not head_width
-        ) or heads % kv_heads:
-            raise InputError(
-                f"{self.where}: hidden_size {width}, num_attention_heads {heads} and num_key_value_heads {kv_heads} do not divide"
-            )
-        found = dict(
-            vocabulary=self.get("vocab_size", int),
-            width=width,
-            blocks=self.get("num_hidden_layers", int),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_width=self.get("head_dim", int, head_width or max(1, width // heads)),
-            mlp_width=self.get(mlp_key, int),
+        if "num_key_value_heads" in self.values or kv_heads is None:
+            kv_heads = heads
+        kv_heads = self.get("num_key_value_heads", int, kv_heads)
+        has_head_width = head_width is not None or not self.is_null("head_dim")
+        require(
+            (has_head_width or width % heads == 0) and heads % kv_heads == 0,
+            f"{self.where}: hidden_size {width}, num_attention_heads {heads} and"
+            f" num_key_value_heads {kv_heads} do not divide",
         )
-        attention = (heads + kv_heads) * found["head_width"]
-        parameters = width * (
-            found["vocabulary"] + 2 * found["blocks"] * (attention + found["mlp_width"])
+        fields = {
+            "vocabulary": self.get("vocab_size", int),
+            "width": width,
+            "blocks": self.get("num_hidden_layers", int),
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_width": self.get("head_dim", int, head_width or max(1, width // heads)),
+            "mlp_width": self.get(mlp_key, int),
+        }
+        self._require_a_model_that_exists(fields)
+        return fields
+
+    def _require_a_model_that_exists(self, fields: Fields) -> None:
+        attention = (fields["heads"] + fields["kv_heads"]) * fields["head_width"]
+        of_blocks = 2 * fields["blocks"] * (attention + fields["mlp_width"])
+        parameters = fields["width"] * (fields["vocabulary"] + of_blocks)
+        require(
+            fields["blocks"] <= MOST_BLOCKS and parameters <= MOST_PARAMETERS,
+            f"{self.where}: describes {fields['blocks']} blocks and about {parameters:.0e}"
+            " parameters; expected a model that exists",
         )
-        if found["blocks"] > MOST_BLOCKS or parameters > MOST_PARAMETERS:
-            raise InputError(
-                f"{self.where}: describes {found['blocks']} blocks and about {parameters:.0e} parameters; expected a model that exists"
-            )
-        return found
+
+
+# ---- one function a family -----------------------------------------------------------------------
 
 
 def gpt_neox_config(j: Json) -> ModelConfig:
@@ -195,65 +233,49 @@ def gpt_neox_config(j: Json) -> ModelConfig:
     )
 
 
-def llama_config(j: Json, longest=2048, **changes) -> ModelConfig:
-    """LLaMA, and what Mistral and Qwen say otherwise."""
-    sizes = changes.pop("sizes", None) or j.sizes()
+def llama_config(
+    j: Json, longest: int = 2048, sizes: Fields | None = None, **changes: Any
+) -> ModelConfig:
+    """LLaMA, and what Mistral and Qwen say otherwise (sizes, changes)."""
+    sizes = sizes or j.sizes()
     bias = j.get("attention_bias", bool, False) if "qkv_bias" not in changes else False
-    return ModelConfig(
-        **sizes,
-        **dict(
-            activation=j.activation("silu"),
-            gated=True,
-            norm="rms",
-            norm_eps=j.get("rms_norm_eps", float, 1e-6),
-            qkv_bias=bias,
-            attention_output_bias=bias,
-            mlp_bias=j.get("mlp_bias", bool, False),
-            parallel_residual=False,
-        )
-        | changes,
-        **j.rope(sizes["head_width"], "rope_theta", None, 1.0, longest),
-    )
+    fields = {
+        "activation": j.activation("silu"),
+        "gated": True,
+        "norm": "rms",
+        "norm_eps": j.get("rms_norm_eps", float, 1e-6),
+        "qkv_bias": bias,
+        "attention_output_bias": bias,
+        "mlp_bias": j.get("mlp_bias", bool, False),
+        "parallel_residual": False,
+    }
+    rope = j.rope(sizes["head_width"], "rope_theta", None, 1.0, longest)
+    return ModelConfig(**sizes, **(fields | changes), **rope)
 
 
 def mistral_config(j: Json) -> ModelConfig:
     """LLaMA without biases, with a sliding window in every block."""
     sizes = j.sizes(kv_heads=8)
-    window = (
-        j.get("sliding_window", int, 4096)
-        if j.values.get("sliding_window", 4096) is not None
-        else None
-    )
-    return llama_config(
-        j,
-        131072,
-        sizes=sizes,
-        qkv_bias=False,
-        mlp_bias=False,
-        windows=j.windows(sizes["blocks"], window),
-    )
+    is_off = j.values.get("sliding_window", 4096) is None  # null means none; missing means 4096
+    window = None if is_off else j.get("sliding_window", int, 4096)
+    windows = j.windows(sizes["blocks"], window)
+    return llama_config(j, 131072, sizes=sizes, qkv_bias=False, mlp_bias=False, windows=windows)
 
 
-def qwen2_config(j: Json, **changes) -> ModelConfig:
+def qwen2_config(j: Json, sizes: Fields | None = None, **changes: Any) -> ModelConfig:
     """LLaMA with biases on query, key and value; Qwen2 and Qwen2.5."""
-    sizes = changes.pop("sizes", None) or j.sizes(kv_heads=32)
-    given = j.values.get("sliding_window", 4096) is not None and j.get(
-        "use_sliding_window", bool, False
-    )
-    window = j.get("sliding_window", int, 4096) if given else None
-    first = j.values.get("max_window_layers", 28)
-    first = 0 if first == 0 else j.get("max_window_layers", int, 28)
-    return llama_config(
-        j,
-        32768,
-        **dict(
-            sizes=sizes,
-            qkv_bias=True,
-            mlp_bias=False,
-            windows=j.windows(sizes["blocks"], window, first),
-        )
-        | changes,
-    )
+    sizes = sizes or j.sizes(kv_heads=32)
+    is_off = j.values.get("sliding_window", 4096) is None
+    slides = not is_off and j.get("use_sliding_window", bool, False)
+    window = j.get("sliding_window", int, 4096) if slides else None
+    is_zero = j.values.get("max_window_layers", 28) == 0  # `get` takes positive numbers only
+    first = 0 if is_zero else j.get("max_window_layers", int, 28)
+    fields = {
+        "qkv_bias": True,
+        "mlp_bias": False,
+        "windows": j.windows(sizes["blocks"], window, first),
+    }
+    return llama_config(j, 32768, sizes=sizes, **(fields | changes))
 
 
 def qwen3_config(j: Json) -> ModelConfig:
@@ -269,21 +291,27 @@ def qwen3_config(j: Json) -> ModelConfig:
 
 
 def opt_config(j: Json) -> ModelConfig:
-    """Pre-norm OPT: learned positions, two rows of which come before position 0; its dropout is not applied."""
+    """Pre-norm OPT: learned positions, two rows of which come before position 0.
+
+    Its dropout is not applied.
+    """
     sizes, bias = j.sizes(mlp_key="ffn_dim", plain=True), j.get("enable_bias", bool, True)
-    for key, default, only in (
-        ("do_layer_norm_before", True, True),
-        ("_remove_final_layer_norm", False, False),
-        ("layer_norm_elementwise_affine", True, True),
-    ):
-        if j.get(key, bool, default) is not only:
-            raise InputError(
-                f'{j.where}: "{key}" is {json.dumps(not only)}; only the pre-norm OPT models are supported (not opt-350m)'
-            )
-    if j.get("word_embed_proj_dim", int, sizes["width"]) != sizes["width"]:
-        raise InputError(
-            f'{j.where}: "word_embed_proj_dim" differs from "hidden_size"; such an OPT (opt-350m) is not supported'
+    supported = {
+        "do_layer_norm_before": True,
+        "_remove_final_layer_norm": False,
+        "layer_norm_elementwise_affine": True,
+    }
+    for key, value in supported.items():
+        require(
+            j.get(key, bool, value) is value,
+            f'{j.where}: "{key}" is {json.dumps(not value)};'
+            " only the pre-norm OPT models are supported (not opt-350m)",
         )
+    require(
+        j.get("word_embed_proj_dim", int, sizes["width"]) == sizes["width"],
+        f'{j.where}: "word_embed_proj_dim" differs from "hidden_size";'
+        " such an OPT (opt-350m) is not supported",
+    )
     return ModelConfig(
         **sizes,
         activation=j.activation("relu", "activation_function"),
@@ -301,20 +329,24 @@ def opt_config(j: Json) -> ModelConfig:
     )
 
 
-# ---- families: their names -> ours. {} is the block number, * stands for weight and bias -------------------------------
+# ---- families: their names -> ours ---------------------------------------------------------------
+# {} is the block number, and * stands for weight and bias.
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model_type. A tuple on the right is one fused tensor, its parts interleaved head by head."""
+    """One model_type.
+
+    prefix: in front of every key of the trunk. reward_class: transformers' class for a trunk with a
+    scalar head. names: a tuple on the right is one fused tensor, its parts interleaved head by
+    head. tied: the embedding is the language-model head, too, unless config.json says otherwise.
+    """
 
     config: Callable[[Json], ModelConfig]
-    prefix: str  # in front of every key of the trunk
-    reward_class: str  # transformers' class for a trunk with a scalar head
-    names: dict[str, str | tuple[str, ...]]
-    tied: bool = (
-        False  # whether the embedding is also the language-model head, unless config.json says
-    )
+    prefix: str
+    reward_class: str
+    names: Mapping[str, str | tuple[str, ...]]
+    tied: bool = False
 
 
 LLAMA_NAMES = {
@@ -391,26 +423,36 @@ IGNORED = re.compile(
 )
 
 
-def name_table(family: Family, trunk: nn.Module) -> dict[str, tuple[str, ...]]:
-    """{their key without prefix: our parameter names} for exactly the parameters that this trunk has."""
-    ours, table = set(dict(trunk.named_parameters())), {}
+def name_table(family: Family, trunk: Trunk) -> dict[str, tuple[str, ...]]:
+    """{their key without prefix: our parameter names}, for the parameters that this trunk has."""
+    ours = {name for name, _ in trunk.named_parameters()}
+    table = {}
     for theirs, our in family.names.items():
         parts = our if isinstance(our, tuple) else (our,)
-        for block in range(trunk.c.blocks) if "{}" in theirs else [0]:
-            for kind in ("weight", "bias") if "*" in theirs else [""]:
-                fill = lambda name: name.replace("{}", str(block)).replace("*", kind)
-                if ours.issuperset(map(fill, parts)):
-                    table[fill(theirs)] = tuple(map(fill, parts))
+        blocks = range(trunk.c.blocks) if "{}" in theirs else range(1)
+        kinds = ("weight", "bias") if "*" in theirs else ("",)
+        for block, kind in product(blocks, kinds):
+            names = tuple(filled(part, block, kind) for part in parts)
+            if ours.issuperset(names):
+                table[filled(theirs, block, kind)] = names
     return table
 
 
+def filled(name: str, block: int, kind: str) -> str:
+    """A name of the tables for one block, and for weight or bias."""
+    return name.replace("{}", str(block)).replace("*", kind)
+
+
 def split_heads(fused: Tensor, heads: int) -> list[Tensor]:
-    """(H x 3 x C, ...) -> three (H x C, ...): GPT-NeoX stores query, key and value of one head side by side."""
+    """(H x 3 x C, ...) -> three (H x C, ...).
+
+    GPT-NeoX stores query, key and value of one head side by side.
+    """
     parts = fused.view(heads, 3, -1, *fused.shape[1:])
     return [parts[:, i].reshape(-1, *fused.shape[1:]) for i in range(3)]
 
 
 def fuse_heads(parts: list[Tensor], heads: int) -> Tensor:
     """The inverse of `split_heads`."""
-    stacked = torch.stack([p.reshape(heads, -1, *p.shape[1:]) for p in parts], 1)
+    stacked = torch.stack([part.reshape(heads, -1, *part.shape[1:]) for part in parts], 1)
     return stacked.reshape(-1, *parts[0].shape[1:])

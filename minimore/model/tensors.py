@@ -1,23 +1,23 @@
-"""Named tensors on disk: safetensors, shards with an index, .bin. Read one at a time, written one at a time, whole or not at all.
+"""Named tensors on disk: safetensors, shards with an index, .bin.
 
-Nothing is unpickled but tensors.
+They are read one at a time, and written one at a time, whole or not at all. Nothing is unpickled
+but tensors.
 """
 
 import json
 import math
-import os
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
 from torch import Tensor
 
-from ..files import beside, one_line, read_json, write_json
-from ..options import InputError
+from ..files import one_line, read_json, write_json, written_whole
+from ..options import InputError, require
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -42,54 +42,70 @@ SAFETENSORS_TYPES = {
 READABLE = {*STORAGE.values(), torch.float64}
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 class Tensors:
-    """Named tensors in the first of WEIGHT_FILES that is there: one file, or the shards that an index lists. `files`: key -> path."""
+    """Named tensors in the first of WEIGHT_FILES that is there.
+
+    That is one file, or the shards that an index lists. files: the path of every key.
+    """
 
     def __init__(self, directory: Path):
-        self._opened = {}  # .bin files: path -> {key: tensor}, mapped into memory, not read
-        there = [directory / name for name in WEIGHT_FILES if (directory / name).is_file()]
-        if not there:
-            raise InputError(
-                f"{directory}: no model.safetensors and no {', '.join(WEIGHT_FILES[1:])}; expected weights in safetensors format, or .bin"
-            )
-        self.files = (
-            self._indexed(directory, there[0])
-            if there[0].suffix == ".json"
-            else dict.fromkeys(self._keys(there[0]), there[0])
+        # Tensors of .bin files, mapped into memory where the format allows, not read.
+        self._opened: dict[Path, dict[str, Tensor]] = {}
+        present = [directory / name for name in WEIGHT_FILES if (directory / name).is_file()]
+        require(
+            present,
+            f"{directory}: no model.safetensors and no {', '.join(WEIGHT_FILES[1:])};"
+            " expected weights in safetensors format, or .bin",
         )
-        if not self.files:
-            raise InputError(f"{there[0]}: holds no tensor")
+        first = present[0]
+        self.files: dict[str, Path] = (
+            self._indexed(directory, first)
+            if first.suffix == ".json"
+            else dict.fromkeys(self._keys(first), first)
+        )
+        require(self.files, f"{first}: holds no tensor")
 
-    def _indexed(self, directory, index):
+    def _indexed(self, directory: Path, index: Path) -> dict[str, Path]:
+        """The path of every key of the shards that an index lists."""
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise InputError(
-                f'{index}: "weight_map" is missing or empty; expected an object of tensor name to file name'
+                f'{index}: "weight_map" is missing or empty;'
+                " expected an object of tensor name to file name"
             )
-        held = {}
+        files: dict[str, Path] = {}
+        held: set[tuple[str, str]] = set()  # key, name of a file that holds it
         for name in sorted(set(map(str, listed.values()))):
-            if Path(name).name != name or name in ("", ".", ".."):
-                raise InputError(
-                    f"{index}: names the file {name!r}, which is outside {directory}; expected a plain file name"
-                )
-            if not is_path(directory / name, Path.is_file):
-                raise InputError(
-                    f"{index}: names the file {name!r}, which is missing from {directory}"
-                )
-            held.update({(key, name): directory / name for key in self._keys(directory / name)})
+            self._check_shard(directory, index, name)
+            for key in self._keys(directory / name):
+                files[key] = directory / name
+                held.add((key, name))
         for key, name in listed.items():
-            if (key, str(name)) not in held:
-                raise InputError(f"{index}: says that {key!r} is in {name}, which does not hold it")
-        return {key: path for (key, _), path in held.items()} | {
-            key: directory / str(name) for key, name in listed.items()
-        }
+            require(
+                (key, str(name)) in held,
+                f"{index}: says that {key!r} is in {name}, which does not hold it",
+            )
+            files[key] = directory / str(name)
+        return files
+
+    @staticmethod
+    def _check_shard(directory: Path, index: Path, name: str) -> None:
+        require(
+            Path(name).name == name and name not in ("", ".", ".."),
+            f"{index}: names the file {name!r}, which is outside {directory};"
+            " expected a plain file name",
+        )
+        require(
+            is_path(directory / name, Path.is_file),
+            f"{index}: names the file {name!r}, which is missing from {directory}",
+        )
 
     def _keys(self, path: Path) -> list[str]:
         if path.suffix != ".safetensors":
-            self._opened[path] = self._bin(path)
+            self._opened[path] = open_bin(path)
             return list(self._opened[path])
         try:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -101,84 +117,90 @@ class Tensors:
 
     def kinds(self) -> list[str]:
         """The types in which tensors are stored, by torch's names."""
-        found = set()
+        types: set[str] = set()
         for path in set(self.files.values()):
             if path.suffix == ".safetensors":
                 with safetensors.safe_open(path, framework="pt") as file:
-                    found |= {file.get_slice(key).get_dtype() for key in file.keys()}
+                    stored = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+                types |= {str(SAFETENSORS_TYPES.get(name, name)) for name in stored}
             else:
-                found |= {
-                    str(t.dtype).removeprefix("torch.")
-                    for t in (self._opened.get(path) or self._bin(path)).values()
-                }
-        return sorted(
-            str(SAFETENSORS_TYPES.get(kind, kind)).removeprefix("torch.") for kind in found
-        )
-
-    def _bin(self, path: Path) -> dict[str, Tensor]:
-        """The tensors of a .bin file: unpickled with weights_only, so that nothing in it runs, and mapped where the format allows."""
-        try:
-            zipped = zipfile.is_zipfile(
-                path
-            )  # before torch 1.6 the format was another, which cannot be mapped
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch, about old formats
-                found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        except Exception as error:  # whatever a broken or hostile pickle raises; its end says what
-            raise InputError(
-                f"{path}: not a file of tensors ({one_line(str(error).split('WeightsUnpickler error:')[-1].split(' Please use')[0])}); nothing in it was run"
-            ) from None
-        if not isinstance(found, dict) or not all(
-            isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()
-        ):
-            raise InputError(f"{path}: holds something else than named tensors")
-        return found
+                tensors = self._opened.get(path) or open_bin(path)
+                types |= {str(tensor.dtype) for tensor in tensors.values()}
+        return sorted(name.removeprefix("torch.") for name in types)
 
     def read(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """One tensor as dtype, checked (shape, type, finite values), in memory that torch allocated.
+        """One tensor as dtype, checked for its shape, its type and finite values.
 
-        A matrix product's last bits depend on the alignment of its operands, so nothing computes on the file's own pages.
+        It lies in memory that torch allocated: the last bits of a matrix product depend on the
+        alignment of its operands, so nothing computes on the file's own pages.
         """
         path = self.files[key]
         try:
-            if path.suffix == ".safetensors":
-                with safetensors.safe_open(path, framework="pt") as file:
-                    found = tuple(file.get_slice(key).get_shape())
-                    tensor = file.get_tensor(key) if found == shape else None
-            else:
-                held = self._opened.get(
-                    path, {}
-                )  # each leaves memory as it is read, should the file not be mapped
-                tensor = (held.pop(key) if key in held else self._bin(path)[key]).detach()
-                found = tuple(tensor.shape)
+            stored_shape, tensor = self._stored(path, key, shape)
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(
                 f"{path}: {key!r} cannot be read ({one_line(error)}); fetch the file again"
             ) from None
-        if found != shape:
-            raise InputError(f"{path}: {key!r} has shape {found}, but config.json asks for {shape}")
-        plain = (
-            tensor.dtype in READABLE
-            and tensor.layout == torch.strided
-            and tensor.device.type == "cpu"
-        )
-        read = tensor.to(dtype, memory_format=torch.contiguous_format, copy=True) if plain else None
-        if read is None or not all(map(math.isfinite, read.aminmax())):
+        if tensor is None or stored_shape != shape:
             raise InputError(
-                f"{path}: {key!r} ({tensor.dtype}) is not a tensor of finite floating-point numbers; expected float16, bfloat16 or float32"
+                f"{path}: {key!r} has shape {stored_shape}, but config.json asks for {shape}"
             )
-        return read
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if is_plain and tensor.dtype in READABLE:
+            value = tensor.to(dtype, memory_format=torch.contiguous_format, copy=True)
+            if all(map(math.isfinite, value.aminmax())):
+                return value
+        raise InputError(
+            f"{path}: {key!r} ({tensor.dtype}) is not a tensor of finite floating-point numbers;"
+            " expected float16, bfloat16 or float32"
+        )
+
+    def _stored(
+        self, path: Path, key: str, shape: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], Tensor | None]:
+        """The shape of a stored tensor, and the tensor itself if its shape is the expected one."""
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                stored_shape = tuple(file.get_slice(key).get_shape())
+                return stored_shape, file.get_tensor(key) if stored_shape == shape else None
+        # Every tensor leaves memory as it is read, in case the file could not be mapped.
+        tensors = self._opened.get(path, {})
+        tensor = tensors.pop(key) if key in tensors else open_bin(path)[key]
+        return tuple(tensor.shape), tensor.detach()
+
+
+def open_bin(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file.
+
+    It is unpickled with weights_only, so that nothing in it runs. It is mapped into memory where
+    the format allows; the format before torch 1.6 does not.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about old formats
+            is_mappable = zipfile.is_zipfile(path)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable)
+    except Exception as error:  # whatever a broken or hostile pickle raises
+        reason = str(error).split("WeightsUnpickler error:")[-1].split(" Please use")[0]
+        raise InputError(
+            f"{path}: not a file of tensors ({one_line(ValueError(reason))}); nothing in it was run"
+        ) from None
+    are_named = isinstance(tensors, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+    )
+    require(are_named, f"{path}: holds something else than named tensors")
+    return tensors
 
 
 def is_path(path: Path, question: Callable[[Path], bool]) -> bool:
-    """question(path), and no where the system refuses the name itself (too long, a zero byte)."""
+    """question(path); False where the system refuses the name itself (too long, a zero byte)."""
     try:
         return question(path)
     except (OSError, ValueError):
         return False
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 class Lazy(NamedTuple):
@@ -190,68 +212,73 @@ class Lazy(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_sharded(directory: Path, tensors: dict[str, Lazy | Tensor]):
-    """model.safetensors, or shards of at most 5 GB with an index; each written beside and renamed."""
-    shards, filled = [{}], 0
+Named = Mapping[str, Lazy | Tensor] | Mapping[str, Lazy] | Mapping[str, Tensor]
+
+
+def write_sharded(directory: Path, tensors: Named) -> None:
+    """Write model.safetensors, or shards of at most 5 GB with an index."""
+    shards = shards_of(tensors)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        count = len(shards)
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for name, shard in zip(names, shards):
+        write_tensors(directory / name, shard)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards) for key in shard},
+        }
+        write_json(directory / "model.safetensors.index.json", index)
+
+
+def shards_of(tensors: Named) -> list[dict[str, Lazy | Tensor]]:
+    """The tensors in order, cut into parts of at most SHARD_BYTES, at least one tensor each."""
+    shards: list[dict[str, Lazy | Tensor]] = [{}]
+    filled = 0
     for key, tensor in tensors.items():
         if shards[-1] and filled + tensor.nbytes > SHARD_BYTES:
             shards.append({})
             filled = 0
         shards[-1][key] = tensor
         filled += tensor.nbytes
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    for name, shard in zip(names, shards):
-        write_tensors(directory / name, shard)
-    if len(shards) > 1:
-        write_json(
-            directory / "model.safetensors.index.json",
-            {
-                "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard},
-            },
-        )
+    return shards
 
 
-def write_tensors(
-    path: Path, tensors: dict[str, Lazy | Tensor], notes: dict[str, str] | None = None
-):
-    """One safetensors file, whole or not at all, tensor by tensor; notes: what its header says besides its format.
+def write_tensors(path: Path, tensors: Named, notes: dict[str, str] | None = None) -> None:
+    """Write one safetensors file, whole or not at all, tensor by tensor.
 
-    The format: eight bytes with the header's length, a JSON header of types, shapes and places, and the bytes of all tensors, wide types first.
+    notes: what its header says besides the format. The file is eight bytes with the header's
+    length, a JSON header of types, shapes and places, and the bytes of all tensors, wide types
+    first.
     """
-    kinds = {dtype: kind for kind, dtype in SAFETENSORS_TYPES.items()}
-    header, at = {"__metadata__": notes or {"format": "pt"}}, 0
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    header = json.dumps(header_of(ordered, notes)).encode()
+    header += b" " * (-len(header) % 8)
+    with written_whole(path) as unfinished, open(unfinished, "xb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for _, tensor in ordered:
+            value = tensor.make() if isinstance(tensor, Lazy) else tensor
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+
+
+def header_of(
+    ordered: list[tuple[str, Lazy | Tensor]], notes: dict[str, str] | None
+) -> dict[str, Any]:
+    """The header of a safetensors file: type, shape and place of every tensor, in this order."""
+    names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
+    header: dict[str, Any] = {"__metadata__": notes or {"format": "pt"}}
+    start = 0
     for key, tensor in ordered:
         header[key] = {
-            "dtype": kinds[tensor.dtype],
+            "dtype": names[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.nbytes],
+            "data_offsets": [start, start + tensor.nbytes],
         }
-        at += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    unfinished = beside(path)
-    try:
-        with open(unfinished, "xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, tensor in ordered:
-                made = (
-                    (tensor.make() if isinstance(tensor, Lazy) else tensor)
-                    .detach()
-                    .cpu()
-                    .contiguous()
-                )
-                file.write(made.reshape(-1).view(torch.uint8).numpy())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        start += tensor.nbytes
+    return header

@@ -15,8 +15,9 @@ from .check import CheckOptions, check
 from .engine.plan import PlanOptions, plan
 from .evaluate import EvaluateOptions, evaluate
 from .lab.demo import DemoOptions, demo
-from .lab.features import FeaturesOptions, ProbeOptions, features, probe
+from .lab.features import FeaturesOptions, features
 from .lab.grid import ReproduceOptions
+from .lab.probe import ProbeOptions, probe
 from .lab.reproduce import reproduce
 from .options import InputError, Parser, add_options, from_arguments, printable, require
 from .score import ScoreOptions, score

@@ -70,7 +70,9 @@ def progress_line(record: Mapping[str, Any], steps: int, seconds_left: float) ->
     if cosines:
         cells.append(f"cosines {min(cosines):.2f} to {max(cosines):.2f}")
     position = f"step {record['step']}/{steps}  loss {record['loss']:.4f}"
-    return "  ".join([position, *cells, f"{in_time(seconds_left)} left"])
+    if seconds_left > 0:
+        cells.append(f"{in_time(seconds_left)} left")
+    return "  ".join([position, *cells])
 
 
 def source_cell(name: str, figures: Mapping[str, Any]) -> str:

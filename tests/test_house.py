@@ -17,7 +17,7 @@ engine.recipe engine.objective engine.storage engine.optim engine.plain engine.h
 engine.workload engine.cost engine.choose engine.plan
 resume run metrics train
 alignment.policy
-lab.features lab.published lab.grid lab.reproduce lab.demo
+lab.features lab.probe lab.published lab.grid lab.reproduce lab.demo
 check cli
 """.split()
 

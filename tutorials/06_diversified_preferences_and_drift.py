@@ -12,7 +12,7 @@ import torch
 from minimore.calibration import accuracy
 from minimore.data.records import Pair
 from minimore.data.world import WORDS, World
-from minimore.lab.features import ProbeOptions, train_head
+from minimore.lab.probe import ProbeOptions, train_head
 
 # %% Five people who agree on most things
 # Every response is a bag of 14 words. Person k values it at r*(y) + drift_k(y). The drifts are orthogonal to r*, equally strong, and

@@ -11,7 +11,7 @@ import torch
 
 from minimore.calibration import accuracy, pair_ece
 from minimore.data.world import WORDS, World
-from minimore.lab.features import ProbeOptions, train_head
+from minimore.lab.probe import ProbeOptions, train_head
 from minimore.uncertainty import detectable, over_seeds
 
 # %% Heads on word counts

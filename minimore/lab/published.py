@@ -1,4 +1,9 @@
-"""Numbers that the paper prints (arXiv 2312.07401v5), to stand beside ours. They are the authors' and were not reproduced here."""
+"""Numbers that the paper prints (arXiv 2312.07401v5), to stand beside ours.
+
+They are the authors' and were not reproduced here.
+"""
+
+from ..tables import Table
 
 SOURCES = ("Helpful", "Harmless", "Oasst1", "Webgpt", "Summ.")
 
@@ -41,18 +46,17 @@ def recomputed_average(row: tuple) -> float:
 
 
 def table_2() -> str:
-    """Table 2 as text; a * marks an average that is not the mean of its row, followed by that mean."""
-    lines = [
-        "the paper's Table 2, accuracy in percent; * the printed average is not the mean of its row, which follows",
-        f"{'':24}" + "".join(f"{s:>10}" for s in SOURCES) + f"{'average':>16}{'ECE':>8}",
-    ]
+    """Table 2 as text; a * marks an average that is not the mean of its row, with that mean."""
+    table = Table("", *SOURCES, "average", "ECE")
     for base, schemes in TABLE_2.items():
         for scheme, row in schemes.items():
-            wrong = abs(recomputed_average(row) - row[5]) > 0.011
-            average = f"{row[5]:.2f}" + (f"* {recomputed_average(row):.2f}" if wrong else "")
-            lines.append(
-                f"{base + ' ' + scheme:24}"
-                + "".join(f"{v:10.2f}" for v in row[:5])
-                + f"{average:>16}{row[6]:8.4f}"
-            )
-    return "\n".join(lines)
+            *accuracies, average, ece = row
+            mean, cell = recomputed_average(row), f"{average:.2f}"
+            if abs(mean - average) > 0.011:
+                cell += f"* {mean:.2f}"
+            cells = [f"{accuracy:.2f}" for accuracy in accuracies]
+            table.add(f"{base} {scheme}", *cells, cell, f"{ece:.4f}")
+    return (
+        "the paper's Table 2, accuracy in percent;"
+        f" * the printed average is not the mean of its row, which follows\n{table}"
+    )

@@ -12,7 +12,7 @@ from minimore.cli import main
 from minimore.data.pairs import load_source, pack_pairs
 from minimore.data.sampling import epoch_steps
 from minimore.data.world import World
-from minimore.lab.features import ProbeOptions, load_features, train_head
+from minimore.lab.probe import ProbeOptions, load_features, train_head
 from minimore.more import WEIGHTINGS, bradley_terry_losses, head_gradients, weighted_loss
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
 from minimore.uncertainty import over_seeds

@@ -9,7 +9,8 @@ from conftest import ROOT
 
 ORDER = """
 options files tables more calibration uncertainty plots
-model.attention model.recompute model.trunk model.families model.tokenizer model.tensors
+model.attention model.recompute model.trunk model.families model.template model.tokenizer
+model.tensors
 model.checkpoint
 data.records data.pairs data.sampling data.world
 reward score report comparison evaluate

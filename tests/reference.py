@@ -1,6 +1,7 @@
-"""Random models made by transformers, the oracle, and the texts they are compared on. Used by tests and by make_goldens.py.
+"""Random models made by transformers, the oracle, and the texts they are compared on.
 
-Weights are O(1): with the usual initialisation (std .02) a wrong activation or a missing bias would pass any tolerance.
+Tests and make_goldens.py use them. Weights are O(1): with the usual initialisation (std .02) a
+wrong activation or a missing bias would pass any tolerance.
 """
 
 import random

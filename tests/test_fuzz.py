@@ -1,4 +1,7 @@
-"""Thousands of damaged inputs: never a traceback, never a leftover. MINIMORE_FUZZ=10000 sets the number (default 400)."""
+"""Thousands of damaged inputs: never a traceback, never a leftover.
+
+MINIMORE_FUZZ=10000 sets their number (default 400).
+"""
 
 import json
 import os
@@ -115,7 +118,10 @@ def damage_file(path, chance: random.Random):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Directories in every format that opens: one file, shards, .bin, sharded .bin; each kind of tokenizer file."""
+    """Directories in every format that opens, with each kind of tokenizer file.
+
+    One file, shards, .bin, sharded .bin.
+    """
     home, made = tmp_path_factory.mktemp("models"), []
     for name, family in (
         ("plain", "gpt_neox"),
@@ -154,7 +160,8 @@ def models(tmp_path_factory):
                 json.dumps({"pad_token": "</s>", "unk_token": {"content": "<unk>"}})
             )
             (directory / "chat_template.jinja").write_text(
-                "{% for m in messages %}{{ bos_token + m['role'] + '|' + m['content'] + '\\n' }}{% endfor %}"
+                "{% for m in messages %}"
+                "{{ bos_token + m['role'] + '|' + m['content'] + '\\n' }}{% endfor %}"
             )
         if name == "merges":
             model = json.loads((directory / "tokenizer.json").read_text())["model"]

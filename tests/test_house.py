@@ -7,7 +7,7 @@ import importlib
 import pytest
 from conftest import ROOT
 
-ORDER = """
+PAGE = """
 options files tables more calibration uncertainty plots
 model.attention model.recompute model.trunk model.families model.template model.tokenizer
 model.tensors
@@ -20,7 +20,8 @@ resume run metrics train
 alignment.policy
 lab.features lab.probe lab.published lab.grid lab.reproduce lab.demo
 check cli
-""".split()
+"""  # one order; a line may be a wing, or a part of one
+ORDER = PAGE.split()
 
 
 def path_of(module):
@@ -28,7 +29,7 @@ def path_of(module):
 
 
 def imports(module):
-    """The modules of ours that a module imports, relative to the package, and those inside functions."""
+    """The modules of ours that a module imports, and the imports of ours inside its functions."""
     tree = ast.parse(path_of(module).read_text("utf-8"))
     package = module.split(".")[:-1]
     at_top = {node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level}

@@ -1,4 +1,4 @@
-"""Every tutorial runs from top to bottom without a warning, keeps its promises, and is made like the others."""
+"""Every tutorial runs without a warning, keeps its promises, and is made like the others."""
 
 import ast
 import os

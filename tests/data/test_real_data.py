@@ -1,4 +1,7 @@
-"""The doors on real preference data, where it is at hand: MINIMORE_DATA names the directory (default ../shared/data)."""
+"""The doors on real preference data, where it is at hand.
+
+MINIMORE_DATA names its directory (default ../shared/data).
+"""
 
 import gzip
 import json

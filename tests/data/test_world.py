@@ -133,7 +133,7 @@ def test_impossible_worlds_are_refused(wrong):
 
 
 def test_demo_reaches_what_one_shared_reward_can_reach(tmp_path, capsys):
-    """Every source closes at least 70% of the gap between 50% and the best single rule, with both methods."""
+    """Both methods close at least 70% of the gap between 50% and the best single rule."""
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     said, report = (
         capsys.readouterr().out,

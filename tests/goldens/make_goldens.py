@@ -1,10 +1,13 @@
-"""Writes the stored references beside this file: per family a tiny Hugging Face directory, and rewards by transformers.
+"""Writes the stored references beside this file.
+
+They are, per family, a tiny Hugging Face directory, and rewards by transformers.
 
     PYTHONPATH=.:tests python tests/goldens/make_goldens.py
 
-Run with torch 2.13.0 (CPU), transformers 5.23.0, tokenizers 0.23.3, safetensors 0.8.0. expected.json holds {"texts": token
-ids, "rewards": those of GPTNeoXForSequenceClassification and LlamaForSequenceClassification in fp32}. The eps is large so
-that a wrong one shows. 290 of the 300 rows of the embedding have a token.
+Run with torch 2.13.0 (CPU), transformers 5.23.0, tokenizers 0.23.3, safetensors 0.8.0. expected.json
+holds {"texts": token ids, "rewards": those of GPTNeoXForSequenceClassification and
+LlamaForSequenceClassification in fp32}. The eps is large so that a wrong one shows. 290 of the 300
+rows of the embedding have a token.
 """
 
 import json
@@ -37,13 +40,17 @@ CHANGES = {
 }
 SPECIAL = {"gpt_neox": ["<|endoftext|>", "<|padding|>"], "llama": ["<unk>", "<s>", "</s>"]}
 PROSE = [
-    "\n\nHuman: How do I plant a garden?\n\nAssistant: Start with good soil, then the seeds, and give them water and light.",
+    "\n\nHuman: How do I plant a garden?\n\nAssistant: "
+    "Start with good soil, then the seeds, and give them water and light.",
     "\n\nHuman: What is the capital of France?\n\nAssistant: The capital of France is Paris.",
 ]
 
 
 def write_tokenizer(family: str, path: Path):
-    """A byte-level BPE. Pythia's adds no token around a text; this Llama's adds BOS and EOS, as some in the wild do."""
+    """A byte-level BPE.
+
+    Pythia's adds no token around a text; this Llama's adds BOS and EOS, as some in the wild do.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Stored states are the model's; a head trained on them is what autograd and torch's Adam would make of them."""
+"""Stored states are the model's; a head trained on them is what autograd and torch's Adam make."""
 
 import json
 import shutil
@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import minimore.lab.features
 from minimore.cli import main
 from minimore.data.pairs import load_source, pack_pairs
 from minimore.data.sampling import epoch_steps
 from minimore.data.world import World
-from minimore.lab.probe import ProbeOptions, load_features, train_head
+from minimore.lab.features import load_features
+from minimore.lab.probe import ProbeOptions, train_head
 from minimore.more import WEIGHTINGS, bradley_terry_losses, head_gradients, weighted_loss
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
 from minimore.uncertainty import over_seeds
@@ -62,7 +64,7 @@ def test_an_interrupted_command_goes_on_and_a_whole_directory_is_left_alone(
 ):
     directory, _, command = stored
     again = [*command[:-1], str(tmp_path / "states")]
-    written, real = [], __import__("minimore.lab.features").features.write_tensors
+    written, real = [], minimore.lab.features.write_tensors
 
     def stop(path, *rest):
         if len(written) == 3:

@@ -1,4 +1,6 @@
-"""config.json of well-known checkpoints, in the spelling in which each was published: sizes, names and rotary frequencies, no weights.
+"""config.json of well-known checkpoints, in the spelling in which each was published.
+
+Sizes, names and rotary frequencies are compared; there are no weights.
 
 Oracles: the published number of parameters, and transformers' own model on the meta device.
 """
@@ -378,7 +380,7 @@ def test_names_shapes_and_frequencies_are_those_of_transformers(transformers, re
             assert 2 * ours.shape[-1] == expected.shape[-1]
 
 
-# ---- what else lies in those directories: old keys, odd ids, both layouts of OPT -------------------------------------------
+# ---- what else lies in those directories: old keys, odd ids, both layouts of OPT ----------------
 
 
 def small(family, **changes):

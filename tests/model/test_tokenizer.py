@@ -12,12 +12,16 @@ from minimore.model.tokenizer import Tokenizer
 from minimore.options import InputError
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('Only user and assistant') }}{% endif %}"
-    "{% if m['role'] == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role not in ('user', 'assistant') %}"
+    "{{ raise_exception('Only user and assistant') }}{% endif %}"
+    "{% if m['role'] == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
 )
 USER, GOOD, BAD = (
     {"role": "user", "content": "1 + 1?"},
@@ -28,7 +32,10 @@ USER, GOOD, BAD = (
 
 @pytest.fixture
 def open_with(tmp_path):
-    """open_with(template, **tokenizer_config): the stored Llama tokenizer, which adds BOS, with ChatML's markers as special tokens."""
+    """open_with(template, **tokenizer_config): the stored Llama tokenizer, which adds BOS.
+
+    ChatML's markers are special tokens of it.
+    """
 
     def make(template=None, **config):
         directory = tmp_path / "tokenizer"
@@ -88,9 +95,11 @@ def test_rendering_and_ids_are_those_of_transformers(transformers, open_with, te
 
 TEMPLATES = [
     "{% if tools is not none %}TOOLS{% endif %}{{ documents is none }}{{ messages[0].content }}",
-    "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
+    "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}"
+    "{{ m.content }}{% break %}{% endfor %}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}",
-    "{{ messages[0] | tojson(indent=2) }}{{ messages | tojson(separators=(',', ':'), sort_keys=True) }}",
+    "{{ messages[0] | tojson(indent=2) }}"
+    "{{ messages | tojson(separators=(',', ':'), sort_keys=True) }}",
     "{{ sep_token }}{{ image_token }}{{ messages[0].content }}",
 ]
 

@@ -18,7 +18,8 @@ engine.recipe engine.objective engine.storage engine.optim engine.plain engine.h
 engine.workload engine.cost engine.choose engine.plan
 resume run metrics train
 alignment.policy
-lab.features lab.probe lab.published lab.grid lab.reproduce lab.demo
+lab.features lab.probe lab.published lab.grid lab.drift lab.cells lab.estimate lab.statistics
+lab.scheme_tables lab.experiments lab.reproduce lab.demo
 check cli
 """  # one order; a line may be a wing, or a part of one
 ORDER = PAGE.split()

@@ -12,7 +12,6 @@ import numpy as np
 from .. import plots
 from ..calibration import pair_ece
 from ..data.pairs import load_source
-from ..data.records import Pair, read_records, record_pairs
 from ..data.world import Paths, World
 from ..files import refuse_existing, write_json
 from ..options import option
@@ -20,6 +19,7 @@ from ..report import evaluate_sources
 from ..reward import ModelOptions, device_of, open_reward_model
 from ..tables import Table
 from ..train import TrainOptions, train
+from .drift import true_pairs
 
 METHODS = ("uniform", "more")
 MAX_LENGTH = 64
@@ -119,13 +119,6 @@ def weights_by_step(run: Path, paths: Paths) -> dict[str, list[float]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     sources = [json.loads(line)["sources"] for line in lines]
     return {name: [step[name]["weight"] for step in sources] for name in paths}
-
-
-def true_pairs(path: Path) -> list[Pair]:
-    """The pairs of a file as texts, label ties left out."""
-    return [
-        pair for where, record in read_records(str(path)) for pair in record_pairs(record, where)[0]
-    ]
 
 
 def comparison(world: World, paths: Paths, reports: Mapping[str, dict[str, Any]]) -> Table:

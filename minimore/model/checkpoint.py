@@ -321,7 +321,7 @@ def random_checkpoint(directory: Path, config: dict, tokenizer: Path, seed: int,
     family = FAMILIES[config["model_type"]]
     generator = torch.Generator().manual_seed(seed)
     trunk = Trunk(family.config(Json(config, "config")))
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         for name, p in trunk.named_parameters():
             if p.ndim == 2:

@@ -7,7 +7,7 @@ import pytest
 
 from minimore.cli import main
 from minimore.data.world import ANNOTATORS, World, _counts
-from minimore.lab.demo import true_pairs
+from minimore.lab.drift import true_pairs
 from minimore.options import InputError
 
 

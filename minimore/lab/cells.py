@@ -1,0 +1,179 @@
+"""Running one cell of a grid, and its margins, which are stored and read back.
+
+    prepare    write its world and its model, unless they are there
+    train      an ordinary run directory, which continues after a kill
+    score      margins of every test source -> margins/CELL.safetensors, written last
+
+A cell with margins of its own fingerprint is finished, and skipped.
+"""
+
+import hashlib
+import json
+import shutil
+from contextlib import redirect_stdout
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..data.pairs import load_source
+from ..data.world import small_gpt_neox
+from ..files import directory_written_whole, write_json
+from ..model.checkpoint import Checkpoint, random_checkpoint
+from ..model.tensors import write_tensors
+from ..report import source_margins
+from ..reward import ModelOptions, open_reward_model
+from ..train import TrainOptions, train
+from .drift import DriftWatch
+from .grid import Cell, ReproduceOptions, train_options
+
+HELD_OUT = 4  # one of so many test prompts fits temperatures, under --protocol clean
+
+
+class SourceMargins(NamedTuple):
+    """Margins of one model on one source, its test pairs, and the prompts: (N,) each.
+
+    Pairs that are not test pairs are held out: they fit temperatures.
+    """
+
+    margins: np.ndarray
+    is_test: np.ndarray
+    prompts: np.ndarray
+
+
+ModelMargins = dict[str, SourceMargins]  # name of a source -> margins of one model
+
+
+def margins_file(output: Path, cell: Cell) -> Path:
+    """Where the margins of a cell are stored."""
+    return output / "margins" / f"{cell.name}.safetensors"
+
+
+def drift_file(output: Path, cell: Cell) -> Path:
+    """Where the drift of a watched cell is stored."""
+    return output / "margins" / f"{cell.name}.drift.json"
+
+
+# ---- is it finished? -----------------------------------------------------------------------------
+
+
+def fingerprint(cell: Cell) -> str:
+    """What the margins of a cell depend on.
+
+    That is its options, and for real data the content of its files and the identity of its model.
+    Where and in which portions a run is computed changes nothing.
+    """
+    options = cell.options | {"device": "", "micro_tokens": 0, "recompute": "", "memory": ""}
+    content = []
+    if cell.world is None:
+        training_files = [train_path for train_path, _ in cell.sources.values()]
+        files = [*cell.tests.values(), *training_files]
+        content = [Checkpoint(str(cell.model)).identity(), *map(content_digest, files)]
+    return json.dumps([options, list(cell.sources), list(cell.tests), str(cell.world), content])
+
+
+@cache
+def content_digest(path: str) -> str:
+    """sha256 over a file, or over all files of a directory in the order of their names."""
+    files = [Path(path)]
+    if Path(path).is_dir():
+        files = sorted(p for p in Path(path).rglob("*") if p.is_file())
+    digests = [hashlib.sha256(file.read_bytes()).digest() for file in files]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def is_finished(output: Path, cell: Cell) -> bool:
+    """Whether the margins of exactly this cell are there, and its drift if it is watched."""
+    try:
+        with safe_open(margins_file(output, cell), framework="np") as file:
+            metadata = file.metadata() or {}
+            is_same = metadata.get("of") == fingerprint(cell)
+    except (SafetensorError, OSError):
+        return False
+    return is_same and (not cell.is_watched or drift_file(output, cell).is_file())
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def run_cell(output: Path, cell: Cell) -> int:
+    """Train a cell, unless it is finished, and store its margins; returns the exit code of train.
+
+    What training prints goes to a log beside its run directory.
+    """
+    if is_finished(output, cell):
+        return 0
+    prepare(cell)
+    options = train_options(output, cell)
+    log = output / "runs" / f"{cell.name}.log"
+    log.parent.mkdir(exist_ok=True)
+    margins_file(output, cell).parent.mkdir(exist_ok=True)
+    watch = DriftWatch(cell) if cell.is_watched else None
+    if watch and Path(options.output).exists():
+        shutil.rmtree(options.output)  # a continued run would lack the first points of its drift
+    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file):
+        if cell.sources:
+            exit_code = train(options, watch)
+            if exit_code:
+                return exit_code
+        tensors = margins_and_prompts(cell, options)
+    if watch and watch.points:
+        write_json(drift_file(output, cell), watch.points)
+    write_tensors(margins_file(output, cell), tensors, {"of": fingerprint(cell)})
+    return 0
+
+
+def prepare(cell: Cell) -> None:
+    """Write the cell's world and its model, unless they are there."""
+    if cell.world is None:
+        return
+    model, home = Path(cell.model), Path(cell.model).parent
+    if not home.exists():
+        home.parent.mkdir(exist_ok=True)
+        with directory_written_whole(home) as unfinished:
+            cell.world.write(unfinished)
+    if not model.exists():
+        width = int(cell.at["size"])
+        with directory_written_whole(model) as unfinished:
+            random_checkpoint(
+                unfinished, small_gpt_neox(width), home / "tokenizer.json", cell.world.seed
+            )
+
+
+def margins_and_prompts(cell: Cell, options: TrainOptions) -> dict[str, Tensor]:
+    """Of every test source k, by "margins.k", "prompt.k" and "index.k": (N,) each."""
+    trained = options.output if cell.sources else str(cell.model)
+    model, checkpoint = open_reward_model(
+        ModelOptions(model=trained, device=options.device, seed=options.seed)
+    )
+    tensors = {}
+    for k, (name, path) in enumerate(cell.tests.items()):
+        source = load_source(name, path, checkpoint.tokenizer, options.max_length)
+        margins = source_margins(model, source, options.micro_tokens)
+        tensors[f"margins.{k}"] = torch.from_numpy(margins)
+        tensors[f"prompt.{k}"] = torch.tensor([pair.prompt for pair in source.pairs])
+        tensors[f"index.{k}"] = torch.tensor([pair.index for pair in source.pairs])
+    return tensors
+
+
+# ---- reading back --------------------------------------------------------------------------------
+
+
+def margins_of(output: Path, cell: Cell, options: ReproduceOptions) -> ModelMargins:
+    """The stored margins of a finished cell, by source.
+
+    Under the protocol "clean", a quarter of the prompts is held out, if a source has enough.
+    """
+    sources = {}
+    with safe_open(margins_file(output, cell), framework="np") as file:
+        for k, name in enumerate(cell.tests):
+            margins, prompts = file.get_tensor(f"margins.{k}"), file.get_tensor(f"prompt.{k}")
+            is_test = np.ones(len(margins), bool)
+            if options.protocol == "clean" and len(np.unique(prompts)) >= HELD_OUT:
+                is_test = prompts % HELD_OUT != 0
+            sources[name] = SourceMargins(margins, is_test, prompts)
+    return sources

@@ -1,0 +1,61 @@
+"""How long a grid will take, roughly, from the speed of one matrix product on this machine."""
+
+import time
+from collections.abc import Iterable
+
+import torch
+
+from ..model.checkpoint import Checkpoint
+from ..reward import device_of
+from .grid import Cell, ReproduceOptions
+
+MEASURED_SECONDS = 0.1
+SHARE_OF_SPEED = 0.5  # what a training reaches of the speed of a matrix product
+STEP_SECONDS = 0.02  # of a step, whatever its size
+CELL_SECONDS = 1.0  # to load a model and to store margins
+WORLD_TOKENS = 60  # of a pair
+REAL_TOKENS = 400  # of a pair, at most
+TRAIN_FLOPS, SCORE_FLOPS = 6, 2  # a parameter and token
+
+
+def estimated_seconds(options: ReproduceOptions, cells: Iterable[Cell]) -> float:
+    """Seconds that training and scoring these cells will take."""
+    speed = SHARE_OF_SPEED * flops_per_second(on_gpu=device_of(options) == "cuda")
+    seconds = 0.0
+    parameters: dict[str, int] = {}  # of each model
+    for cell in cells:
+        model = str(cell.model)
+        if model not in parameters:
+            parameters[model] = matrix_parameters(cell)
+        tokens = WORLD_TOKENS if cell.world else min(options.max_length, REAL_TOKENS)
+        pairs = cell.options["pairs_per_source"] * len(cell.sources)
+        test_pairs = options.test_pairs * len(cell.tests)
+        flops = TRAIN_FLOPS * pairs + SCORE_FLOPS * test_pairs  # a token and parameter
+        seconds += STEP_SECONDS * pairs / cell.options["batch_size"]
+        seconds += flops * tokens * parameters[model] / speed
+        seconds += CELL_SECONDS
+    return seconds
+
+
+def flops_per_second(on_gpu: bool) -> float:
+    """The measured speed of the product of two square matrices."""
+    n = 4096 if on_gpu else 512
+    a = torch.randn(n, n)
+    if on_gpu:
+        a = a.to("cuda", torch.bfloat16)
+    a @ a  # the first product is slow
+    flops, began = 0, time.monotonic()
+    while time.monotonic() - began < MEASURED_SECONDS:
+        float((a @ a)[0, 0])  # reading a number waits for a GPU
+        flops += 2 * n**3
+    return flops / (time.monotonic() - began)
+
+
+def matrix_parameters(cell: Cell) -> int:
+    """Parameters of the matrices in all blocks of a cell's model."""
+    if cell.world is not None:
+        return 24 * cell.at["size"] ** 2  # two blocks of 12 D²
+    c = Checkpoint(str(cell.model)).config
+    attention = 2 * c.width * c.head_width * (c.heads + c.kv_heads)
+    mlp = (3 if c.gated else 2) * c.width * c.mlp_width
+    return c.blocks * (attention + mlp)

@@ -1,0 +1,263 @@
+"""What each experiment reports: a text of tables, and drawings if matplotlib is installed.
+
+A finished grid goes in; `REPORTS` names the function of each experiment.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import plots
+from ..files import read_json
+from ..tables import Table
+from ..uncertainty import detectable, over_seeds
+from . import published
+from .cells import drift_file
+from .grid import REGIMES, Cell, ReproduceOptions
+from .scheme_tables import (
+    by_source,
+    cell_text,
+    cross_table,
+    difference_text,
+    gaps,
+    outlier_table,
+    scheme_table,
+    shared,
+)
+from .statistics import Results, Schemes, by_seed, is_single
+
+Curves = dict[str, list[tuple]]  # label -> points (x, mean over seeds, half its interval)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A finished grid: its options, its cells, their margins by name, and its directory."""
+
+    options: ReproduceOptions
+    cells: Sequence[Cell]
+    results: Results
+    output: Path
+
+    @property
+    def names(self) -> list[str]:
+        """The test sources."""
+        return list(self.cells[0].tests)
+
+    def values(self, *keys: str) -> list[tuple[Any, ...]]:
+        """The combinations of these keys of `Cell.at` that occur, in order."""
+        return list(dict.fromkeys(tuple(cell.at[key] for key in keys) for cell in self.cells))
+
+    def schemes_at(self, **place: Any) -> Schemes:
+        """The figures of every scheme at one place of the grid."""
+        return by_seed(self.cells, self.results, **place)
+
+    def draw_curves(self, name: str, curves: Curves, across: str, up: str) -> None:
+        """Draw curves to figures/NAME.png, if there are any and it is possible."""
+        if plots.available() and curves:
+            plots.draw_curves(curves, across, up, self.output / "figures" / f"{name}.png")
+
+
+def notes(options: ReproduceOptions, with_pairs: bool = True) -> str:
+    """What ± and ! mean in this experiment.
+
+    with_pairs: the noise of test pairs that seeds share is in the intervals.
+    """
+    if options.seeds > 2:
+        flag = (
+            "! a difference whose interval excludes 0 (of 20 that are none, one looks like one;"
+            " ECEs near their floor are never flagged)"
+        )
+    else:
+        flag = (
+            "fewer than three seeds say nothing of what training adds, so no difference is flagged"
+        )
+    over = interval_over(options, with_pairs)
+    return f"{options.seeds} seeds; ± is half a 95% interval {over}; {flag}"
+
+
+def interval_over(options: ReproduceOptions, with_pairs: bool) -> str:
+    """Over what the intervals are taken, in words."""
+    if not options.model:
+        return "over seeds (t); every seed is another world, model and order"
+    parts = []
+    if options.seeds > 2:
+        parts.append("over seeds (t), which share their data")
+    if with_pairs:
+        parts.append("over test pairs (bootstrap by prompt; not for worst and NLL)")
+    return " and ".join(parts) or "nothing"
+
+
+# ---- Table 2 -------------------------------------------------------------------------------------
+
+
+def report_table2(grid: Grid) -> str:
+    """Table 2, the cross-source matrix, the outliers of margins, and the paper's numbers."""
+    parts = [notes(grid.options)]
+    for (size,) in grid.values("size"):
+        schemes = grid.schemes_at(size=size)
+        parts += [f"size {size}", scheme_table(schemes, grid.names, bool(grid.options.model))]
+        if grid.options.seeds > 2 and {"more", "uniform"} <= set(schemes):
+            parts[-1] += "\n" + detectable_text(schemes, grid.options.seeds)
+        if any(is_single(scheme) for scheme in schemes):
+            title = "cross-source accuracy of the single models (Fig. 1)"
+            parts.append(f"{title}\n{cross_table(schemes, grid.names)}")
+        title = "box-plot outliers of the margins (Tables 4-6)"
+        parts.append(f"{title}\n{outlier_table(schemes)}")
+        if plots.available():
+            draw_schemes(grid, f"size-{str(size).replace('/', '_')}", shared(schemes))
+    return "\n\n".join([*parts, published.table_2()])
+
+
+def detectable_text(schemes: Schemes, seeds: int) -> str:
+    """The smallest differences between more and uniform that so many seeds would show."""
+    accuracy, ece = (
+        detectable(gaps(schemes["more"], schemes["uniform"], rate))
+        for rate in ("accuracy", "ece less noise")
+    )
+    return (
+        f"smallest difference between more and uniform that {seeds} seeds would show:"
+        f" accuracy {accuracy:.3f}, ECE {ece:.3f}"
+    )
+
+
+def draw_schemes(grid: Grid, label: str, schemes: Schemes) -> None:
+    """Accuracy and ECE of every scheme, and box plots of its margins over all seeds."""
+    rates = {
+        scheme: {
+            rate: [over_seeds(column) for column in by_source(rows, rate).T]
+            for rate in ("accuracy", "ece")
+        }
+        for scheme, rows in schemes.items()
+    }
+    margins = {
+        name: {
+            scheme: np.concatenate([row.margins[name] for row in rows])
+            for scheme, rows in schemes.items()
+        }
+        for name in grid.names
+    }
+    directory = grid.output / "figures"
+    plots.draw_schemes(rates, grid.names, directory / f"{label}.png")
+    plots.draw_boxes(margins, directory / f"{label}-margins.png")
+
+
+# ---- regimes, sources, scaling -------------------------------------------------------------------
+
+
+def report_regimes(grid: Grid) -> str:
+    """Where the weights matter: one block a regime."""
+    parts = [notes(grid.options)]
+    for regime, fields in REGIMES.items():
+        described = ", ".join(f"{field} {value}" for field, value in fields.items())
+        parts.append(f"regime {regime}: {described or 'the defaults'}")
+        parts.append(scheme_table(grid.schemes_at(regime=regime), grid.names))
+    return "\n\n".join(parts)
+
+
+def report_sources(grid: Grid) -> str:
+    """Fig. 6: ECE and accuracy on the first two sources by the number of sources."""
+    table = Table(
+        "K",
+        "scheme",
+        "ECE of the first two",
+        "accuracy of the first two",
+        "mean accuracy",
+        left=("scheme",),
+    )
+    curves: Curves = {}
+    for (K,) in grid.values("K"):
+        for scheme, rows in shared(grid.schemes_at(K=K)).items():
+            ece = by_source(rows, "ece")[:, :2].mean(1)
+            accuracy = by_source(rows, "accuracy")
+            table.add(
+                K,
+                scheme,
+                cell_text(ece),
+                cell_text(accuracy[:, :2].mean(1)),
+                cell_text(accuracy.mean(1)),
+            )
+            curves.setdefault(scheme, []).append((K, *over_seeds(ece)))
+    grid.draw_curves("sources", curves, "sources K", "ECE of the first two sources")
+    return f"{notes(grid.options, with_pairs=False)}\n\n{table}"
+
+
+def report_scaling(grid: Grid) -> str:
+    """What sharing one model costs, by regime, pairs and size.
+
+    The cost is the accuracy of each source's own model minus that of the shared one, after as many
+    steps and with the same pairs of that source. Below 0 the other sources' pairs help more than
+    their tastes hurt.
+    """
+    table = Table(
+        *("regime", "pairs", "size"),
+        *("uniform: accuracy", "ECE", "top: accuracy", "ECE", "cost of sharing"),
+    )
+    curves: Curves = {}
+    for regime, pairs, size in grid.values("regime", "pairs", "size"):
+        schemes = grid.schemes_at(regime=regime, pairs=pairs, size=size)
+        cells = [
+            cell_text(by_source(schemes[scheme], rate).mean(1)) if scheme in schemes else "-"
+            for scheme in ("uniform", "top")
+            for rate in ("accuracy", "ece")
+        ]
+        cost_text = "-"
+        if {"uniform", "top"} <= set(schemes):
+            cost = gaps(schemes["top"], schemes["uniform"], "accuracy")
+            cost_text = difference_text(cost)
+            curves.setdefault(f"{regime}, {size}", []).append((pairs, *over_seeds(cost)))
+        table.add(regime, pairs, size, *cells, cost_text)
+    grid.draw_curves("scaling", curves, "training pairs a source", "cost of sharing (accuracy)")
+    return (
+        f"{notes(grid.options, with_pairs=False)}\n\n"
+        "cost of sharing: each source's own model (all its pairs, as many steps) minus the shared"
+        f" model; below 0 where other sources' pairs help\n{table}"
+    )
+
+
+# ---- drift ---------------------------------------------------------------------------------------
+
+
+def report_drift(grid: Grid) -> str:
+    """What the models' rewards consist of, over training: see `DriftWatch`."""
+    table = Table(
+        *("scheme", "steps", "slope r*", "slope own drift"),
+        *("share r*", "share drift", "share other"),
+    )
+    curves: Curves = {}
+    for size, scheme in grid.values("size", "scheme"):
+        for step, figures in drift_over_training(grid, size, scheme):
+            table.add(scheme, step, *map(cell_text, figures.T))
+            curves.setdefault(scheme, []).append((step, *over_seeds(figures[:, 3])))
+    grid.draw_curves("drift", curves, "step", "share of drift in the margins")
+    return (
+        f"{notes(grid.options, with_pairs=False)}\n\n"
+        "slopes of the margins on r* and on each annotator's own drift, and shares of their mean"
+        " square, on 300 test pairs of each, which by chance give drift about 1% of what is"
+        f" neither\n{table}"
+    )
+
+
+def drift_over_training(grid: Grid, size: Any, scheme: str) -> list[tuple[int, np.ndarray]]:
+    """The steps at which the runs of a scheme were watched, and their five figures: (S, 5)."""
+    runs = [
+        read_json(drift_file(grid.output, cell), list)
+        for cell in grid.cells
+        if (cell.at["size"], cell.at["scheme"]) == (size, scheme)
+    ]
+    figures_by_step = []
+    for points in zip(*runs):
+        figures = np.array([point["mean"] for point in points], dtype=float)  # None becomes NaN
+        figures_by_step.append((points[0]["step"], figures))
+    return figures_by_step
+
+
+REPORTS: dict[str, Callable[[Grid], str]] = {
+    "table2": report_table2,
+    "regimes": report_regimes,
+    "sources": report_sources,
+    "scaling": report_scaling,
+    "drift": report_drift,
+}

@@ -4,10 +4,10 @@ They are, per family, a tiny Hugging Face directory, and rewards by transformers
 
     PYTHONPATH=.:tests python tests/goldens/make_goldens.py
 
-Run with torch 2.13.0 (CPU), transformers 5.23.0, tokenizers 0.23.3, safetensors 0.8.0. expected.json
-holds {"texts": token ids, "rewards": those of GPTNeoXForSequenceClassification and
-LlamaForSequenceClassification in fp32}. The eps is large so that a wrong one shows. 290 of the 300
-rows of the embedding have a token.
+Run with torch 2.13.0 (CPU), transformers 5.23.0, tokenizers 0.23.3, safetensors 0.8.0.
+expected.json holds {"texts": token ids, "rewards": those of transformers' classes for sequence
+classification in fp32}. The eps is large so that a wrong one shows. 290 of the 300 rows of the
+embedding have a token.
 """
 
 import json

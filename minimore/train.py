@@ -25,7 +25,7 @@ from .data.sampling import batch_size_of, epoch_steps
 from .engine.choose import choose, parse_memory
 from .engine.host import available_memory, pinned
 from .engine.objective import NonFiniteGradient, NonFiniteLoss, RewardObjective, StepResult
-from .engine.optim import AdamW, replace_parameter
+from .engine.optim import AdamW
 from .engine.plain import PlainEngine
 from .engine.recipe import Recipe
 from .engine.streamed import StreamedEngine, open_engine
@@ -34,6 +34,7 @@ from .files import write_json, write_text
 from .metrics import progress_line, step_metrics
 from .model.checkpoint import Checkpoint, model_tensors, saved_config, write_config
 from .model.tensors import STORAGE, write_sharded
+from .model.trunk import replace_parameter
 from .more import MOST_SOURCES, WEIGHTINGS
 from .options import (
     COUNT,

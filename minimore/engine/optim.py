@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..model.trunk import replace_parameter
 from .storage import (
     ROUNDED,
     SCALE_BLOCK,
@@ -168,12 +169,6 @@ class AdamW:
         """Bytes of all parameters and states, counted from live tensors."""
         states = (tensor for state in self.state.values() for tensor in state.values())
         return sum(tensor.nbytes for tensor in (*model.parameters(), *states))
-
-
-def replace_parameter(model: torch.nn.Module, name: str, value: Tensor) -> None:
-    """Let a model hold another tensor, of whatever type, as its parameter `name`."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value))
 
 
 def slice_of_state(state: State, start: int, end: int) -> State:

@@ -1,7 +1,8 @@
-"""A Hugging Face checkpoint directory, in and out: weights, with config.json and the tokenizer beside them.
+"""A Hugging Face checkpoint directory, in and out.
 
-The model is built on the meta device and filled tensor by tensor. Every key of the file is consumed, or known to be ignorable, or
-an error; every parameter is filled. Nothing is executed and nothing is unpickled but tensors.
+It holds weights, and config.json and the tokenizer beside them. The model is built on the meta
+device and filled tensor by tensor. Every key of the file is consumed, or known to be ignorable, or
+an error; every parameter is filled. Nothing is executed, and nothing is unpickled but tensors.
 """
 
 import hashlib
@@ -9,16 +10,17 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files import one_line, read_json, write_json
-from ..options import InputError
+from ..options import InputError, require
 from .families import (
     FAMILIES,
     IGNORED,
@@ -29,175 +31,184 @@ from .families import (
     name_table,
     split_heads,
 )
-from .tensors import STORAGE, Lazy, Tensors, is_path, write_sharded
+from .tensors import STORAGE, Lazy, Named, Tensors, is_path, write_sharded
 from .tokenizer import Tokenizer
-from .trunk import ModelConfig, Trunk
+from .trunk import ModelConfig, Trunk, replace_parameter
 
-# ---- opening ---------------------------------------------------------------------------------------------------------
+HEAD = "score.weight"
+HUB_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")  # besides the weights
+NOT_SAVED = ("auto_map", "num_labels", "label2id", "quantization_config")  # keys of config.json
+
+Hold = Callable[[str, Tensor], Tensor]  # name and value of a parameter -> what is held of it
+
+
+# ---- opening -------------------------------------------------------------------------------------
 
 
 class Checkpoint:
-    """An opened directory: `config`, `tokenizer`, and weights that are read when asked for. Nothing is executed."""
+    """An opened directory: `config`, `tokenizer`, and weights that are read when asked for."""
 
     def __init__(self, model: str):
         self.directory = find(model)
         self.json, self.family, self.config = read_config(self.directory)
         self.tokenizer = Tokenizer(self.directory)
-        if self.tokenizer.size > self.config.vocabulary:
-            raise InputError(
-                f"{self.directory}: the tokenizer has ids up to {self.tokenizer.size - 1} and the embedding "
-                f"{self.config.vocabulary} rows; this tokenizer belongs to another model"
-            )
-        self.tensors = Tensors(self.directory)
-        parts = self.family.prefix.split(
-            "."
-        )  # "model.decoder." in a whole model, "decoder." or "" in a bare trunk
-        prefixes = [".".join(parts[i:]) for i in range(len(parts))]
-        self.prefix = next(
-            p for p in prefixes if any(k.startswith(p) for k in self.tensors.files) or not p
+        require(
+            self.tokenizer.size <= self.config.vocabulary,
+            f"{self.directory}: the tokenizer has ids up to {self.tokenizer.size - 1} and the"
+            f" embedding {self.config.vocabulary} rows; this tokenizer belongs to another model",
         )
+        self.tensors = Tensors(self.directory)
+        self.prefix = self._prefix()
+
+    def _prefix(self) -> str:
+        """What stands in front of the trunk's keys.
+
+        The family says "model.decoder.", say. A bare trunk may have "decoder.", or nothing.
+        """
+        parts = self.family.prefix.split(".")
+        prefixes = [".".join(parts[i:]) for i in range(len(parts))]  # the last one is ""
+        for prefix in prefixes:
+            if any(key.startswith(prefix) for key in self.tensors.files):
+                return prefix
+        return ""
 
     @property
     def has_head(self) -> bool:
         """Whether this is a saved reward model, not only a language model."""
-        return "score.weight" in self.tensors.files
+        return HEAD in self.tensors.files
 
     def identity(self) -> str:
-        """Tells whether a directory still holds the same checkpoint: config.json, and size and date of every file of weights."""
-        files = [
-            (path.name, (s := path.stat()).st_size, s.st_mtime_ns)
-            for path in sorted(set(self.tensors.files.values()))
-        ]
-        return hashlib.sha256(
-            repr((sorted(self.json.items(), key=str), files)).encode("utf-8", "replace")
-        ).hexdigest()[:16]
+        """Tells whether a directory still holds the same checkpoint.
+
+        It is made of config.json, and of the size and date of every file of weights.
+        """
+        files = []
+        for path in sorted(set(self.tensors.files.values())):
+            status = path.stat()
+            files.append((path.name, status.st_size, status.st_mtime_ns))
+        described = repr((sorted(self.json.items(), key=str), files))
+        return hashlib.sha256(described.encode("utf-8", "replace")).hexdigest()[:16]
 
     def load(
         self,
-        dtype=torch.float32,
-        device="cpu",
-        hold: Callable[[str, Tensor], Tensor] = lambda name, value: value,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        hold: Hold | None = None,
     ) -> tuple[Trunk, Tensor | None]:
-        """The filled trunk, and the reward head (D,) fp32 or None if the checkpoint has none.
+        """The filled trunk, and the reward head (D,) fp32, or None if the checkpoint has none.
 
-        hold: name and value of a parameter, on the device -> what the trunk is to hold of it, one after the other as they are read.
+        hold: name and value of a parameter, on the device -> what the trunk is to hold of it. The
+        parameters come one after the other, as they are read.
         """
         with torch.device("meta"):
             trunk = Trunk(self.config)
-        table = {
-            self.prefix + theirs: ours for theirs, ours in name_table(self.family, trunk).items()
-        }
-        self._audit(table)
+        names = name_table(self.family, trunk)
+        table = {self.prefix + theirs: ours for theirs, ours in names.items()}
+        self._require_these_keys(table)
         for theirs, ours in table.items():
-            empty = [trunk.get_parameter(name) for name in ours]
-            shape = (sum(p.shape[0] for p in empty), *empty[0].shape[1:])
-            tensor = self.tensors.read(theirs, shape, dtype)
-            parts = [tensor] if len(ours) == 1 else split_heads(tensor, self.config.heads)
-            del tensor  # so that only one tensor at a time is held twice
-            for name, part in zip(ours, parts):
-                owner, _, leaf = name.rpartition(".")
-                setattr(trunk.get_submodule(owner), leaf, nn.Parameter(hold(name, part.to(device))))
-        head = (
-            self.tensors.read("score.weight", (1, self.config.width), torch.float32)[0]
-            if self.has_head
-            else None
-        )
-        return trunk, None if head is None else head.to(device)
+            for name, part in zip(ours, self._read(theirs, ours, trunk, dtype)):
+                value = part.to(device)
+                replace_parameter(trunk, name, hold(name, value) if hold else value)
+        head = None
+        if self.has_head:
+            head = self.tensors.read(HEAD, (1, self.config.width), torch.float32)[0].to(device)
+        return trunk, head
 
-    def unembedding(self, trunk: Trunk) -> Tensor | None:
-        """The language-model head (V, D) in the type of the trunk's embedding: that very matrix if the two are tied; None if there is none."""
-        embedding = trunk.embedding.weight
-        tied = Json(self.json, str(self.directory / "config.json")).get(
-            "tie_word_embeddings", bool, self.family.tied
-        )
-        key = next((key for key in LANGUAGE_HEADS if key in self.tensors.files), None)
-        if key is None:
-            return embedding if tied else None
-        stored = self.tensors.read(key, tuple(embedding.shape), embedding.dtype).to(
-            embedding.device
-        )
-        return (
-            embedding if tied and torch.equal(stored, embedding) else stored
-        )  # as transformers 5: what is stored wins
+    def _read(
+        self, theirs: str, ours: Sequence[str], trunk: Trunk, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """The parameters that one stored tensor holds: one, or the parts of a fused one."""
+        empty = [trunk.get_parameter(name) for name in ours]
+        shape = (sum(p.shape[0] for p in empty), *empty[0].shape[1:])
+        tensor = self.tensors.read(theirs, shape, dtype)
+        return [tensor] if len(ours) == 1 else split_heads(tensor, self.config.heads)
 
-    def _audit(self, table):
+    def _require_these_keys(self, table: Mapping[str, Sequence[str]]) -> None:
+        """Refuse keys that are missing, and keys that are not part of this model."""
         keys = set(self.tensors.files)
+        others = keys - set(table) - {HEAD, *LANGUAGE_HEADS}
+        extra = sorted(key for key in others if not IGNORED.fullmatch(key))
         missing = sorted(set(table) - keys)
-        extra = sorted(
-            k
-            for k in keys - set(table) - {"score.weight", *LANGUAGE_HEADS}
-            if not IGNORED.fullmatch(k)
-        )
         for what, names in (("missing", missing), ("not part of this model", extra)):
             if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                shown = ", ".join(name[:100] for name in names[:3])
+                rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise InputError(
-                    f"{self.directory}: {', '.join(n[:100] for n in names[:3])}{more} {what}; config.json says "
-                    f"{self.json['model_type']} with {self.config.blocks} blocks"
+                    f"{self.directory}: {shown}{rest} {what}; config.json says"
+                    f" {self.json['model_type']} with {self.config.blocks} blocks"
                 )
 
+    def unembedding(self, trunk: Trunk) -> Tensor | None:
+        """The language-model head (V, D) in the type of the embedding; None if there is none.
 
-def read_config(directory: Path) -> tuple[dict, Family, ModelConfig]:
+        It is the embedding itself if the two are tied. What is stored wins, as in transformers 5.
+        """
+        embedding = trunk.embedding.weight
+        config = Json(self.json, str(self.directory / "config.json"))
+        is_tied = config.get("tie_word_embeddings", bool, self.family.tied)
+        keys = [key for key in LANGUAGE_HEADS if key in self.tensors.files]
+        if not keys:
+            return embedding if is_tied else None
+        stored = self.tensors.read(keys[0], tuple(embedding.shape), embedding.dtype)
+        stored = stored.to(embedding.device)
+        return embedding if is_tied and torch.equal(stored, embedding) else stored
+
+
+def read_config(directory: Path) -> tuple[dict[str, Any], Family, ModelConfig]:
     """config.json as it is, the family that it names, and what it says of the model."""
-    if (directory / "options.json").is_file() and not (directory / "config.json").is_file():
+    path = directory / "config.json"
+    require(
+        path.is_file() or not (directory / "options.json").is_file(),
+        f"{directory}: this run is not finished;"
+        " continue it with --resume, or name its checkpoint-STEP",
+    )
+    values = read_json(path)
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(
-            f"{directory}: this run is not finished; continue it with --resume, or name its checkpoint-STEP"
+            f'{path}: "model_type" is {str(model_type)[:80]!r}; known: {", ".join(FAMILIES)}'
         )
-    values, where = read_json(directory / "config.json"), str(directory / "config.json")
-    kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise InputError(
-            f'{where}: "model_type" is {str(kind)[:80]!r}; known: {", ".join(FAMILIES)}'
-        )
-    return values, FAMILIES[kind], FAMILIES[kind].config(Json(values, where))
+    family = FAMILIES[model_type]
+    return values, family, family.config(Json(values, str(path)))
 
 
 def find(model: str, config_only: bool = False) -> Path:
-    """A directory as it is, or a hub name downloaded into the hub's cache (weights, config and tokenizer only, or without weights)."""
+    """A directory as it is, or a hub name downloaded into the hub's cache.
+
+    Weights, config and tokenizer are downloaded, and no code; with config_only, no weights either.
+    Raises InputError for anything else, and where the hub does not deliver.
+    """
     if model and is_path(Path(model), Path.is_dir):
         return Path(model)
-    if (
-        is_path(Path(model), Path.exists)
-        or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)
-        or model.startswith(".")
-    ):
-        raise InputError(
-            f"--model {model}: no such directory; expected a checkpoint directory or a hub name such as EleutherAI/pythia-1.4b"
-        )
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(".")
+    require(
+        is_hub_name and not is_path(Path(model), Path.exists),
+        f"--model {model}: no such directory; expected a checkpoint directory or a hub name such"
+        " as EleutherAI/pythia-1.4b",
+    )
+    patterns = [*HUB_FILES] if config_only else [*HUB_FILES, "model*.safetensors"]
     try:
-        directory = Path(
-            snapshot_download(
-                model,
-                allow_patterns=[
-                    "*.json",
-                    *(["model*.safetensors"] * (not config_only)),
-                    "*.jinja",
-                    "merges.txt",
-                    "tokenizer.model",
-                ],
-            )
-        )
+        directory = Path(snapshot_download(model, allow_patterns=patterns))
         if not config_only and not any(directory.glob("model*.safetensors")):
             snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
-        return directory
-    except (
-        Exception
-    ) as error:  # its own errors, those of HTTP, of the cache's disk: all are 'not delivered'
+    except Exception as error:  # its own errors, those of HTTP, those of the cache's disk
         raise InputError(
-            f"--model {model}: no such directory, and the hub did not deliver it ({one_line(error)})"
+            f"--model {model}: no such directory, and the hub did not deliver it"
+            f" ({one_line(error)})"
         ) from None
+    return directory
 
 
-# ---- saving ----------------------------------------------------------------------------------------------------------
+# ---- saving --------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
     directory: Path, origin: Checkpoint, trunk: Trunk, head: Tensor, dtype: str = "float32"
-):
-    """Write a reward model that transformers' AutoModelForSequenceClassification opens; config.json comes last.
+) -> None:
+    """Write a reward model that transformers' AutoModelForSequenceClassification opens.
 
-    directory must exist. Weights are stored as `dtype`, a key of STORAGE. Raises FloatingPointError, and writes nothing, if
-    a number is not finite.
+    directory must exist; config.json comes last. Weights are stored as `dtype`, a key of STORAGE.
+    Raises FloatingPointError, and writes nothing, if a number is not finite.
     """
     write_model(directory, origin, model_tensors(origin, trunk, head, dtype), dtype)
 
@@ -207,52 +218,57 @@ def model_tensors(
     trunk: Trunk,
     head: Tensor,
     dtype: str = "float32",
-    value: Callable[[str, Tensor], Tensor] = lambda name, p: p.detach(),
+    value: Hold | None = None,
 ) -> dict[str, Lazy]:
-    """What `save_checkpoint` writes, by the family's names. value: name of a trunk's parameter and what the trunk holds -> the number it stands for."""
+    """What `save_checkpoint` writes, by the family's names, made when it is written.
 
-    def make(names):
-        parts = [value(name, trunk.get_parameter(name)) for name in names]
+    value: name of a trunk's parameter and what the trunk holds -> the number that it stands for.
+    """
+
+    def make(names: Sequence[str]) -> Tensor:
+        parts = []
+        for name in names:
+            p = trunk.get_parameter(name)
+            parts.append(value(name, p) if value else p.detach())
         return parts[0] if len(parts) == 1 else fuse_heads(parts, origin.config.heads)
 
-    tensors = {"score.weight": Lazy((1, len(head)), STORAGE[dtype], lambda: head.detach()[None])}
+    storage = STORAGE[dtype]
+    tensors = {HEAD: Lazy((1, len(head)), storage, lambda: head.detach()[None])}
     for theirs, ours in name_table(origin.family, trunk).items():
         shapes = [trunk.get_parameter(name).shape for name in ours]
-        tensors[origin.family.prefix + theirs] = Lazy(
-            (sum(s[0] for s in shapes), *shapes[0][1:]), STORAGE[dtype], partial(make, ours)
-        )
+        shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+        tensors[origin.family.prefix + theirs] = Lazy(shape, storage, partial(make, ours))
     return {key: lazy._replace(make=partial(_checked, key, lazy)) for key, lazy in tensors.items()}
 
 
-def _checked(key, lazy):
+def _checked(key: str, lazy: Lazy) -> Tensor:
+    """The tensor in its storage type; FloatingPointError if a number of it is not finite."""
     tensor = lazy.make().to(device="cpu", dtype=lazy.dtype)
     if not all(map(math.isfinite, tensor.aminmax())):
-        raise FloatingPointError(
-            f"{key} is not finite in {str(lazy.dtype).removeprefix('torch.')}: the model was not written"
-        )
+        name = str(lazy.dtype).removeprefix("torch.")
+        raise FloatingPointError(f"{key} is not finite in {name}: the model was not written")
     return tensor
 
 
-def write_model(directory: Path, origin: Checkpoint, tensors: dict[str, Lazy | Tensor], dtype: str):
-    """Weights, then what makes a model of them."""
+def write_model(directory: Path, origin: Checkpoint, tensors: Named, dtype: str) -> None:
+    """Write weights, then what makes a model of them."""
     write_sharded(directory, tensors)
     write_config(directory, origin, dtype)
 
 
-def write_config(directory: Path, origin: Checkpoint, dtype: str):
-    """Tokenizer files and config.json, which comes last."""
+def write_config(directory: Path, origin: Checkpoint, dtype: str) -> None:
+    """Write the tokenizer files, and config.json, which comes last."""
     for name, content in origin.tokenizer.files_to_save(pad_id(origin)).items():
         (directory / name).write_bytes(content)
     write_json(directory / "config.json", saved_config(origin, dtype))
 
 
-def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict:
-    """config.json of a reward model made from this checkpoint; raises InputError if none can be written, so ask before training."""
-    config = {
-        k: v
-        for k, v in origin.json.items()
-        if k not in ("auto_map", "num_labels", "label2id", "quantization_config")
-    }
+def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict[str, Any]:
+    """config.json of a reward model made from this checkpoint.
+
+    Raises InputError if none can be written, so ask before training.
+    """
+    config = {key: value for key, value in origin.json.items() if key not in NOT_SAVED}
     config |= {
         "architectures": [origin.family.reward_class],
         "id2label": {"0": "LABEL_0"},
@@ -265,58 +281,81 @@ def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict:
         json.dumps(config, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{origin.directory / 'config.json'}: cannot be written again as JSON ({one_line(error)}); mend or remove that key"
+            f"{origin.directory / 'config.json'}: cannot be written again as JSON"
+            f" ({one_line(error)}); mend or remove that key"
         ) from None
     return config
 
 
-def pad_id(origin: Checkpoint) -> int:
-    """An id that no text ends in: the tokenizer's own pad if it is not EOS, else the first unused embedding row, else unk.
+# ---- the pad token of a saved model --------------------------------------------------------------
 
-    transformers pools at the last token that is not this id, so a pad that is also EOS, or an ordinary token, would move the reward.
+
+def pad_id(origin: Checkpoint) -> int:
+    """An id that no text ends in.
+
+    transformers pools at the last token that is not this id. A pad that is also EOS, or an ordinary
+    token, would move the reward. In this order: the tokenizer's own pad if it is not EOS, the first
+    unused row of the embedding, unk. Raises InputError if none is left.
     """
-    tokenizer = origin.tokenizer
-    special = {
-        i
-        for i, t in tokenizer.file.get_added_tokens_decoder().items()
-        if t.special and i not in tokenizer.encode([t.content])[0][len(tokenizer.bos) :]
-    } | {tokenizer.size}
-    token_id = lambda key: (
-        tokenizer.file.token_to_id(tokenizer.special[key]) if key in tokenizer.special else None
-    )
-    eos = [token_id("eos_token"), *_list(origin.json.get("eos_token_id"))]
-    padding = [
-        t
-        for t in tokenizer.file.get_added_tokens_decoder().values()
-        if t.special and "pad" in t.content.lower()
-    ]
-    candidates = [
-        origin.json.get("pad_token_id"),
-        token_id("pad_token"),
-        *(tokenizer.file.token_to_id(t.content) for t in padding),
-    ]
-    candidates += [tokenizer.size, token_id("unk_token"), tokenizer.file.token_to_id("<unk>")]
-    for candidate in candidates:
-        if (
-            type(candidate) is int
-            and candidate in special - {e for e in eos if type(e) is int}
-            and candidate < origin.config.vocabulary
-        ):
+    usable = ids_outside_texts(origin.tokenizer) - ids_of_eos(origin)
+    for candidate in pad_candidates(origin):
+        if candidate in usable and candidate < origin.config.vocabulary:
             return candidate
     raise InputError(
-        f"{origin.directory}: no id is left for padding: the tokenizer names no pad or unk token apart from "
-        "EOS and every embedding row is used; add a pad token to tokenizer_config.json"
+        f"{origin.directory}: no id is left for padding: the tokenizer names no pad or unk token"
+        " apart from EOS and every embedding row is used;"
+        " add a pad token to tokenizer_config.json"
     )
 
 
-def _list(value):
-    return value if isinstance(value, list) else [value]
+def ids_outside_texts(tokenizer: Tokenizer) -> set[int]:
+    """Ids that no text of a user becomes: special tokens, and the first row without a token."""
+    ids = {tokenizer.size}
+    for id, token in tokenizer.file.get_added_tokens_decoder().items():
+        if not token.special:
+            continue
+        text_ids = tokenizer.encode([token.content])[0][len(tokenizer.bos) :]
+        if id not in text_ids:
+            ids.add(id)
+    return ids
 
 
-def random_checkpoint(directory: Path, config: dict, tokenizer: Path, seed: int, std: float = 0.02):
-    """Write a causal-LM-shaped checkpoint with random weights: matrices normal(0, std), biases 0, norms 1.
+def ids_of_eos(origin: Checkpoint) -> set[int]:
+    """The ids of EOS, by the tokenizer and by config.json."""
+    stored = origin.json.get("eos_token_id")
+    ids = [named_id(origin.tokenizer, "eos_token")]
+    ids += stored if isinstance(stored, list) else [stored]
+    return {id for id in ids if type(id) is int}
 
-    config: the content of config.json, of a known model_type; tokenizer: a tokenizer.json to copy.
+
+def pad_candidates(origin: Checkpoint) -> list[int]:
+    """Ids that may serve as padding, the best first."""
+    tokenizer = origin.tokenizer
+    candidates = [origin.json.get("pad_token_id"), named_id(tokenizer, "pad_token")]
+    for token in tokenizer.file.get_added_tokens_decoder().values():
+        if token.special and "pad" in token.content.lower():
+            candidates.append(tokenizer.file.token_to_id(token.content))
+    candidates.append(tokenizer.size)
+    candidates += [named_id(tokenizer, "unk_token"), tokenizer.file.token_to_id("<unk>")]
+    return [candidate for candidate in candidates if type(candidate) is int]
+
+
+def named_id(tokenizer: Tokenizer, key: str) -> int | None:
+    """The id of a named special token, such as "eos_token"."""
+    name = tokenizer.special.get(key)
+    return None if name is None else tokenizer.file.token_to_id(name)
+
+
+# ---- a checkpoint to begin with ------------------------------------------------------------------
+
+
+def random_checkpoint(
+    directory: Path, config: dict[str, Any], tokenizer: Path, seed: int, std: float = 0.02
+) -> None:
+    """Write a checkpoint of a language model with random weights.
+
+    Matrices are normal(0, std), biases 0, norms 1. config: the content of config.json, of a known
+    model_type. tokenizer: a tokenizer.json to copy.
     """
     family = FAMILIES[config["model_type"]]
     generator = torch.Generator().manual_seed(seed)
@@ -330,10 +369,9 @@ def random_checkpoint(directory: Path, config: dict, tokenizer: Path, seed: int,
                 p.fill_(1.0 if name.endswith("norm.weight") else 0.0)
     tensors = {}
     for theirs, ours in name_table(family, trunk).items():
-        parts = [trunk.get_parameter(n).detach() for n in ours]
-        tensors[family.prefix + theirs] = (
-            parts[0] if len(parts) == 1 else fuse_heads(parts, trunk.c.heads)
-        )
+        parts = [trunk.get_parameter(name).detach() for name in ours]
+        fused = parts[0] if len(parts) == 1 else fuse_heads(parts, trunk.c.heads)
+        tensors[family.prefix + theirs] = fused
     write_sharded(directory, tensors)
     shutil.copyfile(tokenizer, directory / "tokenizer.json")
     write_json(directory / "config.json", config)

@@ -286,3 +286,9 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 def at_least_fp32(x: Tensor) -> Tensor:
     """bf16 and fp16 become fp32; fp32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Let a module hold a tensor, of whatever type, as its parameter `name`."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(value))

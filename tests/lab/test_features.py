@@ -22,18 +22,14 @@ from minimore.uncertainty import over_seeds
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
+    """States of a small world: (its directory, its paths, the command that stored them)."""
     directory = tmp_path_factory.mktemp("world")
-    paths = World(annotators=("ana", "ben", "cleo"), train_pairs=(60, 40, 30), test_pairs=25).write(
-        directory
-    )
-    command = [
-        "features",
-        "--model",
-        str(directory / "model"),
-        *(a for n, (x, y) in paths.items() for a in ("--source", f"{n}={x},{y}")),
-        "--output",
-        str(directory / "states"),
-    ]
+    world = World(annotators=("ana", "ben", "cleo"), train_pairs=(60, 40, 30), test_pairs=25)
+    paths = world.write(directory)
+    command = ["features", "--model", str(directory / "model")]
+    for name, (train, test) in paths.items():
+        command += ["--source", f"{name}={train},{test}"]
+    command += ["--output", str(directory / "states")]
     assert main(command) == 0
     return directory, paths, command
 
@@ -41,21 +37,17 @@ def stored(tmp_path_factory):
 def test_states_are_the_models(stored):
     directory, paths, _ = stored
     model, checkpoint = open_reward_model(ModelOptions(model=str(directory / "model")))
-    described, found = load_features(str(directory / "states"))
-    assert (
-        list(found) == ["ana", "ben", "cleo"]
-        and described["width"] == 64
-        and "not the paper's Table 2" in described["note"]
-    )
+    described, states = load_features(str(directory / "states"))
+    assert list(states) == ["ana", "ben", "cleo"] and described["width"] == 64
+    assert "not the paper's Table 2" in described["note"]
     for name, files in paths.items():
         for part, path in zip(("train", "test"), files):
             source = load_source(name, str(path), checkpoint.tokenizer, 512)
             with torch.no_grad():
                 chosen, rejected = model.features(pack_pairs(source.pairs))
-            assert torch.allclose(
-                found[name][part].difference.float(), chosen - rejected, atol=4e-3
-            )
-            assert found[name][part].longer.tolist() == [p.longer for p in source.pairs]
+            difference, longer = states[name][part]
+            assert torch.allclose(difference.float(), chosen - rejected, atol=4e-3)
+            assert longer.tolist() == [pair.longer for pair in source.pairs]
             assert described["sources"][name][part]["pairs"] == len(source.pairs)
 
 
@@ -63,103 +55,83 @@ def test_an_interrupted_command_goes_on_and_a_whole_directory_is_left_alone(
     stored, tmp_path, capsys, monkeypatch
 ):
     directory, _, command = stored
-    again = [*command[:-1], str(tmp_path / "states")]
-    written, real = [], minimore.lab.features.write_tensors
+    states = tmp_path / "states"
+    command = [*command[:-1], str(states)]
+    written, write_tensors = [], minimore.lab.features.write_tensors
 
-    def stop(path, *rest):
+    def write_and_note(path, *rest):
+        written.append(path.name)
+        write_tensors(path, *rest)
+
+    def write_three(path, *rest):
         if len(written) == 3:
             raise KeyboardInterrupt
-        written.append(path.name)
-        real(path, *rest)
+        write_and_note(path, *rest)
 
-    monkeypatch.setattr("minimore.lab.features.write_tensors", stop)
-    assert main(again) == 130
-    assert main(["probe", "--features", str(tmp_path / "states")]) == 2
+    monkeypatch.setattr(minimore.lab.features, "write_tensors", write_three)
+    assert main(command) == 130
+    assert main(["probe", "--features", str(states)]) == 2
     assert "is not whole" in capsys.readouterr().err
-    monkeypatch.setattr(
-        "minimore.lab.features.write_tensors",
-        lambda path, *rest: (written.append(path.name), real(path, *rest)),
-    )
-    assert main(again) == 0
-    assert sorted(written) == sorted(
-        p.name for p in (tmp_path / "states").glob("*.safetensors")
-    )  # each written once
-    for path in (tmp_path / "states").glob("*.safetensors"):
-        assert path.read_bytes() == (directory / "states" / path.name).read_bytes()
-    assert main(again) == 2 and "exists already" in capsys.readouterr().err
+    monkeypatch.setattr(minimore.lab.features, "write_tensors", write_and_note)
+    assert main(command) == 0
+    files = sorted(states.glob("*.safetensors"))
+    assert sorted(written) == [file.name for file in files]  # each is written once
+    for file in files:
+        assert file.read_bytes() == (directory / "states" / file.name).read_bytes()
+    assert main(command) == 2 and "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", list(WEIGHTINGS))
 @pytest.mark.parametrize("sampling", ["equal", "proportional"])
 def test_heads_are_those_of_autograd_and_adam(stored, method, sampling):
-    _, found = load_features(str(stored[0] / "states"))
-    train = [s["train"].difference.float() for s in found.values()]
+    _, states = load_features(str(stored[0] / "states"))
+    train = [parts["train"].difference.float() for parts in states.values()]
     options = ProbeOptions(
         features="", epochs=2, batch_size=12, sampling=sampling, label_smoothing=0.1
     )
-    mine, weights = train_head(train, method, options, seed=3)
+    ours, weights_of_steps = train_head(train, method, options, seed=3)
 
     head = torch.nn.Parameter(fresh_head(64, 3))
-    optimizer, state = torch.optim.Adam([head], lr=1e-2), {}
-    plans = [
-        s for e in range(2) for s in epoch_steps([len(t) for t in train], sampling, None, 12, 3, e)
+    optimizer, weighting_state = torch.optim.Adam([head], lr=1e-2), {}
+    sizes = [len(differences) for differences in train]
+    steps = [
+        sampled
+        for epoch in range(2)
+        for sampled in epoch_steps(sizes, sampling, None, 12, 3, epoch)
     ]
-    for t, plan in enumerate(plans):
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - t / len(plans))
-        z, source = torch.stack([train[k][i] for k, i in plan]), torch.tensor(plan[:, 0])
+    for t, sampled in enumerate(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - t / len(steps))
+        z = torch.stack([train[k][i] for k, i in sampled])
+        source = torch.tensor(sampled[:, 0])
         losses = bradley_terry_losses(head, z, torch.zeros_like(z), source, 3, 0.1)
         gradients = head_gradients(head, z, torch.zeros_like(z), source, 3, 0.1)
-        w = WEIGHTINGS[method](losses, gradients, torch.bincount(source, minlength=3), state)
-        assert np.allclose(w.detach().numpy(), weights[t], atol=1e-3)
+        counts = torch.bincount(source, minlength=3)
+        weights = WEIGHTINGS[method](losses, gradients, counts, weighting_state).detach()
+        assert np.allclose(weights.numpy(), weights_of_steps[t], atol=1e-3)
         optimizer.zero_grad()
-        weighted_loss(w.detach(), losses).backward()
+        weighted_loss(weights, losses).backward()
         optimizer.step()
-    assert torch.allclose(mine, head.detach(), atol=2e-4)
-    assert len(weights) == len(plans)
+    assert torch.allclose(ours, head.detach(), atol=2e-4)
+    assert len(weights_of_steps) == len(steps)
 
 
 def test_probe_reports_every_method_and_the_worst_source(stored, tmp_path, capsys):
-    out = tmp_path / "p.json"
-    assert (
-        main(
-            [
-                "probe",
-                "--features",
-                str(stored[0] / "states"),
-                "--seeds",
-                "4",
-                "--method",
-                "uniform",
-                "--method",
-                "more",
-                "--json",
-                str(out),
-            ]
-        )
-        == 0
-    )
-    said, found = capsys.readouterr().out, json.loads(out.read_text())
-    accuracies = np.array(found["methods"]["more"]["accuracy"])
-    assert accuracies.shape == (4, 3) and "linear probe" in said and "more - uniform" in said
+    def methods_of(name, *flags):
+        """The figures by method that `probe` writes, and what it prints."""
+        path = tmp_path / name
+        states = str(stored[0] / "states")
+        command = ["probe", "--features", states, "--seeds", "4", "--json", str(path), *flags]
+        assert main(command) == 0
+        return json.loads(path.read_text())["methods"], capsys.readouterr().out
+
+    methods, printed = methods_of("both.json", "--method", "uniform", "--method", "more")
+    accuracies = np.array(methods["more"]["accuracy"])
+    assert accuracies.shape == (4, 3)
+    assert "linear probe" in printed and "more - uniform" in printed
     mean, half = over_seeds(accuracies.min(1))
-    assert f"{mean:.4f} ± {half:.4f}" in said
-    assert (
-        main(
-            [
-                "probe",
-                "--features",
-                str(stored[0] / "states"),
-                "--seeds",
-                "4",
-                "--json",
-                str(tmp_path / "q.json"),
-            ]
-        )
-        == 0
-    )
-    assert (
-        json.loads((tmp_path / "q.json").read_text())["methods"] == found["methods"]
-    )  # the default, and the same seeds
+    assert f"{mean:.4f} ± {half:.4f}" in printed
+    by_default, _ = methods_of("default.json")  # the same methods and seeds
+    assert by_default == methods
 
 
 def test_intervals_over_seeds():
@@ -168,89 +140,87 @@ def test_intervals_over_seeds():
     assert np.isnan(over_seeds([1.0, 2.0])[1])
 
 
+def description_with(old, new):
+    """Damage: replace a text in features.json."""
+
+    def damage(directory):
+        path = directory / "features.json"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    return damage
+
+
+def description_is(text):
+    """Damage: another features.json."""
+    return lambda directory: (directory / "features.json").write_text(text)
+
+
+def too_few_states(directory):
+    path = directory / "00.test.safetensors"
+    save_file(load_file(path) | {"chosen": torch.zeros(3, 64)}, path)
+
+
+def states_that_are_not_finite(directory):
+    path = directory / "00.train.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"chosen": tensors["chosen"] * float("nan")}, path)
+
+
+def a_missing_file(directory):
+    (directory / "00.train.safetensors").unlink()
+
+
+def a_file_of_something_else(directory):
+    (directory / "01.test.safetensors").write_bytes(b"x" * 50)
+
+
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda d: (d / "features.json").write_text("{"), "not readable as JSON"),
-        (lambda d: (d / "features.json").write_text("{}"), "damaged"),
-        (lambda d: (d / "00.train.safetensors").unlink(), "damaged"),
-        (lambda d: (d / "01.test.safetensors").write_bytes(b"x" * 50), "damaged"),
-        (
-            lambda d: (d / "features.json").write_text(
-                (d / "features.json").read_text().replace("00.train", "../../etc/x")
-            ),
-            "damaged",
-        ),
-        (
-            lambda d: save_file(
-                load_file(d / "00.test.safetensors") | {"chosen": torch.zeros(3, 64)},
-                d / "00.test.safetensors",
-            ),
-            "damaged",
-        ),
-        (
-            lambda d: (d / "features.json").write_text(
-                (d / "features.json").read_text().replace("00.train", "../states/00.train")
-            ),
-            "damaged",
-        ),
-        (
-            lambda d: save_file(
-                (t := load_file(d / "00.train.safetensors"))
-                | {"chosen": t["chosen"] * float("nan")},
-                d / "00.train.safetensors",
-            ),
-            "not finite",
-        ),
-        (
-            lambda d: (d / "features.json").write_text(
-                (d / "features.json").read_text().replace('"width": 64', '"width": 65')
-            ),
-            "damaged",
-        ),
+        (description_is("{"), "not readable as JSON"),
+        (description_is("{}"), "damaged"),
+        (a_missing_file, "damaged"),
+        (a_file_of_something_else, "damaged"),
+        (description_with("00.train", "../../etc/x"), "damaged"),
+        (description_with("00.train", "../states/00.train"), "damaged"),
+        (too_few_states, "damaged"),
+        (states_that_are_not_finite, "not finite"),
+        (description_with('"width": 64', '"width": 65'), "damaged"),
     ],
 )
 def test_damaged_features_are_refused(stored, tmp_path, capsys, damage, words):
-
     shutil.copytree(stored[0] / "states", tmp_path / "states")
     damage(tmp_path / "states")
     assert main(["probe", "--features", str(tmp_path / "states")]) == 2
-    said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
 
 
-def test_what_overflows_and_too_many_sources_are_one_line(stored, tmp_path, capsys):
-    assert (
-        main(
-            [
-                "probe",
-                "--features",
-                str(stored[0] / "states"),
-                "--seeds",
-                "1",
-                "--learning-rate",
-                "1e39",
-            ]
-        )
-        == 1
-    )
+def test_a_margin_that_overflows_is_one_line(stored, capsys):
+    states = str(stored[0] / "states")
+    command = ["probe", "--features", states, "--seeds", "1", "--learning-rate", "1e39"]
+    assert main(command) == 1
     assert "not finite" in capsys.readouterr().err
-    shutil.copytree(stored[0] / "states", tmp_path / "many")
-    described = json.loads((tmp_path / "many" / "features.json").read_text())
+
+
+def test_too_many_sources_are_one_line(stored, tmp_path, capsys):
+    many = tmp_path / "many"
+    shutil.copytree(stored[0] / "states", many)
+    described = json.loads((many / "features.json").read_text())
     described["sources"] = {f"s{i}": described["sources"]["ana"] for i in range(13)}
-    (tmp_path / "many" / "features.json").write_text(json.dumps(described))
-    assert main(["probe", "--features", str(tmp_path / "many"), "--seeds", "1"]) == 2
-    said = capsys.readouterr().err
-    assert "at most 12" in said and said.count("\n") == 1
+    (many / "features.json").write_text(json.dumps(described))
+    assert main(["probe", "--features", str(many), "--seeds", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "at most 12" in error and error.count("\n") == 1
 
 
 def test_bad_options(stored, tmp_path, capsys):
     directory, paths, command = stored
-    assert (
-        main([*command[:3], "--source", f"a={paths['ana'][0]}", "--output", str(tmp_path / "x")])
-        == 2
-    )
-    assert "no test file" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    output = tmp_path / "states"
+    assert main([*command[:3], "--source", f"a={paths['ana'][0]}", "--output", str(output)]) == 2
+    assert "no test file" in capsys.readouterr().err and not output.exists()
     for flags in (
         ["--seeds", "0"],
         ["--batch-size", "4"],

@@ -22,7 +22,7 @@ from .experiments import REPORTS, Grid
 from .grid import PROTOCOLS, Cell, ReproduceOptions, checked_cells
 from .statistics import every_figure
 
-# Options that change no cell, or only how many there are: a grid may be continued with others.
+# Options that leave a grid what it is. It may be continued with other values of these.
 FREE = ("output", "dry_run", "device", "micro_tokens", "recompute", "memory", "seeds")
 
 

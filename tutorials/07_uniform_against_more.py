@@ -124,9 +124,9 @@ print(table)
 # %% What the weights do
 # In the mild world they are 1/5 on average and nothing differs. The noisiest source, whose
 # gradients agree least with the others', and the smallest ones get a little more than their share,
-# which costs a little. Where one is reversed, its gradient opposes all others, so the shortest vector leans on
-# it. That the weights can help is not excluded: the page of the laboratory has whole models, and
-# real sources are none of these worlds.
+# which costs a little. Where one is reversed, its gradient opposes all others, so the shortest
+# vector leans on it. That the weights can help is not excluded: the page of the laboratory has
+# whole models, and real sources are none of these worlds.
 
 
 def is_clear(values):

@@ -121,7 +121,8 @@ class Tensors:
         for path in set(self.files.values()):
             if path.suffix == ".safetensors":
                 with safetensors.safe_open(path, framework="pt") as file:
-                    stored = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+                    keys = file.keys()
+                    stored = {file.get_slice(key).get_dtype() for key in keys}
                 types |= {str(SAFETENSORS_TYPES.get(name, name)) for name in stored}
             else:
                 tensors = self._opened.get(path) or open_bin(path)

@@ -1,8 +1,10 @@
 """Tutorial 4: one MORE step.
 
-Question      What happens between a batch of pairs from several sources and the gradient that the optimizer receives?
-You will see  every tensor of one training step, with its shape and its numbers; the same step from two micro-batches; and that
-              a step along the shortest gradient serves every source, with the small print.
+Question      What happens between a batch of pairs from several sources and the gradient that the
+              optimizer receives?
+You will see  every tensor of one training step, with its shape and its numbers; the same step from
+              two micro-batches; and that a step along the shortest gradient serves every source,
+              with the small print.
 Takes         about 5 seconds on a laptop CPU. Nothing is downloaded.
 """
 
@@ -25,154 +27,190 @@ from minimore import (
 )
 from minimore.data.world import World
 from minimore.engine.objective import RewardObjective
-from minimore.engine.plain import step
+from minimore.engine.optim import AdamW
+from minimore.engine.plain import PlainEngine
+from minimore.engine.recipe import Recipe
 from minimore.more import more_weights, normalize_gradients
 
-torch.set_printoptions(precision=4, sci_mode=False, linewidth=120)
+torch.set_printoptions(precision=4, sci_mode=False, linewidth=100)
 
 # %% Three annotators and a small model
-# A synthetic world: three annotators who share part of their taste; 60% is each one's own. Each labels 8 pairs, written to files
-# as real data would be. The model is a GPT-NeoX of width 64 with random weights and a random head.
+# The annotators of this synthetic world share part of their taste; 60% is each one's own. Each of
+# them labels 8 pairs, which are written to files as real data would be. The model is a GPT-NeoX of
+# width 64 with random weights and a random head.
 
+world = World(annotators=("ana", "ben", "cleo"), conflict=0.6, train_pairs=(8,), test_pairs=1)
 with tempfile.TemporaryDirectory() as name:
-    world, folder = (
-        World(annotators=("ana", "ben", "cleo"), conflict=0.6, train_pairs=(8,), test_pairs=1),
-        Path(name),
-    )
+    folder = Path(name)
     paths = world.write(folder)
     model, checkpoint = open_reward_model(ModelOptions(model=str(folder / "model"), device="cpu"))
     sources = [
-        load_source(name, str(train), checkpoint.tokenizer, max_length=64)
-        for name, (train, _) in paths.items()
+        load_source(name, str(train_path), checkpoint.tokenizer, max_length=64)
+        for name, (train_path, _) in paths.items()
     ]
 for source in sources:
     print(source.line())
 
 # %% The batch: K = 3 sources, B = 12 pairs, one of each source in turn
-# The pairs are one stream of N tokens without padding, with 24 places where a reward is read. `source` says whose each pair is.
+# The pairs are one stream of N tokens without padding, with 24 places where a reward is read.
+# `source` says whose each pair is.
 
 order = [(k, i) for i in range(4) for k in range(3)]
 pairs = [sources[k].pairs[i] for k, i in order]
 batch = pack_pairs(pairs, [k for k, _ in order])
-print(
-    f"tokens ({len(batch.stream.tokens)},), read at {len(batch.stream.last)} places, {batch.stream.last[:4].tolist()} and so on"
-)
+stream = batch.stream
+print(f"\ntokens ({len(stream.tokens)},), read at {len(stream.last)} places:", end=" ")
+print(f"{stream.last[:4].tolist()} and so on")
 print("source (12,):", batch.source.tolist())
 
 # %% Forward: hidden states, margins, losses
-# The hidden states are (B, D) = (12, 64) on either side. The model knows nothing, so its margins have both signs; its random head
-# has strong opinions all the same, so every source's loss is above log 2 = .69, the price of having none.
+#
+#     m_b = w · (z_chosen_b - z_rejected_b)        L_k = -mean over b in k of log σ(m_b)  (Eq. 1)
+#
+# The hidden states are (B, D) = (12, 64) on either side. The model knows nothing, so its margins
+# have both signs. Its random head has strong opinions all the same, so every source's loss is above
+# log 2 = .69, the price of having none.
 
 z_chosen, z_rejected = model.features(batch)
 margins = ((z_chosen - z_rejected) @ model.head).detach()
 losses = bradley_terry_losses(model.head, z_chosen, z_rejected, batch.source)  # Eq. 1
-print("z_chosen", tuple(z_chosen.shape), "begins", z_chosen[0, :5].detach())
+print("\nz_chosen", tuple(z_chosen.shape), "begins", z_chosen[0, :5].detach())
 print("margins (12,):", margins)
 print("losses (3,):", losses.detach())
 
 # %% The head gradients, without a backward pass
-# One row a source, (K, D) = (3, 64). The cosines say who agrees with whom. All are within .2 of 0: the mean of four pairs in 64
-# dimensions is mostly chance. On more pairs the shared taste shows, and the conflict (exercise 1).
+#
+#     g_k = -mean over b in k of σ(-m_b) (z_chosen_b - z_rejected_b)                      (Eq. 8)
+#
+# One row a source: (K, D) = (3, 64). The cosines say who agrees with whom. All are within .2 of 0:
+# the mean of four pairs in 64 dimensions is mostly chance. On more pairs the shared taste shows,
+# and so does the conflict (exercise 1).
 
 gradients = head_gradients(model.head, z_chosen, z_rejected, batch.source)
 units = normalize_gradients(gradients, losses.detach(), "l2")
 cosines = units @ units.T
-print("gradients", tuple(gradients.shape), "of lengths", gradients.norm(dim=1))
+print("\ngradients", tuple(gradients.shape), "of lengths", gradients.norm(dim=1))
 print("cosines\n", cosines)
 
 # %% The weights
-# The shortest weighted mean of the three. Of raw gradients the shortest, ben's, gets the most weight. At equal lengths (l2, as in
-# the authors' code) only angles count, and near right angles the weights are near 1/3. No gradient flows through the weights.
+#
+#     λ = argmin ||Σ_k λ_k g_k||    with λ_k >= 0 and Σ_k λ_k = 1
+#
+# Of raw gradients the shortest, ben's, gets the most weight. At equal lengths (l2, as in the
+# authors' code) only angles count, and near right angles the weights are near 1/3. No gradient
+# flows through the weights.
 
-raw, weights = min_norm_weights(gradients).float(), min_norm_weights(units).float()
-print("weights, raw gradients:", raw, "\nweights, after l2:     ", weights)
+raw = min_norm_weights(gradients).float()
+weights = min_norm_weights(units).float()
+print("\nweights, raw gradients:", raw)
+print("weights, after l2:     ", weights)
 
 # %% The loss and the one backward pass
-# sum_k lambda_k L_k (Eq. 7) is an ordinary loss, and backward gives every parameter its gradient. For the head we know it
-# already: weights @ gradients.
+#
+#     L = Σ_k λ_k L_k                                                                     (Eq. 7)
+#
+# It is an ordinary loss, and backward gives every parameter its gradient. For the head we know it
+# already: weights @ gradients. Compare the two lines.
 
 loss = weighted_loss(weights, losses)  # Eq. 7
 loss.backward()
 by_hand = {name: p.grad.clone() for name, p in model.named_parameters()}
 known = weights @ gradients
-print(f"loss {loss:.4f}; {len(by_hand)} tensors of parameters have a gradient")
-print("head, by backward:        ", by_hand["head"][:5], "\nhead, weights @ gradients:", known[:5])
+print(f"\nloss {loss:.4f}; {len(by_hand)} tensors of parameters have a gradient")
+print("head, by backward:        ", by_hand["head"][:5])
+print("head, weights @ gradients:", known[:5])
 
 # %% The library's step, and micro-batches
-# `minimore.engine.plain.step` does what you have just seen. If 12 pairs are too many for the memory it takes them in parts, but the
-# weights must see all 12 at once: a first pass collects every z, the weights are solved, a second pass carries the gradient down.
-# Up to rounding this is the same gradient. Solving the weights in each half, and averaging, gives another one.
+# `minimore.engine.plain.PlainEngine.step` does what you have just seen. If 12 pairs are too many
+# for the memory, it takes them in parts. But the weights must see all 12 at once: a first pass
+# collects every z, the weights are solved, and a second pass carries the gradient down. Up to
+# rounding this is the same gradient.
 
 
-def gradient_of(*batches, apart=False):
-    """The gradient of all parameters in one vector: one step over all batches, or one for each, averaged."""
+class KeepsGradients(AdamW):
+    """In the place of the optimizer: keeps the gradients of a step, and changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.gradients = []
+
+    def update(self, name, p, gradient, state=None):
+        """Keep the gradient."""
+        self.gradients.append(gradient.flatten().clone())
+
+
+def gradient_of(pairs, source, micro_tokens):
+    """The gradient of all parameters after one step, as one vector."""
     model.zero_grad()
-    how = RewardObjective(sources=3, weigh=partial(more_weights, state={}, normalize="l2"))
-    for together in [[b] for b in batches] if apart else [batches]:
-        step(model, together, how, share=1 / len(batches) if apart else 1.0)
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    optimizer = KeepsGradients()
+    engine = PlainEngine(model, optimizer, Recipe(micro_tokens=micro_tokens))
+    weigh = partial(more_weights, state={}, normalize="l2")
+    engine.step(pairs, source, RewardObjective(sources=3, weigh=weigh))
+    return torch.cat(optimizer.gradients)
 
 
-halves = [pack_pairs(pairs[i : i + 6], batch.source[i : i + 6].tolist()) for i in (0, 6)]
-mine = torch.cat([g.flatten() for g in by_hand.values()])
-found = {
-    "one batch": gradient_of(batch),
-    "two micro-batches": gradient_of(*halves),
-    "weights per half": gradient_of(*halves, apart=True),
+source = batch.source.tolist()
+half = sum(pair.tokens for pair in pairs[:6])
+in_halves = [
+    gradient_of(pairs[start : start + 6], source[start : start + 6], 10_000) for start in (0, 6)
+]
+ways = {
+    "one batch": gradient_of(pairs, source, 10_000),
+    "micro-batches": gradient_of(pairs, source, half),
+    "weights per half": sum(in_halves) / 2,  # solved in each half, then averaged: another gradient
 }
-distance = {name: float((g - mine).norm() / mine.norm()) for name, g in found.items()}
-print(
-    "relative distance from the gradient by hand:",
-    ", ".join(f"{name} {x:.0e}" for name, x in distance.items()),
-)
+mine = torch.cat([gradient.flatten() for gradient in by_hand.values()])
+distance = {way: float((g - mine).norm() / mine.norm()) for way, g in ways.items()}
+print("\nrelative distance from the gradient by hand")
+for way, value in distance.items():
+    print(f"  {way:17} {value:.0e}")
 
 # %% What the shortest gradient promises
-# Let d be the shortest mean of the raw gradients. Then g_k . d >= ||d||^2 for every source, so a small step of the head against d
-# lowers every loss, by ||d||^2 or more per unit of step (less a little for curvature). Here all three have weight, so all three
-# losses fall alike, by 4.2.
+# Let d be the shortest mean of the raw gradients. Then
+#
+#     g_k · d >= ||d||²     for every source k
+#
+# so a small step of the head against d lowers every loss, by ||d||² or more per unit of step (less
+# a little for curvature). Here all three have weight, so all three losses fall alike, by 4.2.
 
 d, size = raw @ gradients, 1e-3
 with torch.no_grad():
     after = bradley_terry_losses(model.head - size * d, z_chosen, z_rejected, batch.source)
 change = (after - losses.detach()) / size
-print(f"||d||^2 = {d @ d:.4f}; change of each loss per unit of step:", change)
+print(f"\n||d||² = {d @ d:.4f}; change of each loss per unit of step:", change)
 
-# The small print: that is a promise about the head, these pairs, a small step, and weights without normalisation. With l2 the
-# shortest mean is one of unit vectors, but the loss mixes the raw ones. A loud source can then still win over a quiet one:
-# lengths 3 and 1.4, 135 degrees apart, get 1/2 each, and the step raises the quiet one's loss (g_2 . d = -.5).
+# %% The small print
+# That is a promise about the head, these pairs, a small step, and weights without normalisation.
+# With l2 the shortest mean is one of unit vectors, but the loss mixes the raw ones. A loud source
+# can then still win over a quiet one: lengths 3 and 1.4, 135 degrees apart, get 1/2 each, and the
+# step raises the quiet one's loss (g_2 · d = -.5).
 
 loud = torch.tensor([[3.0, 0], [-1, 1]])
 equal = min_norm_weights(normalize_gradients(loud, torch.ones(2), "l2")).float()
-print("loud and quiet: weights after l2", equal, "g_k . d", loud @ (equal @ loud))
+products = loud @ (equal @ loud)
+print("loud and quiet: weights after l2", equal, "g_k · d", products)
 
 # %% What was claimed
-assert (
-    z_chosen.shape == z_rejected.shape == (12, 64)
-    and losses.shape == (3,)
-    and gradients.shape == (3, 64)
-)
-assert len(batch.stream.last) == 24 and len(batch.stream.tokens) == sum(p.tokens for p in pairs)
+assert z_chosen.shape == z_rejected.shape == (12, 64)
+assert losses.shape == (3,) and gradients.shape == (3, 64)
+assert len(stream.last) == 24 and len(stream.tokens) == sum(pair.tokens for pair in pairs)
 assert (margins > 0).any() and (margins < 0).any() and (losses > math.log(2)).all()
 assert (cosines - torch.eye(3)).abs().max() < 0.2 and (weights - 1 / 3).abs().max() < 0.06
 assert raw.argmax() == gradients.norm(dim=1).argmin() == 1 and not weights.requires_grad
-assert torch.isclose(loss, sum(w * l for w, l in zip(weights, losses)))
+assert torch.isclose(loss, weights @ losses)
 assert torch.allclose(by_hand["head"], known, atol=1e-5) and known.norm() > 1
-assert (
-    distance["one batch"] < 1e-5
-    and distance["two micro-batches"] < 1e-5
-    and distance["weights per half"] > 0.05
-)
-assert (
-    (gradients @ d >= d @ d - 1e-4).all()
-    and torch.allclose(change, -(d @ d), rtol=0.01)
-    and (change < 0).all()
-)
-assert torch.allclose(equal, torch.tensor([0.5, 0.5])) and torch.isclose(
-    loud[1] @ (equal @ loud), torch.tensor(-0.5)
-)
+assert distance["one batch"] < 1e-5 and distance["micro-batches"] < 1e-5
+assert distance["weights per half"] > 0.05
+assert (gradients @ d >= d @ d - 1e-4).all()
+assert torch.allclose(change, -(d @ d), rtol=0.01) and (change < 0).all()
+assert torch.allclose(equal, torch.tensor([0.5, 0.5]))
+assert torch.isclose(products[1], torch.tensor(-0.5))
 
 # %% Two exercises
-# Exercise 1. Give every annotator 400 pairs and put them all into one batch. Compare the cosines for conflict 0, .6 and 1, and
-#             for `World(..., reversed="cleo")`. Then start from a head of zeros: which agreement came from the head alone?
-# Exercise 2. Take the small step with all parameters, not only the head: subtract size times the gradient that `step` gives with
-#             normalize="none". Which losses fall, and by how much? Nothing is promised here; what makes it likely?
+# Exercise 1. Give every annotator 400 pairs and put them all into one batch. Compare the cosines
+# for
+#             conflict 0, .6 and 1, and for `World(..., reversed="cleo")`. Then start from a head of
+#             zeros: which agreement came from the head alone?
+# Exercise 2. Take the small step with all parameters, not only the head: subtract size times the
+#             gradient that `gradient_of` gives with normalize="none". Which losses fall, and by how
+#             much? Nothing is promised here; what makes it likely?

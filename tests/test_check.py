@@ -67,6 +67,7 @@ def copy_of(directory, tmp_path, name="copy"):
     return tmp_path / name
 
 
+@pytest.mark.slow
 def test_what_has_learned_the_paragraph_reads_it_and_is_lost_in_its_words(
     learned, tmp_path, capsys
 ):

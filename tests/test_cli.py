@@ -424,6 +424,7 @@ def test_handled_and_counted_never_refused(run, tmp_path, capsys):
     train(run, tmp_path / "out", "--source", f"odd={odd}")
 
 
+@pytest.mark.slow
 def test_evaluate_writes_the_report(world, run, tmp_path, capsys):
     sources = [a for n, (_, test) in world[1].items() for a in ("--source", f"{n}={test}")]
     outputs = ("--json", tmp_path / "r.json", "--figures", tmp_path / "figures")
@@ -574,6 +575,7 @@ def test_weights_that_overflow_end_in_one_line_and_exit_code_1(run, tmp_path, ca
     assert not (tmp_path / "gpt_neox.final_layer_norm.weight").exists()
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command_and_needs_no_extras(capsys):
     script = """
 import runpy, sys

@@ -181,6 +181,7 @@ VERBS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_damaged_inputs_end_in_one_line(part, models, tmp_path, capsys):
     chance, codes, model, damaged = random.Random(part), {}, tmp_path / "model", set()

@@ -350,6 +350,7 @@ def test_a_save_that_fails_in_its_thread_stops_the_run_at_the_next_step(
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 20
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_another_engine(world, tmp_path, monkeypatch, capsys):
     """Exact recipes differ by rounding, which is said; offloading by nothing, which is not."""
     for name, first, then in (
@@ -370,6 +371,7 @@ def test_a_run_may_go_on_with_another_engine(world, tmp_path, monkeypatch, capsy
         )
 
 
+@pytest.mark.slow
 def test_saving_with_and_without_room_for_a_copy_is_the_same(world, tmp_path, monkeypatch):
     """With room, a thread writes a copy while training goes on: the state at its step."""
     real = Saver._write

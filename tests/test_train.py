@@ -74,6 +74,7 @@ def test_two_sources_of_unit_gradients_are_said_to_be_uniform(world, tmp_path, c
     assert "MORE is uniform here" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"save_dtype": "bfloat16"}, RECIPES["split"] | {"micro_tokens": 8192}, RECIPES["lossy"]],
@@ -96,6 +97,7 @@ def test_one_source_alone_is_bradley_terry(world, tmp_path, capsys):
     assert content(tmp_path / "more")[0] == content(tmp_path / "uniform")[0]
 
 
+@pytest.mark.slow
 def test_metrics_say_what_happened(world, tmp_path):
     train(
         options(

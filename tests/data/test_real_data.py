@@ -88,6 +88,7 @@ def test_opt_in_two_files_reads_as_gpt2_does():
         assert [opt.file.id_to_token(i) for i in a] == [gpt2.file.id_to_token(i) for i in b]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_real_pair_is_read(name, tokenizer):
     source = load_source(name, str(DATA / "pairs" / f"{name}.test.jsonl.gz"), tokenizer, 512)
@@ -103,6 +104,7 @@ def test_every_real_pair_is_read(name, tokenizer):
         assert (p.chosen[: p.shared] == p.rejected[: p.shared]).all()
 
 
+@pytest.mark.slow
 def test_rewards_of_real_pairs_do_not_depend_on_sharing_or_company(tokenizer, tmp_path):
     random_checkpoint(
         tmp_path / "m",

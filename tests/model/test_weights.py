@@ -494,6 +494,7 @@ print((peak - before) / sum(p.nbytes for p in trunk.parameters()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="anonymous memory is counted in /proc"
 )

@@ -11,19 +11,38 @@ import pytest
 
 import minimore
 
-HERE = str(
-    Path(minimore.__file__).resolve().parents[1]
-)  # what the test process imports, the tutorial imports
+# A tutorial imports the same minimore that the test imports.
+IMPORTED_FROM = str(Path(minimore.__file__).resolve().parents[1])
 TUTORIALS = sorted((Path(__file__).resolve().parents[1] / "tutorials").glob("*.py"))
+# These two take the least time, so they also run without the slow tests.
+QUICK = ("01_one_preference_by_hand", "03_conflicting_gradients")
+
+
+def parameter(path):
+    """The parameter of a test for one tutorial, marked as slow unless it is a quick one."""
+    marks = () if path.stem in QUICK else pytest.mark.slow
+    return pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.fixture(params=TUTORIALS, ids=lambda path: path.stem)
+def text(request):
+    """The text of each tutorial in turn."""
+    return request.param.read_text("utf-8")
+
+
+@pytest.fixture
+def asserts(text):
+    """The assert statements of a tutorial."""
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assert)]
 
 
 def test_tutorials_were_found():
-    assert TUTORIALS
+    assert {path.stem for path in TUTORIALS} >= set(QUICK)
 
 
-@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [parameter(path) for path in TUTORIALS])
 def test_runs(path, tmp_path):
-    importable = os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))
+    importable = os.pathsep.join(filter(None, [IMPORTED_FROM, os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
         [sys.executable, "-W", "error", str(path)],
         cwd=tmp_path,
@@ -37,19 +56,26 @@ def test_runs(path, tmp_path):
     assert not list(tmp_path.iterdir()), "a tutorial leaves nothing behind where it is run"
 
 
-@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_is_made_like_the_others(path):
-    text = path.read_text("utf-8")
-    tree = ast.parse(text)
-    header = ast.get_docstring(tree) or ""
-    assert re.search(r"seconds|minutes", header) and re.search(r"CPU|GPU", header), (
-        "the header says how long and on what"
-    )
-    asserts = [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+def test_header_says_how_long_and_on_what(text):
+    header = ast.get_docstring(ast.parse(text)) or ""
+    assert re.search(r"seconds|minutes", header)
+    assert re.search(r"CPU|GPU", header)
+
+
+def test_asserts_its_claims(asserts):
     assert len(asserts) >= 2
-    assert not [
-        node.lineno for node in asserts if isinstance(node.test, (ast.Constant, ast.Tuple))
-    ], "an assert that cannot fail"
+
+
+def test_no_assert_is_always_true(asserts):
+    """A constant never fails, and neither does a tuple: `assert (claim, message)`."""
+    cannot_fail = [a.lineno for a in asserts if isinstance(a.test, (ast.Constant, ast.Tuple))]
+    assert not cannot_fail
+
+
+def test_has_cells(text):
     assert len(re.findall(r"(?m)^# %%", text)) >= 3
-    for exercise in ("Exercise 1", "Exercise 2"):
-        assert re.search(rf"(?m)^#.*{exercise}", text), f"{exercise} is missing"
+
+
+@pytest.mark.parametrize("exercise", ["Exercise 1", "Exercise 2"])
+def test_has_two_exercises(text, exercise):
+    assert re.search(rf"(?m)^#.*{exercise}", text)

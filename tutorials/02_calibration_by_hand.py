@@ -3,8 +3,8 @@
 Question      A reward model says .7. What did it promise, and how do we find out whether it kept
               its word?
 You will see  an expected calibration error (ECE) counted with pencil and paper; the paper's way of
-              counting and the usual one agree; a model that cries too loudly; and the error that
-              even a perfect model shows on few pairs.
+              counting and the usual one agree; a model that is too sure of itself; and the error
+              that even a perfect model shows on few pairs.
 Takes         about 3 seconds on a laptop CPU. Nothing is downloaded.
 """
 
@@ -12,33 +12,41 @@ import numpy as np
 
 from minimore import accuracy, expected_calibration_error, pair_ece, reliability
 from minimore.calibration import brier, negative_log_likelihood, probability
+from minimore.tables import Table, number
 
 # %% What a probability promises
-# One prediction of .7 can be neither right nor wrong. A thousand can: about 700 of them should
-# come true. So we sort the predictions into bins and compare, in each, the mean probability (what
-# was said) with the share that came true (what happened).
+# One prediction of .7 can be neither right nor wrong. A thousand can: about 700 of them should come
+# true. So we sort the predictions into M bins. In each bin we compare the mean probability (what
+# the model said) with the share that came true (what happened):
 #
-# Six predictions. Four say .65, and two of these come true: .50 instead of .65, a gap of .15. Two
-# say .95, and both come true: a gap of .05. Weighted by how many there are, ECE = 4/6 x .15 + 2/6
-# x .05 = .1167.
+#     ECE = Σ_m  n_m / n  |share that came true in bin m - mean probability in bin m|
 
-said, happened = [0.65, 0.65, 0.65, 0.65, 0.95, 0.95], [1, 1, 0, 0, 1, 1]
-table = reliability(said, happened, bins=10)
-for m in np.flatnonzero(table.count):
-    print(
-        f"bin ({table.edges[m]:.1f}, {table.edges[m + 1]:.1f}]: {table.count[m]} predictions, said "
-        f"{table.confidence[m]:.2f}, happened {table.accuracy[m]:.2f}"
-    )
+# %% Six predictions, with pencil and paper
+# Four predictions say .65, and two of these come true: .50 instead of .65, a gap of .15. Two say
+# .95, and both come true: a gap of .05. Weighted by how many predictions there are,
+#
+#     ECE = 4/6 × .15 + 2/6 × .05 = .1167
+
+predictions = [0.65, 0.65, 0.65, 0.65, 0.95, 0.95]
+came_true = [1, 1, 0, 0, 1, 1]
+bins = reliability(predictions, came_true, bins=10)
+filled = np.flatnonzero(bins.count)
+
+table = Table("bin", "predictions", "said", "happened")
+for m in filled:
+    interval = f"({bins.edges[m]:.1f}, {bins.edges[m + 1]:.1f}]"
+    table.add(interval, bins.count[m], number(bins.confidence[m]), number(bins.accuracy[m]))
+print(table)
+
 by_pencil = 4 / 6 * 0.15 + 2 / 6 * 0.05
-print(
-    f"ECE by pencil {by_pencil:.4f}, by minimore {expected_calibration_error(said, happened):.4f}"
-)
+by_minimore = expected_calibration_error(predictions, came_true)
+print(f"ECE by pencil {by_pencil:.4f}, by minimore {by_minimore:.4f}")
 
 # %% A reward model that keeps its word
-# Nature draws the margin between a first and a second response, then people prefer the first with
-# probability sigmoid(margin). A model that reports this very margin is perfectly calibrated. With
+# Nature draws the margin between a first and a second response. Then people prefer the first with
+# probability σ(margin). A model that reports this very margin is perfectly calibrated. With
 # Gaussian margins of standard deviation 1 it is right on about 67% of the pairs, much like the
-# paper's smaller models.
+# paper's smaller models. Its ECE on 50,000 pairs is below .01.
 
 random = np.random.default_rng(0)
 
@@ -51,126 +59,131 @@ def calibrated_margins(pairs):
 
 
 margins = calibrated_margins(50_000)
-print(
-    f"calibrated model: accuracy {accuracy(margins):.3f}, ECE {pair_ece(margins):.4f}"
-)  # about .67, under .01
+share_right = accuracy(margins)
+ece = pair_ece(margins)
+print(f"\ncalibrated model: accuracy {share_right:.3f}, ECE {ece:.4f}")
 
-# %% Why every pair enters twice
-# In a file of pairs the chosen response stands first, always. Ask only "is the chosen one
-# preferred?" and the answer is always yes: every bin has accuracy 1, and the ECE is 1 - mean
-# probability. It then scolds the honest model, and praises one that shouts a margin of 20 at
-# everything. One order alone is meaningless.
+# %% One order alone is meaningless
+# In a file of pairs the chosen response always stands first. If we only ask "is the chosen one
+# preferred?", then the answer is always yes. Every bin has accuracy 1, and the ECE is 1 minus the
+# mean probability. It scolds the honest model: .414. It praises a model that reports a margin of 20
+# for every pair: .000.
 
-one_order = expected_calibration_error(probability(margins), np.ones(len(margins)))
-shouted = expected_calibration_error(probability(np.full(1000, 20.0)), np.ones(1000))
-print(
-    f"one order only: honest model {one_order:.3f}"
-    f" = 1 - mean probability {1 - probability(margins).mean():.3f}, "
-    f"shouting model {shouted:.3f}"
-)
+promised = probability(margins)  # of the chosen response
+one_order = expected_calibration_error(promised, np.ones(len(margins)))
+one_minus_mean = 1 - promised.mean()
+shouted = probability(np.full(1000, 20.0))
+one_order_shouted = expected_calibration_error(shouted, np.ones(1000))
+print(f"\none order only, honest model: {one_order:.3f}")
+print(f"1 - mean probability:         {one_minus_mean:.3f}")
+print(f"one order only, margin of 20: {one_order_shouted:.3f}")
 
-# So the paper's code lets every pair enter in both orders, (p, 1) and (1 - p, 0), in 10 bins over
-# [0, 1]: that is `pair_ece`. The usual way takes the predicted winner only, with probability
-# max(p, 1 - p) in [.5, 1], and asks whether it won. Both orders are mirror images, so the two
-# agree, and the paper's 10 bins are 5 bins of the usual kind. Here are the 5, counted by hand.
+# %% Every pair enters twice
+# So the paper's code lets every pair enter in both orders, as (p, 1) and as (1 - p, 0), into 10
+# bins over [0, 1]. This is `pair_ece`.
+#
+# The usual way takes the predicted winner only, with its probability max(p, 1 - p) in [.5, 1], and
+# asks whether it won. The two orders are mirror images, so both ways agree, and the paper's 10 bins
+# are 5 bins of the usual kind. Here the 5 bins are counted by hand. The first is (.5, .6].
 
-confidence, won = probability(np.abs(margins)), margins > 0
-bin_of = np.ceil((confidence - 0.5) * 10).astype(int) - 1  # (.5, .6] is bin 0
-usual = sum(abs((won[bin_of == m] - confidence[bin_of == m]).sum()) for m in range(5)) / len(
-    margins
-)
-print(
-    f"both orders, 10 bins over [0, 1]: {pair_ece(margins, bins=10):.6f};"
-    f" winner only, 5 bins over [.5, 1]: {usual:.6f}"
-)
+confidence = probability(np.abs(margins))
+has_won = margins > 0
+bin_of_pair = np.ceil((confidence - 0.5) * 10).astype(int) - 1
+gaps = []
+for m in range(5):
+    is_here = bin_of_pair == m
+    gaps.append(abs((has_won[is_here] - confidence[is_here]).sum()))
+winner_only = sum(gaps) / len(margins)
+both_orders = pair_ece(margins, bins=10)
+print(f"\nboth orders, 10 bins over [0, 1]:  {both_orders:.6f}")
+print(f"winner only, 5 bins over [.5, 1]:  {winner_only:.6f}")
 
-# %% Over-confidence: same accuracy, other promises
-# Multiply every margin by 3. No pair changes sides, so the accuracy stays to the last digit; but
-# .73 has become .95, and the ECE has gone from almost 0 to about .16. Divide by 3 (temperature
-# scaling) and it is back. Accuracy sees nothing of this.
+# %% Over-confidence: the same accuracy, other promises
+# Multiply every margin by 3. No pair changes sides, so the accuracy stays to the last digit. But a
+# probability of .73 (a margin of 1) has become .95 (a margin of 3), and the ECE has gone from
+# almost 0 to about .16. Divide by 3, and it is back: this is temperature scaling. Accuracy sees
+# nothing of all this.
 
 loud = 3 * margins
-print(
-    f"margins x 3: accuracy {accuracy(loud):.3f}, ECE {pair_ece(loud):.3f},"
-    f" divided by 3 again {pair_ece(loud / 3):.4f}"
-)
+print(f"\nmargins × 3: accuracy {accuracy(loud):.3f}, ECE {pair_ece(loud):.3f}")
+print(f"divided by 3: ECE {pair_ece(loud / 3):.4f}")
 
 # %% Brier score and log loss: two figures that need no bins
-# The Brier score is the mean of (1 - p)^2, the log loss (NLL) the mean of -log p, with p the
-# probability of the chosen response. Who always says .5 gets .25 and .693. Both are lowest where
-# the model is calibrated: of the five scales below, at 1.
+# Let p be the probability of the chosen response. Then
+#
+#     Brier = mean of (1 - p)²          NLL = mean of -log p     (the log loss)
+#
+# A model that always says .5 gets .25 and .693. Both figures are lowest where the model is
+# calibrated. Look for the smallest number in either column: it stands beside the scale of 1.
 
+table = Table("margins ×", "accuracy", "ECE", "Brier", "NLL")
 scales = [0.25, 0.5, 1.0, 2.0, 4.0]
-briers = [brier(scale * margins) for scale in scales]
-losses = [negative_log_likelihood(scale * margins) for scale in scales]
-for scale, brier_score, loss in zip(scales, briers, losses):
+briers, nlls = [], []
+for scale in scales:
     scaled = scale * margins
-    print(
-        f"margins x {scale:<4}: accuracy {accuracy(scaled):.3f}  ECE {pair_ece(scaled):.3f}"
-        f"  Brier {brier_score:.3f}  NLL {loss:.3f}"
-    )
+    briers.append(brier(scaled))
+    nlls.append(negative_log_likelihood(scaled))
+    figures = (accuracy(scaled), pair_ece(scaled), briers[-1], nlls[-1])
+    table.add(scale, *map(number, figures))
 
-# They also see what ECE does not. A dull model picks the winner of each pair as well as ours, but
-# cannot tell which pairs are hard: it says .67 to all. Its promises hold, its ECE is 0, and yet
-# its Brier and NLL are worse. Calibrated is not informative.
+# %% Calibrated is not informative
+# Brier score and NLL also see what ECE does not. A dull model picks the winner of each pair as well
+# as ours, but cannot tell which pairs are hard: it says .67 for all of them. Its promises hold, so
+# its ECE is 0. And yet its Brier score and its NLL are worse than ours. Compare the last row with
+# the row of scale 1.
 
-share = accuracy(margins)
-dull = np.sign(margins) * np.log(share / (1 - share))
-print(
-    f"dull model: accuracy {accuracy(dull):.3f}  ECE {pair_ece(dull):.3f}"
-    f"  Brier {brier(dull):.3f}  "
-    f"NLL {negative_log_likelihood(dull):.3f}"
-)
+dull = np.sign(margins) * np.log(share_right / (1 - share_right))
+dull_brier, dull_nll = brier(dull), negative_log_likelihood(dull)
+table.add("dull", *map(number, (accuracy(dull), pair_ece(dull), dull_brier, dull_nll)))
+print(f"\n{table}\n")
 
 # %% The noise floor
-# A kept promise of .7 is 700 of 1000 only on average. ECE takes every bin's wobble for an error,
-# and errors do not cancel, so even the perfect model's ECE is above 0. On 656 pairs (the paper's
-# Webgpt test set without label ties) it is about .029, and on four times as many about half of
-# that.
+# A promise of .7 means 700 of 1000 only on average. ECE counts the random error of every bin, and
+# takes absolute values, so these errors do not cancel. Even the perfect model's ECE is above 0. On
+# 656 pairs (the paper's Webgpt test set without label ties) its mean is about .029. On four times
+# as many pairs it is about half of that.
 
-floors = {n: np.mean([pair_ece(calibrated_margins(n)) for _ in range(500)]) for n in (656, 4 * 656)}
-print(
-    "mean ECE of the perfect model:",
-    ", ".join(f"{floor:.4f} on {n} pairs" for n, floor in floors.items()),
-)
+floors = {}
+for pairs in (656, 4 * 656):
+    floors[pairs] = np.mean([pair_ece(calibrated_margins(pairs)) for _ in range(500)])
+    print(f"mean ECE of the perfect model on {pairs:4} pairs: {floors[pairs]:.4f}")
 
-# Now read the paper with this in mind. Its Table 1 gives Pythia-1.4B an ECE of .0177 with
-# MultiTask and of .0109 with MORE, means over two test sets of 2352 and 2312 pairs. The perfect
-# model lands between .009 and .022 in nine of ten tries, so by this figure alone neither can be
-# told from perfect. LLaMa2-7B with MultiTask, .0284, can.
+# %% The paper's Table 1 with this in mind
+# It gives Pythia-1.4B an ECE of .0177 with MultiTask and of .0109 with MORE. These are means over
+# two test sets, of 2352 and 2312 pairs. How would a perfect model fare on these two? It lands
+# between .009 and .022 in nine of ten tries. So by this figure alone neither of the two can be told
+# from a perfect model. LLaMa2-7B with MultiTask, .0284, can.
 
-tries = [
-    (pair_ece(calibrated_margins(2352)) + pair_ece(calibrated_margins(2312))) / 2
-    for _ in range(500)
-]
+tries = []
+for _ in range(500):
+    first_test_set = pair_ece(calibrated_margins(2352))
+    second_test_set = pair_ece(calibrated_margins(2312))
+    tries.append((first_test_set + second_test_set) / 2)
 low, high = np.quantile(tries, [0.05, 0.95])
-print(f"perfect model on the paper's two test sets: 90% of tries between {low:.4f} and {high:.4f}")
+print("\nmean ECE of the perfect model on the paper's two test sets,")
+print(f"90% of tries: between {low:.4f} and {high:.4f}")
 
 # %% What was claimed
-assert np.isclose(expected_calibration_error(said, happened), by_pencil) and np.isclose(
-    by_pencil, 0.1167, atol=5e-5
-)
-assert 0.66 < accuracy(margins) < 0.69 and pair_ece(margins) < 0.01
-assert np.isclose(one_order, 1 - probability(margins).mean()) and one_order > 0.3 and shouted < 1e-6
-assert np.isclose(pair_ece(margins, bins=10), usual, atol=1e-12) and (table.count > 0).sum() == 2
-assert (
-    accuracy(loud) == accuracy(margins)
-    and 0.14 < pair_ece(loud) < 0.18
-    and np.isclose(pair_ece(loud / 3), pair_ece(margins))
-)
-assert [round(float(probability(m)), 2) for m in (1, 3)] == [0.73, 0.95]
+assert np.isclose(by_minimore, by_pencil) and np.isclose(by_pencil, 0.1167, atol=5e-5)
+assert len(filled) == 2
+assert 0.66 < share_right < 0.69 and ece < 0.01
+assert np.isclose(one_order, one_minus_mean) and one_order > 0.3 and one_order_shouted < 1e-6
+assert np.isclose(both_orders, winner_only, atol=1e-12)
+assert accuracy(loud) == share_right and 0.14 < pair_ece(loud) < 0.18
+assert np.isclose(pair_ece(loud / 3), ece)
+assert [round(float(probability(margin)), 2) for margin in (1, 3)] == [0.73, 0.95]
 assert brier([0.0]) == 0.25 and np.isclose(negative_log_likelihood([0.0]), 0.693, atol=5e-4)
-assert scales[np.argmin(briers)] == scales[np.argmin(losses)] == 1.0
-assert accuracy(dull) == accuracy(margins) and pair_ece(dull) < 1e-9
-assert brier(dull) > briers[2] and negative_log_likelihood(dull) > losses[2]
+assert scales[np.argmin(briers)] == scales[np.argmin(nlls)] == 1.0
+assert accuracy(dull) == share_right and pair_ece(dull) < 1e-9
+assert dull_brier > briers[2] and dull_nll > nlls[2]
 assert abs(floors[656] - 0.029) < 0.002 and 0.45 < floors[4 * 656] / floors[656] < 0.55
 assert abs(low - 0.009) < 0.002 and abs(high - 0.022) < 0.002
 assert 0 < min(tries) < low < 0.0109 < 0.0177 < high < 0.0284
 
 # %% Two exercises
-# Exercise 1. Give the perfect model 20 bins, and 100, on 656 pairs. How does its mean ECE move,
-#             and why? Then try bins of equal count: `expected_calibration_error` of the predicted
+# Exercise 1. Give the perfect model 20 bins, and 100, on 656 pairs. How does its mean ECE move, and
+#             why? Then try bins of equal count: `expected_calibration_error` of the predicted
 #             winner with strategy="quantile".
 # Exercise 2. Two models are compared on the same 2,000 pairs: the perfect one, and the same with
-#             margins x 1.1. In what share of 500 tries has the perfect one the lower ECE? The
-#             lower NLL? Which figure would you trust?
+#             margins × 1.1. In what share of 500 tries has the perfect one the lower ECE? The lower
+#             NLL? Which figure would you trust?

@@ -208,9 +208,8 @@ assert torch.isclose(products[1], torch.tensor(-0.5))
 
 # %% Two exercises
 # Exercise 1. Give every annotator 400 pairs and put them all into one batch. Compare the cosines
-# for
-#             conflict 0, .6 and 1, and for `World(..., reversed="cleo")`. Then start from a head of
-#             zeros: which agreement came from the head alone?
+#             for conflict 0, .6 and 1, and for `World(..., reversed="cleo")`. Then start from a
+#             head of zeros: which agreement came from the head alone?
 # Exercise 2. Take the small step with all parameters, not only the head: subtract size times the
 #             gradient that `gradient_of` gives with normalize="none". Which losses fall, and by how
 #             much? Nothing is promised here; what makes it likely?

@@ -54,6 +54,7 @@ class Range:
     most: float | None = None
     above: float | None = None
     below: float | None = None
+    words: str | None = None  # what a message says instead of the numbers
 
     def __contains__(self, value: float) -> bool:
         return not (
@@ -64,6 +65,8 @@ class Range:
         )
 
     def __str__(self) -> str:
+        if self.words is not None:
+            return self.words
         if self.least is not None and self.most is not None:
             return f"{self.least} to {self.most}"
         limits = (

@@ -32,7 +32,7 @@ class ModelOptions:
     )
     seed: int = option(
         0,
-        within=Range(least=0, most=2**63 - 1),
+        within=Range(least=0, most=2**63 - 1, words="a whole number from 0 to 2^63 - 1"),
         help="seeds a fresh head and, in training, the order of the data and random rounding",
     )
     device: str = option(

@@ -237,10 +237,9 @@ assert peaks["split master, states and inputs on the host"] < 24e9
 
 # %% Two exercises
 # Exercise 1. Change a block before its gradient is taken: in the loop above, after the part of
-# block
-#             5, multiply `model.trunk.blocks[4].mlp.up.weight` by 1.5 in place (under
+#             block 5, multiply `model.trunk.blocks[4].mlp.up.weight` by 1.5 in place (under
 #             torch.no_grad()). Which gradients are wrong? Which test of tests/engine/test_engine.py
-#             holds the line?
+#             notices such a change?
 # Exercise 2. Clipping by the global norm needs the norm of the whole gradient before the first
 #             update. What would the streamed step have to keep for it, or to do twice? Work out
 #             bytes and FLOPs for 6.9B, and compare with what

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
 
 from minimore import calibration
@@ -58,6 +59,14 @@ def run(world):
     options = "--method more --learning-rate 1e-3 --batch-size 8 --max-length 64 --log-steps 10"
     train(directory / "model", directory / "run", *sources, *options.split())
     return directory / "run"
+
+
+def test_a_pair_of_which_both_sides_were_cut_counts_as_one_truncated_line(run, tmp_path, capsys):
+    long = " amber anchor basil" * 40
+    line = {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": long, "rejected": long + " coral"}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    score(run, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert "1 lines scored, 1 truncated to 64 tokens" in capsys.readouterr().out
 
 
 def lines(path, *records):
@@ -600,3 +609,19 @@ def test_every_verb_has_help(capsys):
         assert stop.value.code == 0
         expected = "--lambda-scope" if verb == "train" else "--"
         assert expected in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_ends_the_command_quietly():
+    command = [
+        sys.executable,
+        "-m",
+        "minimore",
+        "check",
+        str(GOLDENS / "llama"),
+        "--parity",
+        "none",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141

@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 
 import minimore.train as training
 from minimore.data.pairs import load_source
+from minimore.data.sampling import epoch_steps
 from minimore.report import evaluate_sources
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
-from minimore.train import TrainOptions, learning_rate_at, train
+from minimore.train import Schedule, TrainOptions, learning_rate_at, train
 
 
 def test_learning_rate():
@@ -41,6 +42,20 @@ def test_the_loop_applies_learning_rate_and_weight_decay(world, tmp_path):
     train(training_options)
     rates = [s["learning_rate"] for s in content(tmp_path / "run")[2]]
     assert rates == [learning_rate_at(s, len(rates), training_options) for s in range(len(rates))]
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    options = TrainOptions(model="m", output="o", source=("a=x", "b=y"), epochs=3, seed=4)
+    schedule = Schedule(options, sizes=(10, 6), batch_size=4)
+    expected = [
+        sampled.tolist()
+        for epoch in range(3)
+        for sampled in epoch_steps([10, 6], "equal", None, 4, 4, epoch)
+    ]
+    steps = range(1, schedule.steps + 1)
+    assert [schedule.sampled_at(step).tolist() for step in steps] == expected
+    per_epoch = len(expected) // 3
+    assert expected[:per_epoch] != expected[per_epoch : 2 * per_epoch]
 
 
 def test_a_fresh_head_is_seeded():

@@ -1,0 +1,31 @@
+"""The report's verdicts, and that two models are compared on the same pairs."""
+
+import numpy as np
+
+from minimore.comparison import places_of_common_pairs
+from minimore.data.pairs import Source, TokenPair
+from minimore.report import source_report
+
+
+def source_of(indices):
+    """A source whose pairs stand at these places of their file, every one on its own prompt."""
+    ids = np.array([1, 2], dtype=np.int32)
+    pairs = [TokenPair(ids, ids, 1, 0, prompt=index, index=index) for index in indices]
+    return Source("ana", pairs=pairs)
+
+
+def test_a_pair_is_compared_with_itself_where_each_model_dropped_others():
+    mine, theirs = source_of([0, 2, 3, 5]), source_of([2, 1, 5, 0])
+    places, their_places = places_of_common_pairs(mine, theirs)
+    assert places == [0, 1, 3]
+    assert [mine.pairs[place].index for place in places] == [0, 2, 5]
+    assert [theirs.pairs[place].index for place in their_places] == [0, 2, 5]
+
+
+def test_the_verdict_says_in_which_direction_probabilities_are_wrong():
+    random = np.random.default_rng(0)
+    odds = random.normal(0, 1.5, 3000)
+    true = np.where(random.random(3000) < 1 / (1 + np.exp(-odds)), odds, -odds)
+    source = source_of(range(3000))
+    verdicts = {scale: source_report(scale * true, source)["calibration"] for scale in (3, 1, 0.3)}
+    assert verdicts == {3: "over-confident", 1: "indistinguishable", 0.3: "under-confident"}

@@ -9,9 +9,8 @@ from conftest import ROOT
 
 PAGE = """
 options files tables more calibration uncertainty plots
-model.attention model.recompute model.trunk model.families model.template model.tokenizer
-model.tensors
-model.checkpoint
+model.attention model.fused model.recompute model.trunk model.families model.template
+model.tokenizer model.tensors model.checkpoint
 data.records data.pairs data.sampling data.world
 reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Stream, attend
+from .fused import fused
 from .recompute import cheap, run_block
 
 
@@ -106,15 +107,20 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width) -> the same shape."""
-        wide = at_least_fp32(x)
-        weight = self.weight.to(wide.dtype)
-        if self.bias is None:
-            mean_square = wide.square().mean(-1, keepdim=True)
-            y = wide * torch.rsqrt(mean_square + self.eps) * weight
-        else:
-            bias = self.bias.to(wide.dtype)
-            y = F.layer_norm(wide, x.shape[-1:], weight, bias, self.eps)
-        return y.to(x.dtype)
+        return normalised(x, self.weight, self.bias, self.eps)
+
+
+@fused
+def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """What `Norm` computes, with a bias or without; x: (..., width) -> the same shape."""
+    wide = at_least_fp32(x)
+    weight = weight.to(wide.dtype)
+    if bias is None:
+        mean_square = wide.square().mean(-1, keepdim=True)
+        y = wide * torch.rsqrt(mean_square + eps) * weight
+    else:
+        y = F.layer_norm(wide, x.shape[-1:], weight, bias.to(wide.dtype), eps)
+    return y.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -157,7 +163,13 @@ class MLP(nn.Module):
         return cheap(self._gated, self.gate(x), self.up(x))
 
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.act(gate) * up
+        return gated(self.act, gate, up)
+
+
+@fused
+def gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) · up, all (N, width of the MLP)."""
+    return act(gate) * up
 
 
 class Block(nn.Module):
@@ -271,13 +283,18 @@ def rotary_angles(c: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first R dimensions of every head; x: (N, H, C).
+    """Rotate the first R dimensions of every head; x: (N, H, C)."""
+    return rotated(x, *rotation)
+
+
+@fused
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What `rotate` computes; cos, sin: (N, 1, R / 2).
 
     Dimensions j and j + R / 2 are the two coordinates (a, b) of a point in a plane:
 
         (a, b)  ->  (a cos - b sin,  b cos + a sin)
     """
-    cos, sin = rotation
     half = cos.shape[-1]
     a, b, rest = at_least_fp32(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)

@@ -414,7 +414,7 @@ def test_the_leanest_recipe_trains_in_a_third_of_the_plain_peak():
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_its_lines_on_a_cpu(tmp_path):
-    """At tiny size: every stage ends, every check passes, and the table has a line for each step."""
+    """At tiny size every stage ends, every check passes, and the table has a line a step."""
     script = ROOT / "tests" / "bench" / "gpu.py"
     output = tmp_path / "gpu.json"
     result = subprocess.run(

@@ -115,9 +115,9 @@ class NonFiniteGradient(FloatingPointError):
     """
 
 
-def largest(gradient: Tensor) -> Tensor:
-    """The largest absolute value of a gradient; NaN where there is one."""
-    return torch.linalg.vector_norm(gradient, torch.inf)
+def largest(gradients: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value in all of these gradients, (); NaN where there is one."""
+    return torch.nn.utils.get_total_norm(gradients, torch.inf)
 
 
 def require_finite(values: Tensor, source: Tensor) -> None:

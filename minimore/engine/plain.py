@@ -76,8 +76,7 @@ class PlainEngine:
     def _update(self) -> None:
         """Let the optimizer change every parameter by its gradient, and drop the gradients."""
         parameters = dict(self.model.named_parameters())
-        largest_values = torch.stack([largest(gradient_of(p)) for p in parameters.values()])
-        if not largest_values.isfinite().all():
+        if not largest([gradient_of(p) for p in parameters.values()]).isfinite():
             raise NonFiniteGradient
         if self.recipe.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters.values(), self.recipe.max_grad_norm)

@@ -343,11 +343,9 @@ class StreamedEngine:
 
     def _update(self, part: int, gradients: Gradients) -> Tensor:
         """Update a part and drop its gradients; returns whether all of them were finite, ()."""
-        is_finite = torch.tensor(True, device=self.model.head.device)
+        is_finite = largest(list(gradients.values())).isfinite()
         for name in self.parts[part]:
-            gradient = gradients.pop(name)
-            is_finite &= largest(gradient).isfinite()
-            self._update_parameter(name, gradient)
+            self._update_parameter(name, gradients.pop(name))
         if self.host_of_states:
             self.host_of_states.end_part()
         return is_finite

@@ -14,12 +14,13 @@ query and key lengths, M keys of all segments together.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -187,15 +188,28 @@ def has_flash_attention(q: Tensor) -> bool:
 # ---- one route: keys gathered by an index, queries and keys cut into segments --------------------
 
 
+class Copies(NamedTuple):
+    """Where the tokens of a stream are copied to, in an order in which each segment has its keys.
+
+    source: (M,) the token that a place is a copy of. first: (N,) the place of every token's first
+    copy. others: (tokens, places) of every second copy, of every third copy, and so on. Only the
+    tokens of a shared prefix have them.
+    """
+
+    source: Tensor
+    first: Tensor
+    others: list[tuple[Tensor, Tensor]]
+
+
 class Cuts(NamedTuple):
     """How flash attention cuts N queries and M keys into segments.
 
-    keys: (M,) the keys of one segment after those of another, as indices into the stream; None if
-    that is the stream itself, because no prefix is shared. query_cuts, key_cuts: (segments + 1,)
-    int32, where each segment begins, and the end. most_queries, most_keys: of the longest segment.
+    keys: the keys of one segment after those of another; None if that is the stream itself, because
+    no prefix is shared. query_cuts, key_cuts: (segments + 1,) int32, where each segment begins, and
+    the end. most_queries, most_keys: of the longest segment.
     """
 
-    keys: Tensor | None
+    keys: Copies | None
     query_cuts: Tensor
     key_cuts: Tensor
     most_queries: int
@@ -207,22 +221,64 @@ def cuts_of(stream: Stream) -> Cuts:
     device = stream.tokens.device
     queries = [segment.queries for segment in stream.segments]
     keys = [segment.keys for segment in stream.segments]
-    index = None
+    copies = None
     if sum(keys) != sum(queries):
         places = [place for segment in stream.segments for place in segment.key_places]
-        index = torch.tensor(places, device=device)
+        copies = copies_of(np.array(places), device)
     query_cuts, key_cuts = (
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         for lengths in (queries, keys)
     )
-    return Cuts(index, query_cuts, key_cuts, max(queries), max(keys))
+    return Cuts(copies, query_cuts, key_cuts, max(queries), max(keys))
+
+
+def copies_of(source: np.ndarray, device: torch.device) -> Copies:
+    """The copies that `source` (M,) names; every token of 0 to N - 1 is named at least once.
+
+    >>> copies_of(np.array([0, 1, 0, 2]), torch.device("cpu")).others
+    [(tensor([0]), tensor([2]))]
+    """
+    places = np.argsort(source, kind="stable")  # by token, and then in the order of the copies
+    token = source[places]
+    is_first = np.diff(token, prepend=-1) > 0
+    beginnings = np.flatnonzero(is_first)
+    number = np.arange(len(source)) - beginnings[np.cumsum(is_first) - 1]  # 0 for a first copy
+    by_number = [(token[number == n], places[number == n]) for n in range(number.max() + 1)]
+    (_, first), *others = [
+        (torch.from_numpy(tokens).to(device), torch.from_numpy(at).to(device))
+        for tokens, at in by_number
+    ]
+    return Copies(torch.from_numpy(source).to(device), first, others)
+
+
+class CopyTokens(torch.autograd.Function):
+    """x (N, G, C) -> its copies (M, G, C). Backward adds up the gradients of a token's copies.
+
+    That of `index_select` adds them in whatever order the GPU's threads come by, so that the sum
+    differs from run to run, and takes several times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, copies: Copies) -> Tensor:
+        """(N, G, C) -> (M, G, C)."""
+        ctx.copies = copies
+        return x.index_select(0, copies.source)
+
+    @staticmethod
+    def backward(ctx: Any, d_copies: Tensor) -> tuple[Tensor, None]:
+        """(M, G, C) -> (N, G, C)."""
+        d_x = d_copies.index_select(0, ctx.copies.first)
+        for tokens, places in ctx.copies.others:
+            total = d_x.index_select(0, tokens) + d_copies.index_select(0, places)
+            d_x.index_copy_(0, tokens, total)
+        return d_x, None
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, stream: Stream) -> Tensor:
     """Attention through torch's `varlen_attn`."""
     cuts = stream.varlen
-    if cuts.keys is not None:
-        k, v = k.index_select(0, cuts.keys), v.index_select(0, cuts.keys)  # [P C], [P R], ...
+    if cuts.keys is not None:  # [P C], [P R], ...
+        k, v = CopyTokens.apply(k, cuts.keys), CopyTokens.apply(v, cuts.keys)
     queries_per_key = q.shape[1] // k.shape[1]
     if queries_per_key > 1:
         k, v = k.repeat_interleave(queries_per_key, 1), v.repeat_interleave(queries_per_key, 1)
@@ -234,19 +290,20 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, stream: Stream) -> Tensor:
         cuts.key_cuts,
         cuts.most_queries,
         cuts.most_keys,
-        **causal_argument(),
+        **causal_argument(varlen_attn),
     )
     assert isinstance(result, Tensor)  # nothing else was asked for
     return result
 
 
-def causal_argument() -> dict[str, Any]:
-    """The argument that makes `varlen_attn` causal, aligned at the bottom right.
+@cache
+def causal_argument(varlen: Callable) -> dict[str, Any]:
+    """The argument that makes torch's `varlen_attn` causal, aligned at the bottom right.
 
     The last query of a segment sees its last key, the one before all keys but the last, and so on.
     The argument's name is another one in torch 2.11 than in 2.13.
     """
-    if "is_causal" in inspect.signature(varlen_attn).parameters:
+    if "is_causal" in inspect.signature(varlen).parameters:
         return {"is_causal": True}
     return {"window_size": (-1, 0)}
 

@@ -1,63 +1,70 @@
-"""Element-wise functions that a GPU computes in one pass over its memory.
+"""What a GPU computes in few passes over its memory.
 
-A norm is several operations of PyTorch, and each of them reads what the one before has written. On
-a GPU such functions wait for memory, not for arithmetic. Compiled, a function is one kernel: it
-reads every input once and writes its result once. On a CPU it runs as it is written.
+Norms, rotations, activations and sums do little arithmetic for every number they read, so on a GPU
+they wait for memory. As operations of PyTorch each of them reads what the one before has written.
+Compiled, they become few kernels that read every input once and write every result once, and the
+CPU, which has to start every kernel, has less to do.
 
-The numbers are those of the same formulas. The last bit may differ, since a sum may be taken in
-another order.
+A block is compiled as two functions, before and after its attention (trunk.py). On a CPU they run
+as they are written.
+
+The numbers are those of the same formulas. Roundings differ: inside a kernel nothing is rounded to
+bf16, and a sum may be taken in another order.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 DEVICES = {"cuda"}  # kinds of devices for which functions are compiled
+BACKEND = "inductor"  # of torch.compile
 
 # How many versions of one function may be compiled: for every type, with and without gradients.
 VERSIONS = 64
 
+Inputs = ParamSpec("Inputs")
+Result = TypeVar("Result")
 
-def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+
+def fused(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
     """The same function, compiled at its first call with a tensor of one of DEVICES.
 
     The first dimension of a matrix counts tokens, and one compiled version serves every count.
+    Where torch cannot compile it, that is said once, and everything runs as it is written.
     """
 
     @wraps(function)
-    def call(*inputs: object) -> Tensor:
+    def call(*inputs: Inputs.args, **named: Inputs.kwargs) -> Result:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         device = tensors[0].device.type
-        if device not in DEVICES or not compiles(device):
-            return function(*inputs)
+        if device not in DEVICES:
+            return function(*inputs, **named)
         for tensor in tensors:
             if tensor.ndim > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled(function)(*inputs)
+        try:
+            return compiled(function)(*inputs, **named)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            DEVICES.discard(device)
+            print(
+                "blocks run uncompiled, which is slower: torch cannot compile them here "
+                f"({type(error).__name__})",
+                file=sys.stderr,
+            )
+            return function(*inputs, **named)
 
     return call
 
 
 @cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable) -> Callable:
     """The compiled function; nothing is compiled before it is called."""
+    # torch's compiler looks at the .grad of inputs that have none, and warns of that.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     torch._dynamo.config.recompile_limit = max(VERSIONS, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, fullgraph=True)
-
-
-@cache
-def compiles(device: str) -> bool:
-    """Whether torch can compile for this kind of device here; if it cannot, that is said once."""
-    try:
-        torch.compile(torch.square)(torch.zeros(2, device=device))
-    except Exception as error:  # whatever a compiler raises
-        print(
-            "norms and activations run unfused, which is slower: torch cannot compile them here "
-            f"({type(error).__name__})",
-            file=sys.stderr,
-        )
-        return False
-    return True
+    return torch.compile(function, fullgraph=True, backend=BACKEND)

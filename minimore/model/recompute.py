@@ -107,6 +107,8 @@ def cheap(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     Second, its result, which the matrix products behind it would keep as their input: the result
     carries a `Recomputed`, and `save` gives this to the graph instead.
     """
+    if torch.compiler.is_compiling():
+        return function(*inputs)  # a compiler finds by itself what is cheap to compute again
     if not _is_selective.get() or isinstance(function, nn.Identity):
         return function(*inputs)
     result = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

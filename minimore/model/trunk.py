@@ -107,28 +107,23 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width) -> the same shape."""
-        return normalised(x, self.weight, self.bias, self.eps)
-
-
-@fused
-def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """What `Norm` computes, with a bias or without; x: (..., width) -> the same shape."""
-    wide = at_least_fp32(x)
-    weight = weight.to(wide.dtype)
-    if bias is None:
-        mean_square = wide.square().mean(-1, keepdim=True)
-        y = wide * torch.rsqrt(mean_square + eps) * weight
-    else:
-        y = F.layer_norm(wide, x.shape[-1:], weight, bias.to(wide.dtype), eps)
-    return y.to(x.dtype)
+        wide = at_least_fp32(x)
+        weight = self.weight.to(wide.dtype)
+        if self.bias is None:
+            mean_square = wide.square().mean(-1, keepdim=True)
+            y = wide * torch.rsqrt(mean_square + self.eps) * weight
+        else:
+            bias = self.bias.to(wide.dtype)
+            y = F.layer_norm(wide, x.shape[-1:], weight, bias, self.eps)
+        return y.to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Rotary causal attention with H query heads over G key/value heads."""
+    """The matrices around rotary causal attention, of H query heads and G key/value heads."""
 
     def __init__(self, c: ModelConfig, window: int | None):
         super().__init__()
-        self.c = c
+        self.head_width = c.head_width
         self.window = window
         self.query = Linear(c.width, c.heads * c.head_width, c.qkv_bias)
         self.key = Linear(c.width, c.kv_heads * c.head_width, c.qkv_bias)
@@ -137,13 +132,15 @@ class Attention(nn.Module):
         self.query_norm = Norm(c.head_width, "rms", c.norm_eps) if c.qk_norm else nn.Identity()
         self.key_norm = Norm(c.head_width, "rms", c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream) -> Tensor:
-        """x: (N, D) -> (N, D)."""
-        N, C = len(x), self.c.head_width
-        q = rotate(cheap(self.query_norm, self.query(x).view(N, -1, C)), rotation)  # (N, H, C)
-        k = rotate(cheap(self.key_norm, self.key(x).view(N, -1, C)), rotation)  # (N, G, C)
-        v = self.value(x).view(N, -1, C)
-        return self.output(attend(q, k, v, stream, self.window).reshape(N, -1))
+    def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (N, D) -> queries (N, H, C), keys and values (N, G, C)."""
+        q, k, v = (
+            product(x).view(len(x), -1, self.head_width)
+            for product in (self.query, self.key, self.value)
+        )
+        q = rotate(cheap(self.query_norm, q), rotation)
+        k = rotate(cheap(self.key_norm, k), rotation)
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -163,13 +160,7 @@ class MLP(nn.Module):
         return cheap(self._gated, self.gate(x), self.up(x))
 
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        return gated(self.act, gate, up)
-
-
-@fused
-def gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-    """act(gate) · up, all (N, width of the MLP)."""
-    return act(gate) * up
+        return self.act(gate) * up
 
 
 class Block(nn.Module):
@@ -199,8 +190,21 @@ class Block(nn.Module):
 
         Whoever wants gradients alone may stop here, since they do not need the block's output.
         """
-        attended = self.attention(cheap(self.attention_norm, x), rotation, stream)
-        residual = x + attended
+        q, k, v = self.before_attention(x, *rotation)
+        attended = attend(q, k, v, stream, self.attention.window)
+        return self.after_attention(x, attended)
+
+    @fused
+    def before_attention(
+        self, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (N, H, C), keys and values (N, G, C) of the block's input (N, D)."""
+        return self.attention.heads(cheap(self.attention_norm, x), (cos, sin))
+
+    @fused
+    def after_attention(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual and the hidden layer, from the input and what attention (N, H, C) found."""
+        residual = x + self.attention.output(attended.flatten(1))
         hidden = self.mlp.hidden(cheap(self.mlp_norm, x if self.parallel else residual))
         return residual, hidden
 
@@ -283,18 +287,13 @@ def rotary_angles(c: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first R dimensions of every head; x: (N, H, C)."""
-    return rotated(x, *rotation)
-
-
-@fused
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What `rotate` computes; cos, sin: (N, 1, R / 2).
+    """Rotate the first R dimensions of every head; x: (N, H, C).
 
     Dimensions j and j + R / 2 are the two coordinates (a, b) of a point in a plane:
 
         (a, b)  ->  (a cos - b sin,  b cos + a sin)
     """
+    cos, sin = rotation
     half = cos.shape[-1]
     a, b, rest = at_least_fp32(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)

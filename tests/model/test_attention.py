@@ -187,7 +187,7 @@ def test_the_varlen_route_is_a_masked_softmax(monkeypatch, seed, heads, varlen):
 
 def test_without_a_shared_prompt_the_varlen_route_gathers_nothing():
     assert pack([([], [[1, 2]]), ([3], [[4]]), ([], [[5], [6]])]).varlen.keys is None
-    assert pack([([3], [[4], [5]])]).varlen.keys.tolist() == [0, 1, 0, 2]
+    assert pack([([3], [[4], [5]])]).varlen.keys.source.tolist() == [0, 1, 0, 2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

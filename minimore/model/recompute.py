@@ -20,7 +20,9 @@ residual between attention and MLP (a parallel block has none), u enters the act
 (gate and up where it is gated), and h leaves it. `none` also keeps what norms need inside, and h
 alone where the activation is relu.
 
-The numbers that come out are the same to the bit, since the same operations run on the same inputs.
+On a CPU the numbers that come out are the same to the bit, since the same operations run on the
+same inputs. On a GPU blocks are compiled (fused.py). There `none` and `selective` are one: the
+compiler keeps what products and attention need, and computes the rest again.
 """
 
 from collections.abc import Callable, Iterator

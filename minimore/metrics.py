@@ -1,10 +1,16 @@
 """What a training says of every step: the record in metrics.jsonl, and the line on the screen.
 
+A saved state knows the checksum of the log up to its step, so that a line that was lost, repeated
+or changed is noticed.
+
 K sources, B pairs in a step, D width.
 """
 
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +18,9 @@ from torch import Tensor
 
 from .engine.cost import in_time
 from .engine.objective import StepResult
+from .files import checksum, to_disk, write_bytes
 from .more import bradley_terry_losses, head_gradients
+from .options import InputError
 
 
 @torch.no_grad()
@@ -80,3 +88,59 @@ def source_cell(name: str, figures: Mapping[str, Any]) -> str:
     if not figures["pairs"]:
         return f"{name} none"
     return f"{name} {figures['loss']:.3f} {figures['accuracy']:4.0%} w{figures['weight']:.2f}"
+
+
+# ---- the log -------------------------------------------------------------------------------------
+
+
+class Log:
+    """metrics.jsonl of a run, to which a line a step is appended. Use it as a context."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> "Log":
+        self.total = checksum(self.path.read_bytes())  # of all lines
+        self.file = self.path.open("ab")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add the record of a step."""
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        self.file.write(line)
+        self.file.flush()
+        self.total = checksum(line, self.total)
+
+    def to_disk(self) -> str:
+        """Bring all lines to the disk, as must be done before their step is saved; the checksum."""
+        os.fsync(self.file.fileno())
+        to_disk(self.path.parent)
+        return self.total
+
+
+def cut_log(path: Path, step: int, total: str) -> None:
+    """Drop the lines of steps after `step`: those steps will be taken again.
+
+    total: the checksum of the lines that remain. A log that was removed begins anew, which is said.
+    Raises InputError if other lines remain.
+    """
+    if step and not path.exists():
+        print(f"{path} is missing: the log begins after step {step}", flush=True)
+        write_bytes(path, b"")
+        return
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    try:
+        whole = [
+            line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step
+        ]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        whole = []
+    if checksum(b"".join(whole)) != total:
+        raise InputError(
+            f"{path}: is not the log of this run's first {step} steps: a line was lost, repeated or"
+            " changed; restore it, or remove the file to go on without the log so far"
+        )
+    write_bytes(path, b"".join(whole))

@@ -5,6 +5,7 @@ Also here: the one error that a user can cause, and what it may look like. Stand
 
 import argparse
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -255,17 +256,26 @@ def parse_sources(
         train_and_test = (parts[0], parts[1] if len(parts) == 2 else None)
         sources[name] = paths if test_only else train_and_test
     require(sources, f"{flag} is missing: expected at least one {expected}")
+    if not test_only:
+        require_other_tests(sources)
     return sources
 
 
+def require_other_tests(paths: dict[str, tuple[str, str | None]]) -> None:
+    """Refuse a test file that is a training file, of its own source or of another."""
+    training = {os.path.realpath(train): name for name, (train, _) in paths.items()}
+    for name, (_, test) in paths.items():
+        trained_as = training.get(os.path.realpath(test)) if test else None
+        owner = "" if trained_as == name else f", of source {trained_as!r}"
+        require(
+            trained_as is None, f"--source {name}: {test} is both training and test file{owner}"
+        )
+
+
 def require_tests(paths: dict[str, tuple[str, str | None]]) -> None:
-    """Refuse a source that has no test file of its own, or whose files do not exist."""
+    """Refuse a source that has no test file, or whose files do not exist."""
     for name, (train, test) in paths.items():
         if test is None:
             raise InputError(f"--source {name}: has no test file; expected NAME=TRAIN,TEST")
         for path in (train, test):
             require(Path(path).exists(), f"--source {name}: {path}: no such file")
-        require(
-            Path(train).resolve() != Path(test).resolve(),
-            f"--source {name}: {test} is both training and test file",
-        )

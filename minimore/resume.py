@@ -6,8 +6,8 @@ checkpoint-STEP/
   state.json                the step, and a checksum of every other file
 """
 
-import hashlib
 import os
+import platform
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -23,7 +24,16 @@ from torch import Tensor
 
 from .engine.host import available_memory
 from .engine.optim import AdamW
-from .files import directory_written_whole, one_line, read_json, write_json
+from .files import (
+    CHECKSUM,
+    directory_written_whole,
+    file_checksum,
+    one_line,
+    read_checked_json,
+    read_json,
+    to_disk,
+    write_checked_json,
+)
 from .model.checkpoint import Checkpoint, model_tensors, write_model
 from .model.tensors import Lazy, write_tensors
 from .options import InputError
@@ -63,15 +73,19 @@ class Saver:
         self.error: BaseException | None = None
 
     def save(
-        self, model: RewardModel, optimizer: AdamW, weighting_state: Mapping[str, Tensor]
+        self,
+        model: RewardModel,
+        optimizer: AdamW,
+        weighting_state: Mapping[str, Tensor],
+        log: str,
     ) -> None:
-        """Save the state after step `optimizer.steps`.
+        """Save the state after step `optimizer.steps`; log: the checksum of the log so far.
 
         An error of the thread is raised by the next `save` or `wait`.
         """
         self.wait()
         has_room = available_memory() > 1.2 * bytes_to_copy(model, optimizer)
-        snapshot = self._snapshot(model, optimizer, weighting_state, copy=has_room)
+        snapshot = self._snapshot(model, optimizer, weighting_state, log, copy=has_room)
         if has_room:
             self.thread = Thread(target=self._write_in_thread, args=(snapshot,))
             self.thread.start()
@@ -105,6 +119,7 @@ class Saver:
         model: RewardModel,
         optimizer: AdamW,
         weighting_state: Mapping[str, Tensor],
+        log: str,
         copy: bool,
     ) -> Snapshot:
         parts = model_tensors(
@@ -128,8 +143,9 @@ class Saver:
                 state[key] = Lazy(tuple(moment.shape), moment.dtype, moment.cpu)
         facts = {
             "step": optimizer.steps,
-            "threads": torch.get_num_threads(),
+            "environment": environment(),
             "data": dict(self.digests),
+            "log": log,
             "weighting": sorted(weighting_state),
         }
         return Snapshot(tensors, state, facts)
@@ -157,8 +173,8 @@ class Saver:
     def _write_into(self, directory: Path, snapshot: Snapshot) -> None:
         write_model(directory, self.origin, snapshot.model, "float32")
         write_tensors(directory / "state.safetensors", snapshot.state)
-        digests = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
-        write_json(directory / "state.json", snapshot.facts | {"sha256": digests})
+        files = {path.name: file_checksum(path) for path in sorted(directory.iterdir())}
+        write_checked_json(directory / "state.json", snapshot.facts | {"files": files})
 
 
 def moments_of(optimizer: AdamW) -> list[tuple[str, Tensor]]:
@@ -180,13 +196,51 @@ def bytes_to_copy(model: RewardModel, optimizer: AdamW) -> int:
     return parameters + sum(moment.nbytes for _, moment in moments_of(optimizer))
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
+# ---- what the bits depend on ---------------------------------------------------------------------
+
+# Variables with which libraries of matrix products are told how to compute.
+VARIABLES = ("ATEN_", "CUBLAS_", "DNNL_", "KMP_", "MKL_", "NVIDIA_TF32_", "ONEDNN_", "OPENBLAS_")
+
+
+def environment() -> dict[str, Any]:
+    """What the last bits of a number depend on, besides the run: libraries, machine, settings."""
+    settings = {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "processor": processor(),
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "settings": dict(sorted(settings.items())),
+    }
+
+
+def processor() -> str:
+    """The name of the CPU, as far as the system tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    name = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    return name[1] if name else platform.processor()
+
+
+def print_other_environment(saved: Mapping[str, Any]) -> None:
+    """Say what is another than when the state was saved, and that bits may be others, too."""
+    now = environment()
+    changes = [
+        f"{name} {saved.get(name)!r}, now {now[name]!r}"
+        for name in now
+        if name != "python" and saved.get(name) != now[name]
+    ]
+    if changes:
+        print(
+            f"this run used {'; '.join(changes)}: it will continue, but not bit for bit",
+            flush=True,
+        )
 
 
 # ---- the checkpoints of a run --------------------------------------------------------------------
@@ -211,6 +265,7 @@ def remove(checkpoint: Path) -> None:
     """Remove a checkpoint. It is renamed first: a kill leaves no half of it under its name."""
     going = checkpoint.with_name(f"{checkpoint.name}.gone.partial")
     os.replace(checkpoint, going)
+    to_disk(going.parent)
     if going.is_symlink():
         going.unlink()
     else:
@@ -232,35 +287,37 @@ def check_whole(checkpoint: Path) -> dict[str, Any]:
 
     Raises InputError, which names the first file that is not.
     """
+    path = checkpoint / "state.json"
     try:
-        facts = read_json(checkpoint / "state.json")
-        has_checksums = "step" not in facts or "sha256" in facts
-        if has_checksums:
+        stored = read_json(path)
+        is_old = "step" in stored and CHECKSUM not in stored
+        if not is_old:
+            facts = read_checked_json(path)
             _check_files(checkpoint, facts)
     except UNREADABLE as error:
         raise InputError(
             f"{checkpoint}: not a whole checkpoint ({type(error).__name__}: {one_line(error)});"
             f" {remedy(checkpoint)}"
         ) from None
-    if not has_checksums:
+    if is_old:
         raise InputError(
-            f"{checkpoint}: was written by an older version of minimore, without checksums;"
+            f"{checkpoint}: was written by an older version of minimore, with other checksums;"
             " continue this run with that version"
         )
     return facts
 
 
 def _check_files(checkpoint: Path, facts: Mapping[str, Any]) -> None:
-    digests = dict(facts["sha256"])
-    has_model = any(name.startswith("model") for name in digests)
-    if not has_model or not {"config.json", "state.safetensors"} <= set(digests):
+    checksums = dict(facts["files"])
+    has_model = any(name.startswith("model") for name in checksums)
+    if not has_model or not {"config.json", "state.safetensors"} <= set(checksums):
         raise ValueError("its list of files is not whole")
     if type(facts["step"]) is not int or facts["step"] != step_of(checkpoint):
         raise ValueError(f"its step is {facts['step']!r}")
-    for name, digest in digests.items():
+    for name, stored in checksums.items():
         if not (checkpoint / name).is_file():
             raise ValueError(f"{name} is missing")
-        if file_digest(checkpoint / name) != digest:
+        if file_checksum(checkpoint / name) != stored:
             raise ValueError(f"{name} is damaged: its checksum is another")
 
 
@@ -283,7 +340,7 @@ def load_state(
         for key, moment in moments_of(optimizer):
             _copy_into(moment, tensors, key)
         saved_weighting = _weighting_state(tensors, facts, len(digests), device)
-        threads, saved_digests = int(facts["threads"]), dict(facts["data"])
+        saved_digests, saved_environment = dict(facts["data"]), dict(facts["environment"])
         torch.set_rng_state(tensors["random"])
     except (SafetensorError, *UNREADABLE) as error:
         raise InputError(
@@ -297,12 +354,7 @@ def load_state(
                 " restore the file or start a new run"
             )
     weighting_state.update(saved_weighting)
-    if threads != torch.get_num_threads():
-        print(
-            f"this run used {threads} threads, now {torch.get_num_threads()}:"
-            " it will continue, but not bit for bit",
-            flush=True,
-        )
+    print_other_environment(saved_environment)
     optimizer.steps = facts["step"]
     return optimizer.steps
 

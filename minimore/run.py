@@ -11,8 +11,6 @@ Every file is written beside its place and renamed, so the last good state alway
 
 import json
 import os
-import platform
-import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,11 @@ try:
 except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
-import numpy as np
-import torch
-
 from .engine.recipe import Recipe
-from .files import one_line, read_json, write_json, write_text
+from .files import make_directory, one_line, read_json, sweep, write_json
 from .model.checkpoint import Checkpoint
 from .options import InputError, flag_of, require
-from .resume import checkpoints, remove
+from .resume import checkpoints, environment, remove
 
 RECIPE = tuple(field.name for field in fields(Recipe))
 # Parts of a recipe that change a result by rounding only. Offloading does not change it at all.
@@ -72,7 +67,7 @@ def open_run(options: Any) -> Path | None:
         )
     if not (run / "config.json").is_file():
         return run
-    Checkpoint(str(run))  # finished means that it opens
+    Checkpoint(str(run)).require_weights_as_written()  # finished means that it opens
     for old in checkpoints(run):  # a kill may have come before these were removed
         remove(old)
     sweep(run)
@@ -113,7 +108,7 @@ class Lock:
 
     def take(self) -> None:
         """Make the directory, and lock it, before anything is written there."""
-        self.run.mkdir(parents=True, exist_ok=True)
+        make_directory(self.run)
         self._lock()
 
     def __exit__(self, *_: Any) -> None:
@@ -180,36 +175,4 @@ def start_run(run: Path, options: Any, recipe: Recipe) -> None:
     sweep(run)
     named = {name: value for name, value in asdict(options).items() if name != "resume"}
     write_json(run / "options.json", named | {"recipe": asdict(recipe)})
-    environment = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-    write_json(run / "environment.json", environment)
-
-
-def sweep(run: Path) -> None:
-    """Remove what a kill left unfinished."""
-    for unfinished in run.glob("*.partial"):
-        if unfinished.is_dir() and not unfinished.is_symlink():
-            shutil.rmtree(unfinished)
-        else:
-            unfinished.unlink()
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps after the checkpoint: those steps will be taken again."""
-    lines = []
-    if path.is_file():
-        lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
-    try:
-        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise InputError(
-            f"{path}: holds a line that is not a step's record;"
-            " remove the file to go on without the log so far"
-        ) from None
-    write_text(path, "".join(whole))
+    write_json(run / "environment.json", environment())

@@ -5,7 +5,6 @@
 K sources, B pairs in a step.
 """
 
-import json
 import math
 import signal
 import time
@@ -30,8 +29,8 @@ from .engine.plain import PlainEngine
 from .engine.recipe import Recipe
 from .engine.streamed import StreamedEngine, open_engine
 from .engine.workload import RunOptions, workload_of
-from .files import write_json, write_text
-from .metrics import progress_line, step_metrics
+from .files import checksum, write_json, write_text
+from .metrics import Log, cut_log, progress_line, step_metrics
 from .model.checkpoint import Checkpoint, model_tensors, saved_config, write_config
 from .model.tensors import STORAGE, write_sharded
 from .model.trunk import replace_parameter
@@ -48,7 +47,7 @@ from .options import (
 from .report import evaluate_sources, table
 from .resume import Saver, check_whole, checkpoints, load_state, remove
 from .reward import RewardModel, check_length, compute_type, device_of, load_reward_model
-from .run import Lock, check_recipe, cut_metrics, open_run, start_run, stored_recipe
+from .run import Lock, check_recipe, open_run, start_run, stored_recipe
 
 Paths = dict[str, tuple[str, str | None]]  # name of a source -> its training and test files
 Watch = Callable[[int, int, RewardModel], None]  # (step, number of steps, model), after every step
@@ -291,7 +290,8 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Train
     start_run(run, options, recipe)
     if facts:
         restore(training, last[0], facts)
-    cut_metrics(run / "metrics.jsonl", training.first_step - 1)
+    total = facts["log"] if facts else checksum(b"")
+    cut_log(run / "metrics.jsonl", training.first_step - 1, total)
     return training
 
 
@@ -437,7 +437,7 @@ def loop(training: Training, signals: list[int], watch: Watch | None) -> int:
     steps = schedule.steps
     print_what_begins(training)
     saver = Saver(training.run, training.origin, training.digests, options.keep)
-    with open(training.run / "metrics.jsonl", "a", encoding="utf-8") as log, saver:
+    with Log(training.run / "metrics.jsonl") as log, saver:
         clock = Clock(training.first_step, steps)
         for step in range(training.first_step, steps + 1):
             sampled = schedule.sampled_at(step)  # (B, 2): source, pair in the source
@@ -461,15 +461,14 @@ def loop(training: Training, signals: list[int], watch: Watch | None) -> int:
             if options.eval_steps and step % options.eval_steps == 0:
                 record["evaluation"] = evaluation_of(training)
             record["seconds"] = round(clock.seconds, 3)
-            log.write(json.dumps(record, allow_nan=False) + "\n")
-            log.flush()
+            log.append(record)
             if step % options.log_steps == 0 or step == steps:
                 print(progress_line(record, steps, clock.seconds_left_after(step)), flush=True)
 
             saver.raise_error()
             if step % options.save_steps == 0 or step == steps or signals:
                 training.engine.settle()
-                saver.save(model, training.optimizer, training.weighting_state)
+                saver.save(model, training.optimizer, training.weighting_state, log.to_disk())
             if signals:
                 saver.wait()
                 print(

@@ -90,9 +90,14 @@ def test_what_has_learned_the_paragraph_reads_it_and_is_lost_in_its_words(
     ],
     ids=str,
 )
-def test_a_part_that_is_not_the_models_own_shows_in_the_perplexity(learned, tmp_path, mistake):
+def test_a_part_that_is_not_the_models_own_shows_in_the_perplexity(
+    learned, tmp_path, mistake, capsys
+):
     damaged = copy_of(learned, tmp_path)
     edit_json(damaged / "config.json", mistake)
+    assert main(["check", str(damaged)]) == 2
+    assert "not as it was written" in capsys.readouterr().err
+    (damaged / "checksums.json").unlink()
     before, after = (
         page(d, tmp_path, "--parity", "none")["language"]["paragraph"] for d in (learned, damaged)
     )

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from power_cut import DIRECTORY, Disk
 
 from minimore.files import (
     beside,
@@ -57,7 +58,15 @@ def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: events.append("to disk"))
     monkeypatch.setattr("os.replace", lambda *_: events.append("renamed"))
     write_text(tmp_path / "a", "text")
-    assert events == ["to disk", "renamed"]
+    assert events == ["to disk", "renamed", "to disk"]  # the file, its name
+
+
+def test_a_directory_is_on_the_disk_with_all_that_it_holds(tmp_path, monkeypatch):
+    disk = Disk(tmp_path, monkeypatch)
+    with directory_written_whole(tmp_path / "a") as directory:
+        (directory / "b").mkdir()
+        (directory / "b" / "c").write_text("text")
+    assert disk.lazy == {"a": DIRECTORY, "a/b": DIRECTORY, "a/b/c": b"text"}
 
 
 def test_two_names_beside_a_file_differ_and_fit(tmp_path):

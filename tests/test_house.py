@@ -15,7 +15,7 @@ data.records data.pairs data.sampling data.world
 reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
 engine.workload engine.cost engine.choose engine.plan
-resume run metrics train
+metrics resume run train
 alignment.policy
 lab.features lab.probe lab.published lab.grid lab.drift lab.cells lab.estimate lab.statistics
 lab.scheme_tables lab.experiments lab.reproduce lab.demo

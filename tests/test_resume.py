@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import minimore.train as training
 from minimore.engine.optim import AdamW
+from minimore.files import file_checksum, write_checked_json
 from minimore.options import InputError
-from minimore.resume import Saver, file_digest
+from minimore.resume import Saver
 from minimore.train import train
 
 VARIANTS = {
@@ -177,7 +178,7 @@ DAMAGE = {
     "state.json is gone": lambda c: (c / "state.json").unlink(),
     "state.json is empty": lambda c: (c / "state.json").write_text("{}"),
     "state.json is odd": lambda c: (c / "state.json").write_text(
-        '{"step": [], "threads": 1, "data": {}}'
+        '{"step": [], "environment": {}, "data": {}}'
     ),
     "state.safetensors is gone": lambda c: (c / "state.safetensors").unlink(),
     "state.safetensors is cut": lambda c: (c / "state.safetensors").write_bytes(
@@ -209,8 +210,8 @@ DAMAGE = {
     "a byte of the weights is another": lambda c: flip(c / "model.safetensors"),
     "a byte of the moments is another": lambda c: flip(c / "state.safetensors"),
     "half of it is deleted": lambda c: [p.unlink() for p in sorted(c.iterdir())[::2]],
-    "its checksums are null": lambda c: edit(c / "state.json", sha256=None),
-    "its checksums are empty": lambda c: edit(c / "state.json", sha256={}),
+    "its checksums are null": lambda c: edit(c / "state.json", files=None),
+    "its checksums are empty": lambda c: edit(c / "state.json", files={}),
     "the weighting is forgotten": lambda c: edit(c / "state.json", weighting=[]),
     "the random state is short": lambda c: change_tensor(
         c, "random", torch.zeros(3, dtype=torch.uint8)
@@ -229,11 +230,9 @@ def change_tensor(checkpoint, key, tensor):
         {k: v for k, v in (tensors | {key: tensor}).items() if v is not None},
         checkpoint / "state.safetensors",
     )
-    sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
-    edit(
-        checkpoint / "state.json",
-        sha256=sums | {"state.safetensors": file_digest(checkpoint / "state.safetensors")},
-    )
+    checksums = json.loads((checkpoint / "state.json").read_text())["files"]
+    state = {"state.safetensors": file_checksum(checkpoint / "state.safetensors")}
+    edit(checkpoint / "state.json", files=checksums | state)
 
 
 def flip(path):
@@ -243,7 +242,10 @@ def flip(path):
 
 
 def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Other facts, with a checksum that is right."""
+    facts = json.loads(path.read_text())
+    del facts["crc32"]
+    write_checked_json(path, facts | changes)
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -326,11 +328,11 @@ def test_a_checkpoint_of_an_older_version_is_not_called_damaged(world, halted, t
     run = Path(shutil.copytree(halted, tmp_path / "run"))
     path = training.checkpoints(run)[-1] / "state.json"
     path.write_text(
-        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"})
+        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "crc32"})
     )
     with pytest.raises(
         InputError,
-        match="older version of minimore, without checksums; continue this run with that version",
+        match="older version of minimore, with other checksums; continue .* that version",
     ):
         train(options(world, run, save_steps=2, gradient_average=0.5, resume=True))
 

@@ -26,6 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..calibration import probability
+from ..files import make_directory, write_bytes, written_whole
 from ..model.checkpoint import random_checkpoint
 from ..options import require
 from .records import Pair
@@ -189,7 +190,7 @@ class World:
         The annotators use different line formats, and one is zipped, so that everything comes
         through the doors that real data comes through. Returns the paths by name.
         """
-        (directory / "data").mkdir(parents=True)
+        make_directory(directory / "data")
         random = np.random.default_rng([self.seed, 1])
         prompts: set[str] = set()
         paths = self.paths(directory)
@@ -329,7 +330,7 @@ def _draw_words(random: np.random.Generator, count: int) -> str:
 
 def _write_lines(path: Path, lines: list[str]) -> None:
     content = "".join(line + "\n" for line in lines).encode()
-    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+    write_bytes(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 def train_tokenizer(texts: list[str], path: Path, vocabulary: int = 512) -> None:
@@ -346,7 +347,8 @@ def train_tokenizer(texts: list[str], path: Path, vocabulary: int = 512) -> None
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    tokenizer.save(str(path))
+    with written_whole(path) as unfinished:
+        tokenizer.save(str(unfinished))
 
 
 def small_gpt_neox(width: int = 64, blocks: int = 2, heads: int = 4, vocabulary: int = 512) -> dict:

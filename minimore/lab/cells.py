@@ -22,9 +22,15 @@ from torch import Tensor
 
 from ..data.pairs import load_source
 from ..data.world import small_gpt_neox
-from ..files import directory_written_whole, write_json
+from ..files import (
+    directory_written_whole,
+    make_directory,
+    read_checked_json,
+    write_checked_json,
+)
 from ..model.checkpoint import Checkpoint, random_checkpoint
-from ..model.tensors import write_tensors
+from ..model.tensors import require_as_written, write_tensors
+from ..options import InputError
 from ..report import source_margins
 from ..reward import ModelOptions, open_reward_model
 from ..train import TrainOptions, train
@@ -88,13 +94,16 @@ def content_digest(path: str) -> str:
 
 def is_finished(output: Path, cell: Cell) -> bool:
     """Whether the margins of exactly this cell are there, and its drift if it is watched."""
+    path = margins_file(output, cell)
     try:
-        with safe_open(margins_file(output, cell), framework="np") as file:
-            metadata = file.metadata() or {}
-            is_same = metadata.get("of") == fingerprint(cell)
-    except (SafetensorError, OSError):
+        require_as_written(path, is_ours=True)
+        with safe_open(path, framework="np") as file:
+            is_same = (file.metadata() or {}).get("of") == fingerprint(cell)
+        if cell.is_watched:
+            read_checked_json(drift_file(output, cell))
+    except (SafetensorError, OSError, InputError):
         return False
-    return is_same and (not cell.is_watched or drift_file(output, cell).is_file())
+    return is_same
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -110,8 +119,8 @@ def run_cell(output: Path, cell: Cell) -> int:
     prepare(cell)
     options = train_options(output, cell)
     log = output / "runs" / f"{cell.name}.log"
-    log.parent.mkdir(exist_ok=True)
-    margins_file(output, cell).parent.mkdir(exist_ok=True)
+    make_directory(log.parent)
+    make_directory(margins_file(output, cell).parent)
     watch = DriftWatch(cell) if cell.is_watched else None
     if watch and Path(options.output).exists():
         shutil.rmtree(options.output)  # a continued run would lack the first points of its drift
@@ -122,7 +131,7 @@ def run_cell(output: Path, cell: Cell) -> int:
                 return exit_code
         tensors = margins_and_prompts(cell, options)
     if watch and watch.points:
-        write_json(drift_file(output, cell), watch.points)
+        write_checked_json(drift_file(output, cell), {"points": watch.points})
     write_tensors(margins_file(output, cell), tensors, {"of": fingerprint(cell)})
     return 0
 
@@ -133,7 +142,7 @@ def prepare(cell: Cell) -> None:
         return
     model, home = Path(cell.model), Path(cell.model).parent
     if not home.exists():
-        home.parent.mkdir(exist_ok=True)
+        make_directory(home.parent)
         with directory_written_whole(home) as unfinished:
             cell.world.write(unfinished)
     if not model.exists():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import plots
-from ..files import read_json
+from ..files import read_checked_json
 from ..tables import Table
 from ..uncertainty import detectable, over_seeds
 from . import published
@@ -243,7 +243,7 @@ def report_drift(grid: Grid) -> str:
 def drift_over_training(grid: Grid, size: Any, scheme: str) -> list[tuple[int, np.ndarray]]:
     """The steps at which the runs of a scheme were watched, and their five figures: (S, 5)."""
     runs = [
-        read_json(drift_file(grid.output, cell), list)
+        read_checked_json(drift_file(grid.output, cell))["points"]
         for cell in grid.cells
         if (cell.at["size"], cell.at["scheme"]) == (size, scheme)
     ]

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..data.pairs import Source, TokenPair, batches_by_length, load_source, pack_pairs
-from ..files import one_line, read_json, write_json
+from ..files import make_directory, one_line, read_checked_json, sweep, write_checked_json
 from ..model.checkpoint import Checkpoint
-from ..model.tensors import write_tensors
+from ..model.tensors import require_as_written, write_tensors
 from ..options import InputError, check_ranges, option, parse_sources, require, require_tests
 from ..reward import ReadingOptions, RewardModel, load_reward_model
 
@@ -59,7 +59,8 @@ def features(options: FeaturesOptions) -> None:
     output, checkpoint = Path(options.output), Checkpoint(options.model)
     max_length, truncate = options.limits(checkpoint)
     refuse_other_directories(output)
-    output.mkdir(parents=True, exist_ok=True)
+    make_directory(output)
+    sweep(output)
     model = load_reward_model(checkpoint, options)
     sources: dict[str, dict[str, Any]] = {}
     for k, (name, files) in enumerate(paths.items()):
@@ -79,7 +80,7 @@ def features(options: FeaturesOptions) -> None:
         "dtype": options.dtype,
         "sources": sources,
     }
-    write_json(output / "features.json", description)
+    write_checked_json(output / "features.json", description)
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     print(f"{output}: states of {len(paths)} sources, {size / 1e6:.1f} MB")
 
@@ -121,11 +122,12 @@ def store(
 
 
 def is_stored(path: Path, identity: str) -> bool:
-    """Whether a file holds the states of this model and of these pairs."""
+    """Whether a file holds the states of this model and of these pairs, as they were written."""
     try:
+        require_as_written(path, is_ours=True)
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("of") == identity
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, InputError):
         return False
 
 
@@ -168,8 +170,8 @@ def load_features(directory: str) -> tuple[dict[str, Any], dict[str, dict[str, S
         not home.is_dir() or (home / "features.json").is_file(),
         f"--features {directory}: is not whole; run the same `minimore features` command again",
     )
-    description = read_json(home / "features.json")
     try:
+        description = read_checked_json(home / "features.json")
         stored = {
             name: {part: _read(home, parts[part]["file"], description["width"]) for part in PARTS}
             for name, parts in description["sources"].items()
@@ -186,6 +188,7 @@ def _read(home: Path, name: str, width: int) -> Stored:
     """One stored part; ValueError if it is not what features.json says."""
     if Path(name).name != name:
         raise ValueError(f"{name} is no plain file name")
+    require_as_written(home / name, is_ours=True)
     with safe_open(home / name, framework="pt") as file:
         chosen, rejected = file.get_tensor("chosen"), file.get_tensor("rejected")
         longer = file.get_tensor("longer")

@@ -14,7 +14,13 @@ from typing import Any
 
 from .. import plots
 from ..engine.cost import in_time
-from ..files import read_json, write_json, write_text
+from ..files import (
+    make_directory,
+    read_checked_json,
+    write_checked_json,
+    write_json,
+    write_text,
+)
 from ..options import InputError, require
 from .cells import is_finished, margins_of, run_cell
 from .estimate import estimated_seconds
@@ -35,8 +41,8 @@ def reproduce(options: ReproduceOptions) -> int:
     if options.dry_run:
         return 0
     if not output.exists():
-        output.mkdir(parents=True)
-        write_json(output / "grid.json", identity_of(options))
+        make_directory(output)
+        write_checked_json(output / "grid.json", identity_of(options))
     exit_code = run_cells(output, cells, unfinished)
     if exit_code == 0:
         report(options, cells, output)
@@ -57,7 +63,7 @@ def check_same_grid(options: ReproduceOptions, output: Path) -> None:
     require(
         path.is_file(), f"--output {output}: exists already and holds no grid; choose another name"
     )
-    stored = read_json(path)
+    stored = read_checked_json(path)
     for name in (*wanted, *stored):
         if stored.get(name) != wanted.get(name):
             raise InputError(

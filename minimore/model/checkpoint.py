@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,18 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from ..files import one_line, read_json, write_json
+from ..files import (
+    as_text,
+    checksum,
+    file_checksum,
+    make_directory,
+    one_line,
+    read_checked_json,
+    read_json,
+    write_bytes,
+    write_checked_json,
+    write_json,
+)
 from ..options import InputError, require
 from .families import (
     FAMILIES,
@@ -31,11 +41,12 @@ from .families import (
     name_table,
     split_heads,
 )
-from .tensors import STORAGE, Lazy, Named, Tensors, is_path, write_sharded
+from .tensors import STORAGE, Lazy, Named, Tensors, is_path, require_as_written, write_sharded
 from .tokenizer import Tokenizer
 from .trunk import ModelConfig, Trunk, replace_parameter
 
 HEAD = "score.weight"
+CHECKSUMS = "checksums.json"
 HUB_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")  # besides the weights
 NOT_SAVED = ("auto_map", "num_labels", "label2id", "quantization_config")  # keys of config.json
 
@@ -100,6 +111,7 @@ class Checkpoint:
         hold: name and value of a parameter, on the device -> what the trunk is to hold of it. The
         parameters come one after the other, as they are read.
         """
+        self.require_weights_as_written()
         with torch.device("meta"):
             trunk = Trunk(self.config)
         names = name_table(self.family, trunk)
@@ -113,6 +125,12 @@ class Checkpoint:
         if self.has_head:
             head = self.tensors.read(HEAD, (1, self.config.width), torch.float32)[0].to(device)
         return trunk, head
+
+    def require_weights_as_written(self) -> None:
+        """Refuse weights that carry a checksum, as ours do, and are not as they were written."""
+        for path in sorted(set(self.tensors.files.values())):
+            if path.suffix == ".safetensors":
+                require_as_written(path)
 
     def _read(
         self, theirs: str, ours: Sequence[str], trunk: Trunk, dtype: torch.dtype
@@ -162,6 +180,7 @@ def read_config(directory: Path) -> tuple[dict[str, Any], Family, ModelConfig]:
         f"{directory}: this run is not finished;"
         " continue it with --resume, or name its checkpoint-STEP",
     )
+    require_directory_as_written(directory)
     values = read_json(path)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -257,10 +276,33 @@ def write_model(directory: Path, origin: Checkpoint, tensors: Named, dtype: str)
 
 
 def write_config(directory: Path, origin: Checkpoint, dtype: str) -> None:
-    """Write the tokenizer files, and config.json, which comes last."""
-    for name, content in origin.tokenizer.files_to_save(pad_id(origin)).items():
-        (directory / name).write_bytes(content)
-    write_json(directory / "config.json", saved_config(origin, dtype))
+    """Write the tokenizer files, checksums.json, and config.json, which comes last."""
+    files = origin.tokenizer.files_to_save(pad_id(origin))
+    config = as_text(saved_config(origin, dtype)).encode()
+    checksums = {name: checksum(content) for name, content in files.items()}
+    for index in directory.glob("*.index.json"):
+        checksums[index.name] = file_checksum(index)
+    for name, content in files.items():
+        write_bytes(directory / name, content)
+    write_checked_json(directory / CHECKSUMS, checksums | {"config.json": checksum(config)})
+    write_bytes(directory / "config.json", config)
+
+
+def require_directory_as_written(directory: Path) -> None:
+    """Refuse a file that checksums.json lists, if there is one, and that is not as it was written.
+
+    That is every file of a model but its weights, which carry a checksum of their own.
+    """
+    path = directory / CHECKSUMS
+    if not path.is_file():
+        return
+    for name, stored in read_checked_json(path).items():
+        file = directory / name
+        require(
+            Path(name).name == name and file.is_file() and file_checksum(file) == stored,
+            f"{file}: is not as it was written: its checksum is another; restore it, or remove"
+            f" {path} to take the directory as it is",
+        )
 
 
 def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict[str, Any]:
@@ -268,8 +310,7 @@ def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict[str, Any]:
 
     Raises InputError if none can be written, so ask before training.
     """
-    config = {key: value for key, value in origin.json.items() if key not in NOT_SAVED}
-    config |= {
+    ours = {
         "architectures": [origin.family.reward_class],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
@@ -277,6 +318,11 @@ def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict[str, Any]:
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    # Ours come last, so that a config that was saved before is saved with the same bytes again.
+    theirs = {
+        key: value for key, value in origin.json.items() if key not in ours and key not in NOT_SAVED
+    }
+    config = theirs | ours
     try:
         json.dumps(config, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -360,7 +406,7 @@ def random_checkpoint(
     family = FAMILIES[config["model_type"]]
     generator = torch.Generator().manual_seed(seed)
     trunk = Trunk(family.config(Json(config, "config")))
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     with torch.no_grad():
         for name, p in trunk.named_parameters():
             if p.ndim == 2:
@@ -373,5 +419,5 @@ def random_checkpoint(
         fused = parts[0] if len(parts) == 1 else fuse_heads(parts, trunk.c.heads)
         tensors[family.prefix + theirs] = fused
     write_sharded(directory, tensors)
-    shutil.copyfile(tokenizer, directory / "tokenizer.json")
+    write_bytes(directory / "tokenizer.json", tokenizer.read_bytes())
     write_json(directory / "config.json", config)

@@ -6,6 +6,7 @@ but tensors.
 
 import json
 import math
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..files import one_line, read_json, write_json, written_whole
+from ..files import CHECKSUM, checksum, one_line, read_json, write_json, written_whole
 from ..options import InputError, require
 
 WEIGHT_FILES = (
@@ -40,6 +41,7 @@ SAFETENSORS_TYPES = {
     "BOOL": torch.bool,
 }
 READABLE = {*STORAGE.values(), torch.float64}
+NO_CHECKSUM = "--------"  # in the place of a checksum that is not known yet
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -170,6 +172,28 @@ class Tensors:
         return tuple(tensor.shape), tensor.detach()
 
 
+def require_as_written(path: Path, is_ours: bool = False) -> None:
+    """Refuse a safetensors file whose checksum is another than the one that its header names.
+
+    is_ours: a file without a checksum is refused, too. Otherwise somebody else wrote it.
+    """
+    with open(path, "rb") as file:
+        beginning = file.read(8)
+        beginning += file.read(min(int.from_bytes(beginning, "little"), path.stat().st_size))
+        found = re.search(rb'"%b": "([0-9a-f]{8})"' % CHECKSUM.encode(), beginning)
+        if found is None:
+            require(not is_ours, f"{path}: holds no checksum; it was damaged, or written elsewhere")
+            return
+        start, end = found.span(1)
+        total = checksum(beginning[:start] + NO_CHECKSUM.encode() + beginning[end:])
+        while part := file.read(1 << 24):
+            total = checksum(part, total)
+    require(
+        total == found[1].decode(),
+        f"{path}: is not as it was written: its checksum is another; fetch it again",
+    )
+
+
 def open_bin(path: Path) -> dict[str, Tensor]:
     """The tensors of a .bin file.
 
@@ -253,27 +277,32 @@ def shards_of(tensors: Named) -> list[dict[str, Lazy | Tensor]]:
 def write_tensors(path: Path, tensors: Named, notes: dict[str, str] | None = None) -> None:
     """Write one safetensors file, whole or not at all, tensor by tensor.
 
-    notes: what its header says besides the format. The file is eight bytes with the header's
-    length, a JSON header of types, shapes and places, and the bytes of all tensors, wide types
-    first.
+    notes: what its header says besides the format and a checksum. The file is eight bytes with the
+    header's length, a JSON header of types, shapes and places, and the bytes of all tensors, wide
+    types first. The checksum is that of the whole file with NO_CHECKSUM in its place.
     """
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    notes = (notes or {"format": "pt"}) | {CHECKSUM: NO_CHECKSUM}
     header = json.dumps(header_of(ordered, notes)).encode()
     header += b" " * (-len(header) % 8)
+    beginning = len(header).to_bytes(8, "little") + header
+    total = checksum(beginning)
     with written_whole(path) as unfinished, open(unfinished, "xb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(beginning)
         for _, tensor in ordered:
             value = tensor.make() if isinstance(tensor, Lazy) else tensor
             flat = value.detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            data = flat.view(torch.uint8).numpy().data
+            file.write(data)
+            total = checksum(data, total)
+        file.seek(beginning.index(NO_CHECKSUM.encode()))
+        file.write(total.encode())
 
 
-def header_of(
-    ordered: list[tuple[str, Lazy | Tensor]], notes: dict[str, str] | None
-) -> dict[str, Any]:
+def header_of(ordered: list[tuple[str, Lazy | Tensor]], notes: dict[str, str]) -> dict[str, Any]:
     """The header of a safetensors file: type, shape and place of every tensor, in this order."""
     names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
-    header: dict[str, Any] = {"__metadata__": notes or {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": notes}
     start = 0
     for key, tensor in ordered:
         header[key] = {

@@ -6,15 +6,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import minimore.lab.features
 from minimore.cli import main
 from minimore.data.pairs import load_source, pack_pairs
 from minimore.data.sampling import epoch_steps
 from minimore.data.world import World
+from minimore.files import write_checked_json
 from minimore.lab.features import load_features
 from minimore.lab.probe import ProbeOptions, train_head
+from minimore.model.tensors import write_tensors
 from minimore.more import WEIGHTINGS, bradley_terry_losses, head_gradients, weighted_loss
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
 from minimore.uncertainty import over_seeds
@@ -141,13 +143,26 @@ def test_intervals_over_seeds():
 
 
 def description_with(old, new):
-    """Damage: replace a text in features.json."""
+    """Damage: replace a text in features.json, with a checksum that is right."""
 
     def damage(directory):
         path = directory / "features.json"
-        text = path.read_text()
+        description = json.loads(path.read_text())
+        del description["crc32"]
+        text = json.dumps(description)
         assert old in text
-        path.write_text(text.replace(old, new))
+        write_checked_json(path, json.loads(text.replace(old, new)))
+
+    return damage
+
+
+def a_flipped_bit(name):
+    """Damage: one bit of a file."""
+
+    def damage(directory):
+        content = bytearray((directory / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (directory / name).write_bytes(content)
 
     return damage
 
@@ -159,13 +174,13 @@ def description_is(text):
 
 def too_few_states(directory):
     path = directory / "00.test.safetensors"
-    save_file(load_file(path) | {"chosen": torch.zeros(3, 64)}, path)
+    write_tensors(path, load_file(path) | {"chosen": torch.zeros(3, 64)})
 
 
 def states_that_are_not_finite(directory):
     path = directory / "00.train.safetensors"
     tensors = load_file(path)
-    save_file(tensors | {"chosen": tensors["chosen"] * float("nan")}, path)
+    write_tensors(path, tensors | {"chosen": tensors["chosen"] * float("nan")})
 
 
 def a_missing_file(directory):
@@ -181,6 +196,9 @@ def a_file_of_something_else(directory):
     [
         (description_is("{"), "not readable as JSON"),
         (description_is("{}"), "damaged"),
+        (a_flipped_bit("features.json"), "damaged"),
+        (a_flipped_bit("00.train.safetensors"), "not as it was written"),
+        (a_flipped_bit("01.test.safetensors"), "not as it was written"),
         (a_missing_file, "damaged"),
         (a_file_of_something_else, "damaged"),
         (description_with("00.train", "../../etc/x"), "damaged"),
@@ -210,7 +228,8 @@ def test_too_many_sources_are_one_line(stored, tmp_path, capsys):
     shutil.copytree(stored[0] / "states", many)
     described = json.loads((many / "features.json").read_text())
     described["sources"] = {f"s{i}": described["sources"]["ana"] for i in range(13)}
-    (many / "features.json").write_text(json.dumps(described))
+    del described["crc32"]
+    write_checked_json(many / "features.json", described)
     assert main(["probe", "--features", str(many), "--seeds", "1"]) == 2
     error = capsys.readouterr().err
     assert "at most 12" in error and error.count("\n") == 1

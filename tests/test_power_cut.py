@@ -1,0 +1,129 @@
+"""After a power cut at any moment the same command ends as if there had been none.
+
+Every state that power_cut.py records is tried with MINIMORE_POWER_CUTS=all, and otherwise some.
+"""
+
+import os
+import shutil
+
+import pytest
+from power_cut import DIRECTORY, Disk, restore
+from runs import RECIPES, content, options
+
+from minimore.lab.features import FeaturesOptions, features
+from minimore.resume import checkpoints
+from minimore.score import ScoreOptions, score
+from minimore.train import train
+
+
+def some_of(states, most):
+    """All states, or as many as are tried in every run of the tests, the last one included."""
+    if os.environ.get("MINIMORE_POWER_CUTS") == "all":
+        return states
+    step = -(-len(states) // most)
+    return states[::-step]
+
+
+def files_of(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def lasting(disk):
+    """What is on the disk in the end, by its path in the directory that was made.
+
+    What is being removed may still be there.
+    """
+    inside = {path.partition("/")[2]: content for path, content in disk.lazy.items()}
+    return {
+        path: content
+        for path, content in inside.items()
+        if content is not DIRECTORY and ".partial" not in path
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, recipe", [("plain", {}), ("lossy", RECIPES["lossy"])])
+def test_a_training(world, tmp_path, monkeypatch, name, recipe):
+    def run_in(root, resume):
+        changes = recipe | {"save_steps": 3, "resume": resume}
+        assert train(options(world, root / "run", **changes)) == 0
+        return root / "run"
+
+    root = tmp_path / "disk"
+    root.mkdir()
+    with monkeypatch.context() as patch:
+        disk = Disk(root, patch)
+        whole = run_in(root, resume=False)
+    expected, files = content(whole), files_of(whole)
+    assert len(disk.states) > 100
+    assert lasting(disk) == files
+    for number, state in enumerate(some_of(disk.states, 12)):
+        after = restore(state, tmp_path / f"after-{number}")
+        run = run_in(after, resume=True)
+        assert content(run) == expected
+        assert not checkpoints(run) and not list(run.rglob("*.partial"))
+        assert {p: b for p, b in files_of(run).items() if p != "metrics.jsonl"}.keys() == {
+            p for p in files if p != "metrics.jsonl"
+        }
+        shutil.rmtree(after)
+
+
+def test_features(world, tmp_path, monkeypatch):
+    directory, paths = world
+
+    def run_in(root):
+        features(
+            FeaturesOptions(
+                model=str(directory / "model"),
+                source=tuple(f"{name}={a},{b}" for name, (a, b) in paths.items()),
+                output=str(root / "states"),
+            )
+        )
+        return files_of(root / "states")
+
+    root = tmp_path / "disk"
+    root.mkdir()
+    with monkeypatch.context() as patch:
+        disk = Disk(root, patch)
+        expected = run_in(root)
+    assert lasting(disk) == expected
+    for number, state in enumerate(some_of(disk.states, 8)):
+        after = restore(state, tmp_path / f"after-{number}")
+        if "states/features.json" in state:
+            assert files_of(after / "states") == expected
+        else:
+            assert run_in(after) == expected
+
+
+def test_scores(world, tmp_path, monkeypatch):
+    directory, paths = world
+    root = tmp_path / "disk"
+    root.mkdir()
+    with monkeypatch.context() as patch:
+        disk = Disk(root, patch)
+        score(
+            ScoreOptions(
+                model=str(directory / "model"),
+                input=str(paths["ana"][1]),
+                output=str(root / "out.jsonl"),
+            )
+        )
+    expected = (root / "out.jsonl").read_bytes()
+    assert disk.lazy == {"out.jsonl": expected}
+    for state in disk.states:
+        assert state.get("out.jsonl", expected) == expected
+
+
+def test_what_is_not_brought_to_the_disk_is_lost(tmp_path, monkeypatch):
+    """The harness itself: a file renamed without fsync is empty after a power cut."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    with monkeypatch.context() as patch:
+        disk = Disk(root, patch)
+        (root / "a.partial").write_text("text")
+        os.replace(root / "a.partial", root / "a")
+    assert {"a": b""} in disk.states and {"a": b"text"} not in disk.states

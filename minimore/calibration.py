@@ -176,10 +176,11 @@ def pair_ece(margins: ArrayLike, bins: int = 10) -> float:
 def pair_ace(margins: ArrayLike, bins: int = 10) -> float:
     """Average calibration error: the unweighted mean gap over non-empty bins of equal width.
 
-    This is not the adaptive kind.
+    Others call adaptive calibration error ACE, too; its bins have equal counts.
     """
     r = pair_reliability(margins, bins)
-    return float(_gaps(r)[r.count > 0].mean())
+    is_filled = r.count > 0
+    return float(_gaps(r)[is_filled].mean())
 
 
 def pair_mce(margins: ArrayLike, bins: int = 10) -> float:

@@ -71,15 +71,9 @@ def difference(margins: np.ndarray, baseline: np.ndarray, prompts: np.ndarray) -
 
 
 def comparison_table(differences: Report, baseline: str) -> str:
-    """The comparison as text."""
-    rows = Table(
-        "source",
-        "pairs",
-        "accuracy [95%]",
-        "ECE less noise [95%]",
-        "exceeds noise",
-        left=("accuracy [95%]", "ECE less noise [95%]", "exceeds noise"),
-    )
+    """What `compare` found, as text. baseline: the name of the other model."""
+    aligned_left = ("accuracy [95%]", "ECE less noise [95%]", "exceeds noise")
+    rows = Table("source", "pairs", *aligned_left, left=aligned_left)
     for name, row in differences.items():
         ece = "both near the floor"
         if row["ece_interval"] is not None:
@@ -92,8 +86,8 @@ def comparison_table(differences: Report, baseline: str) -> str:
             " and ".join(row["exceeds_noise"]) or "nothing",
         )
     return (
-        f"minus {baseline}, on the same pairs"
-        f" (95% each: of 20 differences that are none, one looks like one):\n{rows}"
+        f"minus {baseline}, on the same pairs (at 95%, one in 20 differences that are only noise"
+        f" seems to exceed it):\n{rows}"
     )
 
 

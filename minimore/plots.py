@@ -28,15 +28,15 @@ def available() -> bool:
 
 
 def _figure(columns: float, rows: int = 1) -> Any:
-    """An empty figure of so many panels; InputError without matplotlib."""
+    """An empty figure, as large as so many panels side by side and below each other.
+
+    Raises InputError without matplotlib.
+    """
     if not available():
         raise InputError("figures need matplotlib: pip install 'minimore[plots]'")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * columns, 3.0 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(3.2 * columns, 3.0 * rows), layout="constrained")  # inches
 
 
 def draw_margins(margins: dict[str, np.ndarray], directory: Path) -> Path:
@@ -175,12 +175,17 @@ def draw_curves(curves: dict[str, list[tuple]], across: str, up: str, path: Path
 
 
 def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95% interval of a share of `count` pairs, taken as independent: Wilson 1927."""
+    """The ends of the 95% interval of a share of `count` pairs, taken as independent.
+
+    Source: Wilson 1927.
+    """
     z = 1.96
     middle = share + z**2 / (2 * count)
     half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
-    return np.minimum((middle - half) / scale, share), np.maximum((middle + half) / scale, share)
+    low, high = (middle - half) / scale, (middle + half) / scale
+    # At a share of 0 or 1 an end equals the share but for rounding, and no bar may be negative.
+    return np.minimum(low, share), np.maximum(high, share)
 
 
 def _plain(name: str) -> str:

@@ -72,28 +72,28 @@ def source_report(margins: np.ndarray, source: Source) -> Report:
 
     `calibration` is a verdict: "over-confident", "under-confident", or "indistinguishable" from
     calibrated. In the last case ece_interval is None, because a bootstrap of so small an ECE covers
-    too little.
+    too little. Else it is the interval of ece_debiased.
 
     Baselines on the same pairs: length_accuracy prefers the longer response, counted in characters;
     random_accuracy is 1/2.
     """
     prompts = np.array([pair.prompt for pair in source.pairs])
-    accuracy, ece = uncertainty.intervals(margins, prompts)
+    accuracy, debiased_ece = uncertainty.intervals(margins, prompts)
     floor = uncertainty.noise_floor(margins, prompts)
     report: Report = {
         "pairs": len(margins),
         "prompts": len(np.unique(prompts)),
         "label_ties": source.label_ties,
         "identical": source.identical,
-        "truncated": int(source.truncated),
-        "blank": int(source.blank),
-        "named": int(source.named),
+        "truncated": source.truncated,
+        "blank": source.blank,
+        "named": source.named,
         "dropped": source.dropped,
         "reward_ties": int((margins == 0).sum()),
         "accuracy": calibration.accuracy(margins),
         "accuracy_interval": ends_of(accuracy),
         "ece": calibration.pair_ece(margins),
-        "ece_debiased": ece.value,
+        "ece_debiased": debiased_ece.value,
         "ece_floor": floor.mean,
         "ece_floor_high": floor.high,
         "ace": calibration.pair_ace(margins),
@@ -110,7 +110,7 @@ def source_report(margins: np.ndarray, source: Source) -> Report:
         confidence = calibration.probability(np.abs(margins)).mean()
         is_over = confidence > report["accuracy"]
         report["calibration"] = "over-confident" if is_over else "under-confident"
-        report["ece_interval"] = ends_of(ece)
+        report["ece_interval"] = ends_of(debiased_ece)
     return report
 
 

@@ -157,17 +157,18 @@ class Saver:
             self.error = error
 
     def _write(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint, then remove old ones. If it fails, the OSError says what is kept."""
         name = f"checkpoint-{snapshot.facts['step']}"
         try:
             with directory_written_whole(self.run / name) as directory:
                 self._write_into(directory, snapshot)
         except OSError as error:
-            last = checkpoints(self.run)[-1:]
-            remaining = last[0].name if last else "no checkpoint"
+            earlier = checkpoints(self.run)  # oldest first
+            kept = earlier[-1].name if earlier else "no checkpoint"
             reason = error.strerror or error
-            message = f"{reason}; {name} was not written, {remaining} is kept"
+            message = f"{reason}; {name} was not written, {kept} is kept"
             raise OSError(error.errno, message, str(self.run)) from None
-        for old in checkpoints(self.run)[: -self.keep]:
+        for old in checkpoints(self.run)[: -self.keep]:  # all but the newest
             remove(old)
 
     def _write_into(self, directory: Path, snapshot: Snapshot) -> None:

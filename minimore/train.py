@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data.pairs import Source, load_source
+from .data.pairs import Source, TokenPair, load_source
 from .data.sampling import batch_size_of, epoch_steps
 from .engine.choose import choose, parse_memory
 from .engine.host import available_memory, pinned
@@ -432,32 +432,27 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 def loop(training: Training, signals: list[int], watch: Watch | None) -> int:
-    """Take every step that is left; return 0, or 128 + the number of the signal that stopped it."""
-    options, schedule, model = training.options, training.schedule, training.model
-    steps = schedule.steps
+    """Take every step that is left; return 0, or 128 + the number of the signal that stopped it.
+
+    signals: the list of `stop_requests`, which may be filled while a step runs.
+    """
+    options, steps = training.options, training.schedule.steps
     print_what_begins(training)
     saver = Saver(training.run, training.origin, training.digests, options.keep)
     with Log(training.run / "metrics.jsonl") as log, saver:
         clock = Clock(training.first_step, steps)
         for step in range(training.first_step, steps + 1):
-            sampled = schedule.sampled_at(step)  # (B, 2): source, pair in the source
-            pairs = [training.sources[k].pairs[i] for k, i in sampled]
-            source = sampled[:, 0].tolist()
-            training.optimizer.learning_rate = schedule.learning_rate_at(step)
-            head = model.head.detach().clone()  # as it is before the update
+            pairs, source = batch_at(step, training)
+            training.optimizer.learning_rate = training.schedule.learning_rate_at(step)
+            head_before = training.model.head.detach().clone()
             try:
                 result = training.engine.step(pairs, source, training.objective)
             except (NonFiniteLoss, NonFiniteGradient) as error:
-                stop_at(step, error, training, saver)
+                stop_at(step, error, training, saver)  # raises
             if watch:
-                watch(step, steps, model)
+                watch(step, steps, training.model)
 
-            record = {
-                "step": step,
-                "learning_rate": training.optimizer.learning_rate,
-                "tokens": sum(pair.tokens for pair in pairs),
-                **metrics_of(head, result, source, training),
-            }
+            record = record_of(step, pairs, source, head_before, result, training)
             if options.eval_steps and step % options.eval_steps == 0:
                 record["evaluation"] = evaluation_of(training)
             record["seconds"] = round(clock.seconds, 3)
@@ -465,10 +460,12 @@ def loop(training: Training, signals: list[int], watch: Watch | None) -> int:
             if step % options.log_steps == 0 or step == steps:
                 print(progress_line(record, steps, clock.seconds_left_after(step)), flush=True)
 
-            saver.raise_error()
+            saver.raise_error()  # of the thread that writes the checkpoint before
             if step % options.save_steps == 0 or step == steps or signals:
-                training.engine.settle()
-                saver.save(model, training.optimizer, training.weighting_state, log.to_disk())
+                training.engine.settle()  # the optimizer's states may be on their way to the host
+                saver.save(
+                    training.model, training.optimizer, training.weighting_state, log.to_disk()
+                )
             if signals:
                 saver.wait()
                 print(
@@ -477,6 +474,30 @@ def loop(training: Training, signals: list[int], watch: Watch | None) -> int:
                 )
                 return 128 + signals[0]
     return 0
+
+
+def batch_at(step: int, training: Training) -> tuple[list[TokenPair], list[int]]:
+    """The pairs of a step, and the source of each."""
+    sampled = training.schedule.sampled_at(step)  # (B, 2): source, pair in the source
+    return [training.sources[k].pairs[i] for k, i in sampled], sampled[:, 0].tolist()
+
+
+def record_of(
+    step: int,
+    pairs: Sequence[TokenPair],
+    source: list[int],
+    head_before: Tensor,
+    result: StepResult,
+    training: Training,
+) -> dict[str, Any]:
+    """What metrics.jsonl says of a step: things as they were before its update."""
+    on_device = torch.tensor(source, device=result.z_chosen.device)
+    return {
+        "step": step,
+        "learning_rate": training.optimizer.learning_rate,
+        "tokens": sum(pair.tokens for pair in pairs),
+        **step_metrics(head_before, result, on_device, training.names),
+    }
 
 
 class Clock:
@@ -523,14 +544,6 @@ def print_what_begins(training: Training) -> None:
     )
 
 
-def metrics_of(
-    head: Tensor, result: StepResult, source: list[int], training: Training
-) -> dict[str, Any]:
-    """`step_metrics` of a step, on the device that took it."""
-    on_device = torch.tensor(source, device=result.z_chosen.device)
-    return step_metrics(head, result, on_device, training.names)
-
-
 def evaluation_of(training: Training) -> dict[str, Any]:
     """The report on the test sources."""
     micro_tokens = training.options.micro_tokens
@@ -560,15 +573,17 @@ def finish(training: Training) -> None:
 
 
 def write_weights(training: Training) -> None:
-    """Write the weights, with the exact fp32 value of every parameter rounded once."""
+    """Write the weights: the fp32 number behind each parameter, rounded once, to --save-dtype.
+
+    Of a split parameter the model holds one half and the optimizer the other.
+    """
     model, optimizer = training.model, training.optimizer
-    tensors = model_tensors(
-        training.origin,
-        model.trunk,
-        model.head,
-        training.options.save_dtype,
-        lambda name, p: optimizer.value(f"trunk.{name}", p),
-    )
+
+    def whole(name: str, p: Tensor) -> Tensor:
+        return optimizer.value(f"trunk.{name}", p)
+
+    save_dtype = training.options.save_dtype
+    tensors = model_tensors(training.origin, model.trunk, model.head, save_dtype, value=whole)
     write_sharded(training.run, tensors)
 
 

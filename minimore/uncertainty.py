@@ -215,7 +215,7 @@ def _interval(value: float, replicates: np.ndarray, prompts: int) -> Interval:
 def student_t(freedom: int) -> float:
     """The .975 quantile of Student's t with at least 2 degrees of freedom, to 1%.
 
-    Source: Abramowitz and Stegun 26.7.5.
+    It is the normal quantile z plus terms in 1 / freedom. Source: Abramowitz and Stegun 26.7.5.
     """
     z = NormalDist().inv_cdf(0.975)
     terms = (
@@ -224,7 +224,7 @@ def student_t(freedom: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 def intervals(

@@ -181,29 +181,30 @@ def prompt_end(texts: Sequence[str]) -> int:
 def record_pairs(
     record: Record, where: str, tokenizer: Tokenizer | None = None
 ) -> tuple[list[Pair], int]:
-    """The pairs of one line, and the number of its label ties.
+    """The pairs of one line, and how many it would have had but for equal scores: label ties.
 
     tokenizer: needed for messages only. Raises InputError for a record of no known form.
     """
-    if "text" in record and "chosen" not in record:
+    if "text" in record and "chosen" not in record:  # beside "chosen" it is a key like any other
         return _scored_pairs(record, where)
-    values = (record.get(key) for key in ("prompt", "chosen", "rejected"))
-    if tokenizer is not None and any(is_conversation(value) for value in values):
+    values = [record.get(key) for key in ("prompt", "chosen", "rejected")]
+    if tokenizer is not None and any(map(is_conversation, values)):
         return _conversation_pairs(record, where, tokenizer), 0
     return _text_pairs(record, where), 0
 
 
 def _text_pairs(record: Record, where: str) -> list[Pair]:
-    """Pairs of strings: with a prompt, or whole dialogues."""
-    chosen, value = text_of(record, "chosen", where), record.get("rejected")
-    if isinstance(value, list) and value and isinstance(value[0], str):
+    """Pairs of strings: with a prompt, or whole dialogues; one for each rejected response."""
+    chosen = text_of(record, "chosen", where)
+    value = record.get("rejected")
+    if isinstance(value, list) and value and isinstance(value[0], str):  # several responses
         rejected = [_text(text, f'{where}: "rejected"[{i}]') for i, text in enumerate(value)]
     else:
         rejected = [text_of(record, "rejected", where)]
     if "prompt" in record:
         prompt = text_of(record, "prompt", where)
         return [Pair(prompt, chosen, text) for text in rejected]
-    end = prompt_end([chosen, *rejected])
+    end = prompt_end([chosen, *rejected])  # whole dialogues begin with their prompt
     return [Pair(chosen[:end], chosen[end:], text[end:]) for text in rejected]
 
 

@@ -342,7 +342,7 @@ def train_tokenizer(texts: list[str], path: Path, vocabulary: int = 512) -> None
         texts,
         trainers.BpeTrainer(
             vocab_size=vocabulary,
-            special_tokens=["<|endoftext|>", "<|padding|>"],
+            special_tokens=["<|endoftext|>", "<|padding|>"],  # ids 0 and 1: see `small_gpt_neox`
             show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),

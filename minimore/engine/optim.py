@@ -115,17 +115,18 @@ class AdamW:
 
         state: its state where it lies now, if that is not self.state.
         """
-        state = self.state[name] if state is None else state
-        flat, g = p.view(-1), gradient.reshape(-1)
-        compiled = fused(self.parameters, self.moments) if p.is_cuda else None
-        update = compiled or update_slice
-        numbers = self.numbers(p.device if compiled else None)
+        if state is None:
+            state = self.state[name]
+        compiled = compiled_update(self.parameters, self.moments) if p.is_cuda else None
+        update_part = compiled or update_slice
+        numbers = self.numbers(p.device if compiled else None)  # a compiled update takes tensors
+        flat_p, flat_gradient = p.view(-1), gradient.reshape(-1)
         size = SLICE[p.device.type]
-        for start in range(0, len(flat), size):
+        for start in range(0, len(flat_p), size):
             end = start + size
-            update(
-                flat[start:end],
-                g[start:end],
+            update_part(
+                flat_p[start:end],
+                flat_gradient[start:end],
                 slice_of_state(state, start, end),
                 numbers.coefficients,
                 numbers.keys[name],
@@ -263,7 +264,7 @@ def compile_update(backend: str | Callable) -> Callable:
 
 
 @cache
-def fused(parameters: str, moments: str) -> Callable | None:
+def compiled_update(parameters: str, moments: str) -> Callable | None:
     """`update_slice` compiled for CUDA, so that few kernels read and write each number once.
 
     None where torch cannot compile it, which is said once.

@@ -259,7 +259,7 @@ def compute_parameter(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
 def recomputed_gradients(
     block: Block, x: Tensor, d_y: Tensor, micro_batch: MicroBatch
 ) -> tuple[Tensor, Gradients]:
-    """The gradients of a block's input (N, D) and parameters, from the input alone.
+    """The gradients of a block's input x and parameters, from x and d_y (N, D); no graph was kept.
 
     The block is computed again, but for its last product y = residual + hidden Wᵀ + b. The
     gradients of that are
@@ -275,11 +275,12 @@ def recomputed_gradients(
         d_hidden = d_y @ last.weight
         gradients = {"mlp.down.weight": d_y.T @ hidden}
         if last.bias is not None:
-            gradients["mlp.down.bias"] = d_y.sum(0).to(last.bias.dtype)
+            gradients["mlp.down.bias"] = d_y.sum(0).to(last.bias.dtype)  # vectors are fp32
     others = {name: p for name, p in block.named_parameters() if name not in gradients}
-    outputs = [get_gradient_edge(residual), get_gradient_edge(hidden)]
-    del residual, hidden  # backward starts at their places in the graph; the numbers may go
-    d_x, *d_others = torch.autograd.grad(outputs, [x, *others.values()], [d_y, d_hidden])
+    # Backward starts at their places in the graph, and needs no numbers of theirs: free them.
+    starts = [get_gradient_edge(residual), get_gradient_edge(hidden)]
+    del residual, hidden
+    d_x, *d_others = torch.autograd.grad(starts, [x, *others.values()], [d_y, d_hidden])
     return d_x, gradients | dict(zip(others, d_others))
 
 

@@ -137,27 +137,32 @@ def run_cell(output: Path, cell: Cell) -> int:
 
 
 def prepare(cell: Cell) -> None:
-    """Write the cell's world and its model, unless they are there."""
-    if cell.world is None:
+    """Write the cell's world, and its untrained model inside it, unless they are there.
+
+    With real data there is nothing to write.
+    """
+    world = cell.world
+    if world is None:
         return
-    model, home = Path(cell.model), Path(cell.model).parent
-    if not home.exists():
-        make_directory(home.parent)
-        with directory_written_whole(home) as unfinished:
-            cell.world.write(unfinished)
+    model = Path(cell.model)  # .../WORLD/width-SIZE
+    world_directory = model.parent  # holds its files of pairs and its tokenizer, too
+    if not world_directory.exists():
+        make_directory(world_directory.parent)
+        with directory_written_whole(world_directory) as unfinished:
+            world.write(unfinished)
     if not model.exists():
-        width = int(cell.at["size"])
+        config = small_gpt_neox(width=int(cell.at["size"]))
+        tokenizer = world_directory / "tokenizer.json"
         with directory_written_whole(model) as unfinished:
-            random_checkpoint(
-                unfinished, small_gpt_neox(width), home / "tokenizer.json", cell.world.seed
-            )
+            random_checkpoint(unfinished, config, tokenizer, seed=world.seed)
 
 
 def margins_and_prompts(cell: Cell, options: TrainOptions) -> dict[str, Tensor]:
-    """Of every test source k, by "margins.k", "prompt.k" and "index.k": (N,) each."""
-    trained = options.output if cell.sources else str(cell.model)
+    """What is stored of a cell: "margins.k" and "prompt.k" (N,) of the pairs of test source k."""
+    is_trained = bool(cell.sources)  # a raw model is scored as it was opened
+    directory = options.output if is_trained else str(cell.model)
     model, checkpoint = open_reward_model(
-        ModelOptions(model=trained, device=options.device, seed=options.seed)
+        ModelOptions(model=directory, device=options.device, seed=options.seed)
     )
     tensors = {}
     for k, (name, path) in enumerate(cell.tests.items()):
@@ -165,7 +170,6 @@ def margins_and_prompts(cell: Cell, options: TrainOptions) -> dict[str, Tensor]:
         margins = source_margins(model, source, options.micro_tokens)
         tensors[f"margins.{k}"] = torch.from_numpy(margins)
         tensors[f"prompt.{k}"] = torch.tensor([pair.prompt for pair in source.pairs])
-        tensors[f"index.{k}"] = torch.tensor([pair.index for pair in source.pairs])
     return tensors
 
 

@@ -98,17 +98,20 @@ def report_table2(grid: Grid) -> str:
     parts = [notes(grid.options)]
     for (size,) in grid.values("size"):
         schemes = grid.schemes_at(size=size)
-        parts += [f"size {size}", scheme_table(schemes, grid.names, bool(grid.options.model))]
+        table = scheme_table(schemes, grid.names, real=bool(grid.options.model))
         if grid.options.seeds > 2 and {"more", "uniform"} <= set(schemes):
-            parts[-1] += "\n" + detectable_text(schemes, grid.options.seeds)
-        if any(is_single(scheme) for scheme in schemes):
+            table += "\n" + detectable_text(schemes, grid.options.seeds)
+        parts += [f"size {size}", table]
+        if any(map(is_single, schemes)):
             title = "cross-source accuracy of the single models (Fig. 1)"
             parts.append(f"{title}\n{cross_table(schemes, grid.names)}")
         title = "box-plot outliers of the margins (Tables 4-6)"
         parts.append(f"{title}\n{outlier_table(schemes)}")
         if plots.available():
-            draw_schemes(grid, f"size-{str(size).replace('/', '_')}", shared(schemes))
-    return "\n\n".join([*parts, published.table_2()])
+            label = str(size).replace("/", "_")  # the size of a real model is its path or hub name
+            draw_schemes(grid, f"size-{label}", shared(schemes))
+    parts.append(published.table_2())
+    return "\n\n".join(parts)
 
 
 def detectable_text(schemes: Schemes, seeds: int) -> str:
@@ -125,20 +128,15 @@ def detectable_text(schemes: Schemes, seeds: int) -> str:
 
 def draw_schemes(grid: Grid, label: str, schemes: Schemes) -> None:
     """Accuracy and ECE of every scheme, and box plots of its margins over all seeds."""
-    rates = {
-        scheme: {
-            rate: [over_seeds(column) for column in by_source(rows, rate).T]
-            for rate in ("accuracy", "ece")
-        }
-        for scheme, rows in schemes.items()
-    }
-    margins = {
-        name: {
-            scheme: np.concatenate([row.margins[name] for row in rows])
-            for scheme, rows in schemes.items()
-        }
-        for name in grid.names
-    }
+    rates: dict[str, dict] = {}  # scheme -> rate -> (mean, half its interval) of each source
+    margins: dict[str, dict] = {name: {} for name in grid.names}  # source -> scheme -> all margins
+    for scheme, rows in schemes.items():  # one row a seed
+        rates[scheme] = {}
+        for rate in ("accuracy", "ece"):
+            seeds_of_sources = by_source(rows, rate).T  # (K, S)
+            rates[scheme][rate] = [over_seeds(seeds) for seeds in seeds_of_sources]
+        for name in grid.names:
+            margins[name][scheme] = np.concatenate([row.margins[name] for row in rows])
     directory = grid.output / "figures"
     plots.draw_schemes(rates, grid.names, directory / f"{label}.png")
     plots.draw_boxes(margins, directory / f"{label}-margins.png")

@@ -107,19 +107,23 @@ def train_head(
             sizes, options.sampling, options.pairs_per_source, batch_size, seed, epoch
         )
     ]
-    weigh: Callable[..., Tensor] = partial(WEIGHTINGS[method], state={})
+    weigh: Callable[..., Tensor] = WEIGHTINGS[method]
     if method == "more":
         weigh = partial(weigh, normalize=options.normalize)
+    weighting_state: dict[str, Tensor] = {}
     optimizer = AdamW()
     head = optimizer.adopt("head", fresh_head(D, seed))
-    history, nothing = [], torch.zeros(1, D)
-    for t, sampled in enumerate(steps):
+    history = []
+    nothing = torch.zeros(1, D)  # to take off: the states are differences already
+    for t, sampled in enumerate(steps):  # (B, 2): source, pair in the source
         z = torch.stack([train[k][i] for k, i in sampled]).float() / scale  # (B, D)
-        source = torch.from_numpy(sampled[:, 0])
-        pairs = (head, z, nothing, source, K, options.label_smoothing)
-        losses = bradley_terry_losses(*pairs)  # (K,)  Eq. 1
-        gradients = head_gradients(*pairs)  # (K, D)  Eq. 8
-        weights = weigh(losses, gradients, torch.bincount(source, minlength=K))  # (K,)
+        source = torch.from_numpy(sampled[:, 0])  # (B,)
+        batch = (head, z, nothing, source, K, options.label_smoothing)
+        losses = bradley_terry_losses(*batch)  # (K,)  Eq. 1
+        gradients = head_gradients(*batch)  # (K, D)  Eq. 8
+        pairs = torch.bincount(source, minlength=K)  # (K,) how many of each source
+        weights = weigh(losses, gradients, pairs, weighting_state)  # (K,)
+        # The gradient of a source without a pair is NaN, and its weight 0.
         gradient = weights.to(gradients) @ gradients.nan_to_num()  # (D,) of Eq. 7
         optimizer.learning_rate = options.learning_rate * (1 - t / len(steps))
         optimizer.update("head", head, gradient)

@@ -23,7 +23,7 @@ from ..files import (
 )
 from ..options import InputError, require
 from .cells import is_finished, margins_of, run_cell
-from .estimate import estimated_seconds
+from .estimate import SHARE_OF_SPEED, STEP_SECONDS, estimated_seconds
 from .experiments import REPORTS, Grid
 from .grid import PROTOCOLS, Cell, ReproduceOptions, checked_cells
 from .statistics import every_figure
@@ -83,8 +83,8 @@ def print_plan(
         f" protocol {options.protocol}: {PROTOCOLS[options.protocol]}"
     )
     print(
-        f"about {duration} on this machine, by half the speed of its matrix products and 20 ms a"
-        " step"
+        f"about {duration} on this machine, if models train at {SHARE_OF_SPEED:.0%} of the speed"
+        f" of its matrix products, plus {1000 * STEP_SECONDS:.0f} ms a step"
     )
     if options.dry_run:
         for cell in cells:

@@ -238,17 +238,20 @@ def copies_of(source: np.ndarray, device: torch.device) -> Copies:
     >>> copies_of(np.array([0, 1, 0, 2]), torch.device("cpu")).others
     [(tensor([0]), tensor([2]))]
     """
-    places = np.argsort(source, kind="stable")  # by token, and then in the order of the copies
-    token = source[places]
-    is_first = np.diff(token, prepend=-1) > 0
-    beginnings = np.flatnonzero(is_first)
-    number = np.arange(len(source)) - beginnings[np.cumsum(is_first) - 1]  # 0 for a first copy
-    by_number = [(token[number == n], places[number == n]) for n in range(number.max() + 1)]
-    (_, first), *others = [
-        (torch.from_numpy(tokens).to(device), torch.from_numpy(at).to(device))
-        for tokens, at in by_number
-    ]
-    return Copies(torch.from_numpy(source).to(device), first, others)
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    places = np.argsort(source, kind="stable")  # those of token 0 in order, those of token 1, ...
+    tokens = source[places]  # the token of each of them: 0, 0, 1, 2, ...
+    counts = np.bincount(source)  # (N,) copies of each token
+    starts = np.cumsum(counts) - counts  # (N,) where the copies of each token start in `places`
+    number = np.arange(len(source)) - starts[tokens]  # 0 for a first copy, 1 for a second, ...
+    others = []
+    for n in range(1, counts.max()):
+        is_nth = number == n
+        others.append((on_device(tokens[is_nth]), on_device(places[is_nth])))
+    return Copies(on_device(source), on_device(places[number == 0]), others)
 
 
 class CopyTokens(torch.autograd.Function):

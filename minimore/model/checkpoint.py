@@ -340,8 +340,9 @@ def pad_id(origin: Checkpoint) -> int:
     """An id that no text ends in.
 
     transformers pools at the last token that is not this id. A pad that is also EOS, or an ordinary
-    token, would move the reward. In this order: the tokenizer's own pad if it is not EOS, the first
-    unused row of the embedding, unk. Raises InputError if none is left.
+    token, would move the reward. In this order: the pad that config.json or the tokenizer names, a
+    special token called pad, the first unused row of the embedding, unk. Raises InputError if none
+    of them is left that is outside every text and not EOS.
     """
     usable = ids_outside_texts(origin.tokenizer) - ids_of_eos(origin)
     for candidate in pad_candidates(origin):

@@ -35,7 +35,8 @@ def fused(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
     """The same function, compiled at its first call with a tensor of one of DEVICES.
 
     The first dimension of a matrix counts tokens, and one compiled version serves every count.
-    Where torch cannot compile it, that is said once, and everything runs as it is written.
+    Where torch cannot compile it, that is said once, and from then on every function of this device
+    runs as it is written. All tensors given by place must be on one device.
     """
 
     @wraps(function)
@@ -50,7 +51,7 @@ def fused(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
         try:
             return compiled(function)(*inputs, **named)
         except torch._dynamo.exc.TorchDynamoException as error:
-            DEVICES.discard(device)
+            DEVICES.discard(device)  # no other function is tried
             print(
                 "blocks run uncompiled, which is slower: torch cannot compile them here "
                 f"({type(error).__name__})",

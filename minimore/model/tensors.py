@@ -144,14 +144,16 @@ class Tensors:
             raise InputError(
                 f"{path}: {key!r} cannot be read ({one_line(error)}); fetch the file again"
             ) from None
-        if tensor is None or stored_shape != shape:
+        if tensor is None or stored_shape != shape:  # None: not read, since its shape is wrong
             raise InputError(
                 f"{path}: {key!r} has shape {stored_shape}, but config.json asks for {shape}"
             )
-        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if is_plain and tensor.dtype in READABLE:
+        # A .bin file may hold sparse tensors, and tensors without numbers (meta).
+        is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if is_dense and tensor.dtype in READABLE:
             value = tensor.to(dtype, memory_format=torch.contiguous_format, copy=True)
-            if all(map(math.isfinite, value.aminmax())):
+            is_finite = all(map(math.isfinite, value.aminmax()))
+            if is_finite:
                 return value
         raise InputError(
             f"{path}: {key!r} ({tensor.dtype}) is not a tensor of finite floating-point numbers;"

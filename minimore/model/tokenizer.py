@@ -262,15 +262,16 @@ class Tokenizer:
 
 
 def open_file(directory: Path, files: Mapping[str, bytes], config: Config) -> TokenizerFile:
-    """The library's tokenizer of a directory. Raises InputError if there is none that it reads."""
+    """The directory's tokenizer, as the library `tokenizers` reads it; InputError if there is none.
+
+    files: name -> bytes. config: that of tokenizer_config.json.
+    """
     if "tokenizer.json" in files:
         return TokenizerFile.from_str(files["tokenizer.json"].decode("utf-8"))
     if "vocab.json" in files and "merges.txt" in files:
         return from_vocabulary(directory, files, config)
-    require(
-        not (directory / "tokenizer.model").is_file(),
-        f"{directory}: has only a SentencePiece tokenizer.model; {REMEDY}",
-    )
+    if (directory / "tokenizer.model").is_file():
+        raise InputError(f"{directory}: has only a SentencePiece tokenizer.model; {REMEDY}")
     raise InputError(
         f"{directory / 'tokenizer.json'}: no such file;"
         " expected tokenizer.json, or vocab.json and merges.txt"

@@ -53,6 +53,8 @@ def open_run(options: Any) -> Path | None:
     run = Path(options.output)
     require(options.output, "--output: the path is empty")
     is_empty = run.is_dir() and not any(run.iterdir())
+    if options.resume and (is_empty or not run.exists()):
+        print(f"{run}: there is no run yet to continue, so it begins", flush=True)
     require(
         options.resume or is_empty or not os.path.lexists(run),
         f"--output {run}: exists already; choose another name, or continue it with --resume",
@@ -156,6 +158,7 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
     A change that only rounds otherwise is accepted, and printed.
     """
     stored, wanted = stored_recipe(run), as_json(recipe)
+    rounding = []
     for key in RECIPE:
         if not stored or key == "offload" or stored.get(key) == wanted[key]:
             continue
@@ -164,6 +167,8 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
             key in ROUNDING,
             f"--resume: {change}; give the same command again, or start a new run",
         )
+        rounding.append(change)
+    for change in rounding:
         print(f"{change}: it will continue, but not bit for bit", flush=True)
 
 

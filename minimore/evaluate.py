@@ -4,11 +4,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from . import plots
 from .comparison import compare, comparison_table, temperature_table, temperatures
-from .data.pairs import Source, load_source
+from .data.pairs import Source, TextRules, load_source
 from .files import refuse_existing, write_json
 from .model.checkpoint import Checkpoint
 from .options import InputError, check_ranges, option, parse_sources, require
@@ -59,7 +58,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
     reading = read(options, options.model, paths, held_out_paths)
     report = report_of(reading.margins, reading.sources)
-    report |= {"model": options.model, "files": paths, **reading.limits}
+    report |= {"model": options.model, "files": paths, **reading.rules._asdict()}
     print(table(report))
     if options.baseline:
         baseline = read(replace(options, model=options.baseline), options.baseline, paths, {})
@@ -129,7 +128,7 @@ def check_baseline(options: EvaluateOptions) -> None:
 class Reading:
     """What one model says about the files."""
 
-    limits: dict[str, Any]  # max_length and truncate
+    rules: TextRules
     sources: list[Source]
     margins: Margins  # of the test pairs
     held_out: Margins
@@ -138,12 +137,11 @@ class Reading:
 def read(options: EvaluateOptions, model_name: str, paths: Paths, held_out_paths: Paths) -> Reading:
     """Open a model and read the files with it. A line describes every source."""
     checkpoint = Checkpoint(model_name)
-    max_length, truncate = options.limits(checkpoint)
+    rules = options.rules(checkpoint)
 
     def load(paths: Paths) -> list[Source]:
         return [
-            load_source(name, path, checkpoint.tokenizer, max_length, truncate)
-            for name, path in paths.items()
+            load_source(name, path, checkpoint.tokenizer, *rules) for name, path in paths.items()
         ]
 
     sources, held_out = load(paths), load(held_out_paths)
@@ -165,5 +163,4 @@ def read(options: EvaluateOptions, model_name: str, paths: Paths, held_out_paths
             f"{model_name}: no score.weight, so this is an untrained head (the paper's Raw)",
             file=sys.stderr,
         )
-    limits = {"max_length": max_length, "truncate": truncate}
-    return Reading(limits, sources, margins, held_out_margins)
+    return Reading(rules, sources, margins, held_out_margins)

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data.pairs import TRUNCATE, PairBatch, TokenPair, batches_by_length, pack_pairs
+from .data.pairs import (
+    TRUNCATE,
+    PairBatch,
+    TextRules,
+    TokenPair,
+    batches_by_length,
+    pack_pairs,
+)
 from .files import read_json
 from .model.attention import Stream, pack
 from .model.checkpoint import Checkpoint
@@ -153,8 +160,13 @@ class ReadingOptions(ModelOptions):
         help="cut each side on its own or both alike (default: the run's own, else each)",
     )
 
-    def limits(self, checkpoint: Checkpoint) -> tuple[int, str]:
-        """max_length and truncate: as asked, else the run's own, else 512 and "each"."""
+    chat: bool = option(
+        False,
+        help="read prompts and responses that are strings as messages (default: the run's own)",
+    )
+
+    def rules(self, checkpoint: Checkpoint) -> TextRules:
+        """How texts become token ids: as asked, else as the run was trained, else as by default."""
         check_ranges(self)
         directory = checkpoint.directory
         run = directory.parent if directory.name.startswith("checkpoint-") else directory
@@ -167,7 +179,8 @@ class ReadingOptions(ModelOptions):
             truncate = "each"
         max_length = self.max_length or max_length
         check_length(checkpoint.config, max_length, directory)
-        return max_length, self.truncate or truncate
+        chat = self.chat or stored.get("chat") is True
+        return TextRules(max_length, self.truncate or truncate, chat)
 
 
 def check_length(config: ModelConfig, max_length: int, directory: Path) -> None:

@@ -15,16 +15,16 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from .calibration import probability
-from .data.pairs import TokenPair, encode, refuse_doubled_bos, shared_length
+from .data.messages import Messages, is_conversation, messages_of
+from .data.pairs import TextRules, TokenPair, encode, refuse_doubled_bos, shared_length
 from .data.records import (
     Record,
-    is_conversation,
-    messages_of,
     prompt_end,
     read_records,
     record_pairs,
     text_of,
     texts_of,
+    with_prompt,
 )
 from .files import refuse_existing, written_whole
 from .model.checkpoint import Checkpoint
@@ -66,15 +66,15 @@ def score(options: ScoreOptions) -> None:
         if first is None:
             raise InputError(f"{options.input}: is empty; expected at least one line")
         model, checkpoint = open_reward_model(options)
-        max_length, truncate = options.limits(checkpoint)
-        scorer = Scorer(model, checkpoint, max_length, truncate, options.micro_tokens)
+        rules = options.rules(checkpoint)
+        scorer = Scorer(model, checkpoint, rules, options.micro_tokens)
         with (
             written_whole(options.output) as unfinished,
             open(unfinished, "x", encoding="utf-8") as file,
         ):
             for record in scorer.scored(chain([first], records)):
                 file.write(json_line(record) + "\n")
-    print(f"{options.output}: {scorer.counts.line(max_length)}")
+    print(f"{options.output}: {scorer.counts.line(rules.max_length)}")
     if not checkpoint.has_head:
         print(
             f"{options.model}: no score.weight, so the rewards are those of an untrained head",
@@ -101,12 +101,15 @@ class Texts(NamedTuple):
     is_blank: bool
 
 
-def texts_of_record(record: Record, where: str, tokenizer: Tokenizer) -> Texts:
+def texts_of_record(record: Record, where: str, tokenizer: Tokenizer, chat: bool = False) -> Texts:
     """The texts that a record asks to score. Raises InputError for a record of no known form."""
     if "response" in record and "chosen" not in record:
-        return _response(record, where, tokenizer)
+        return _response(with_prompt(record, where, chat), where, tokenizer, chat)
     if "chosen" in record or "rejected" in record:
-        return _pair(record, where, tokenizer)
+        return _pair(record, where, tokenizer, chat)
+    if is_conversation(record.get("messages")):
+        turns = messages_of(record["messages"], f'{where}: "messages"', tokenizer, "user")
+        return _conversation(turns, tokenizer)
     if "text" in record:
         texts = texts_of(record, where)
         end = prompt_end(texts)
@@ -119,22 +122,26 @@ def texts_of_record(record: Record, where: str, tokenizer: Tokenizer) -> Texts:
     )
 
 
-def _response(record: Record, where: str, tokenizer: Tokenizer) -> Texts:
+def _response(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> Texts:
     prompt, response = record.get("prompt"), record["response"]
-    if is_conversation(prompt) or is_conversation(response):
+    if chat or is_conversation(prompt) or is_conversation(response):
         turns = messages_of(prompt, f'{where}: "prompt"', tokenizer, "user")
         turns += messages_of(response, f'{where}: "response"', tokenizer, "assistant")
-        text, is_rendered = tokenizer.render(turns), tokenizer.template is not None
-        return Texts("response", [text], is_rendered, not turns[-1]["content"].strip())
+        return _conversation(turns, tokenizer)
     prompt, response = text_of(record, "prompt", where), text_of(record, "response", where)
     return Texts("response", [prompt + response], False, not response.strip())
 
 
-def _pair(record: Record, where: str, tokenizer: Tokenizer) -> Texts:
-    pairs, _ = record_pairs(record, where, tokenizer)
+def _conversation(turns: Messages, tokenizer: Tokenizer) -> Texts:
+    text, is_rendered = tokenizer.render(turns), tokenizer.template is not None
+    return Texts("response", [text], is_rendered, not turns[-1]["content"].strip())
+
+
+def _pair(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> Texts:
+    pairs, _ = record_pairs(record, where, tokenizer, chat)
     require(
         len(pairs) == 1,
-        f'{where}: "rejected" is a list of {len(pairs)} responses; give score one pair a line',
+        f"{where}: holds {len(pairs)} pairs, of several responses; give score one pair a line",
     )
     pair = pairs[0]
     texts = [pair.prompt + pair.chosen, pair.prompt + pair.rejected]
@@ -173,8 +180,7 @@ class Scorer:
 
     model: RewardModel
     checkpoint: Checkpoint
-    max_length: int
-    truncate: str
+    rules: TextRules
     micro_tokens: int
     counts: Counts = field(default_factory=Counts)
 
@@ -189,7 +195,7 @@ class Scorer:
                 yield record | added(record_texts.kind, values)
 
     def _read(self, where: str, record: Record) -> Texts:
-        texts = texts_of_record(record, where, self.checkpoint.tokenizer)
+        texts = texts_of_record(record, where, self.checkpoint.tokenizer, self.rules.chat)
         for text in texts.texts:
             refuse_doubled_bos(text, texts.is_rendered, where, self.checkpoint.tokenizer)
         return texts
@@ -223,9 +229,9 @@ class Scorer:
         return encode(
             [text for t in texts for text in t.texts],
             self.checkpoint.tokenizer,
-            self.max_length,
+            self.rules.max_length,
             [t.is_rendered for t in texts for _ in t.texts],
-            are_pairs and self.truncate == "together",
+            are_pairs and self.rules.truncate == "together",
         )
 
     def _rewards_of_pairs(self, ids: Sequence) -> list[float]:

@@ -324,6 +324,7 @@ def load_sources(
         tokenizer=checkpoint.tokenizer,
         max_length=options.max_length,
         truncate=options.truncate,
+        chat=options.chat,
     )
     for name, (train_path, test_path) in paths.items():
         train_sources.append(read(name, train_path))

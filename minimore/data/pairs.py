@@ -19,6 +19,19 @@ from .records import Pair, read_records, record_pairs
 
 TRUNCATE = ("each", "together")
 TOKENISED_AT_ONCE = 512  # pairs
+ROLE_MARKS = (":", ">", "]")  # with one of these a prompt may end that a response follows at once
+
+
+class TextRules(NamedTuple):
+    """How texts become token ids, the same in training and afterwards.
+
+    max_length: tokens of a text, cut on the left. truncate: "each" side of a pair on its own, or
+    both "together". chat: strings are messages, too.
+    """
+
+    max_length: int
+    truncate: str = "each"
+    chat: bool = False
 
 
 class TokenPair(NamedTuple):
@@ -49,7 +62,8 @@ class Source:
     label_ties: annotators scored both alike, so there is no preference to learn. identical: the
     model would see the same tokens on both sides. dropped: there is no token at all. These are left
     out. truncated: a side was cut on the left. blank: a response has no visible character. named: a
-    text holds the name of a special token, read as text. These are kept.
+    text holds the name of a special token, read as text. These are kept. glued: the prompt runs
+    into the response, as in "What is 2+2?4". repeated: both responses begin with their prompt.
 
     read: all pairs of the file so far, used or not. prompts: the number of each prompt.
     """
@@ -62,8 +76,11 @@ class Source:
     dropped: int = 0
     blank: int = 0
     named: int = 0
+    glued: int = 0
+    repeated: int = 0
     read: int = 0
     prompts: dict[str, int] = field(default_factory=dict)
+    example: str = ""  # of a prompt that runs into its response
 
     def line(self) -> str:
         """One line for the log; pairs are those in use, after ties, identical and dropped ones."""
@@ -75,6 +92,16 @@ class Source:
         )
         if self.named:
             line += f"; {self.named} pairs hold names of special tokens, which are read as text"
+        if self.glued > self.read / 2:
+            line += (
+                f"; {self.glued} prompts run into their responses with nothing between, as in"
+                f" {self.example!r}: if they are turns of a conversation, give --chat"
+            )
+        if self.repeated > self.read / 2:
+            line += (
+                f"; {self.repeated} prompts stand again at the beginning of both responses: if"
+                ' those are whole texts, leave out "prompt"'
+            )
         return line
 
     def digest(self) -> str:
@@ -101,18 +128,23 @@ class PairBatch:
 
 
 def load_source(
-    name: str, path: str, tokenizer: Tokenizer, max_length: int, truncate: str = "each"
+    name: str,
+    path: str,
+    tokenizer: Tokenizer,
+    max_length: int,
+    truncate: str = "each",
+    chat: bool = False,
 ) -> Source:
     """Read, check and tokenise a file of pairs.
 
-    truncate: "each" side on its own, or both "together". Raises InputError for a line that cannot
+    max_length, truncate, chat: see `TextRules`. Raises InputError for a line that cannot
     be read, or if no usable pair is left.
     """
     source, records = Source(name), 0
     waiting: list[Pair] = []
     for where, record in read_records(path):
         records += 1
-        pairs, label_ties = record_pairs(record, where, tokenizer)
+        pairs, label_ties = record_pairs(record, where, tokenizer, chat)
         source.label_ties += label_ties
         for pair in pairs:
             for response in (pair.chosen, pair.rejected):
@@ -153,6 +185,7 @@ def _tokenise(
         source.truncated += any(was_cut[sides])
         source.blank += pair.is_blank
         source.named += not pair.rendered and tokenizer.names_special("".join(texts[sides]))
+        _count_joints(source, pair)
         prompt = pair.prompt or f"none {source.read}"
         token_pair = TokenPair(
             chosen=chosen,
@@ -163,6 +196,18 @@ def _tokenise(
             index=source.read - 1,
         )
         source.pairs.append(token_pair)
+
+
+def _count_joints(source: Source, pair: Pair) -> None:
+    """Count what may be wrong where a prompt and its responses meet."""
+    if pair.rendered or not pair.prompt:
+        return
+    responses = (pair.chosen, pair.rejected)
+    ends_open = not pair.prompt[-1].isspace() and not pair.prompt.endswith(ROLE_MARKS)
+    if ends_open and all(text and not text[0].isspace() for text in responses):
+        source.glued += 1
+        source.example = source.example or pair.prompt[-20:] + pair.chosen[:20]
+    source.repeated += all(text.startswith(pair.prompt) for text in responses)
 
 
 def refuse_doubled_bos(text: str, rendered: bool, where: str, tokenizer: Tokenizer) -> None:

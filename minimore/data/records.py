@@ -3,15 +3,16 @@
 A line is one of
 
     {"prompt": ..., "chosen": ..., "rejected": ...}
-    {"chosen": ..., "rejected": ...}        whole dialogues; the prompt is their common beginning,
-                                            as in Anthropic HH
+    {"chosen": ..., "rejected": ...}        whole dialogues; their prompt is what they share up to
+                                            the last assistant mark, as in Anthropic HH
+    {"prompt": ..., "responses": [...], "scores": [...]}
     {"text": [...], "score": [...]}         k responses with scores: every ordered pair of unequal
                                             scores
 
-Instead of a string, `prompt`, `chosen` and `rejected` may be lists of messages {"role": ...,
-"content": ...}, which go through the checkpoint's chat template. `rejected` may be a list of
-several responses. Other keys are tolerated. Every error names the file, the line and what was
-found there.
+`prompt`, `chosen` and `rejected` may be strings or messages (messages.py). `chosen` and `rejected`
+may be lists of several responses, which make all their pairs. A prompt under another name
+(PROMPT_KEYS) is read where its meaning is plain, and refused where it is not. Other keys are
+tolerated. Every error names the file, the line and what was found there.
 """
 
 import gzip
@@ -20,17 +21,23 @@ import os
 import re
 import zlib
 from collections.abc import Generator, Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
+from .messages import Messages, is_conversation, messages_of, shown, string_of
 
 ASSISTANT = ("\n\nAssistant:", "## Assistant:")  # ends the prompt of a dialogue that is given whole
 MOST_RESPONSES = 100  # to one prompt: they make up to 4,950 pairs
 DATA_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins, which stands for a file
+
+# Other names under which data keep a prompt; what stands in front of one.
+PROMPT_KEYS = ("question", "query", "instruction", "input", "conversations", "messages")
+BEFORE_A_PROMPT = ("system", "history")
 
 Record = dict[str, Any]
-Messages = list[dict[str, str]]
 
 
 class Pair(NamedTuple):
@@ -70,6 +77,7 @@ def read_records(path: str) -> Generator[tuple[str, Record], None, None]:
         return
     line = 0
     try:
+        refuse_pointer(path)
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             for line, raw in enumerate(file, 1):
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
@@ -87,6 +95,18 @@ def read_records(path: str) -> Generator[tuple[str, Record], None, None]:
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def refuse_pointer(path: str) -> None:
+    """Refuse a Git LFS pointer that stands in the place of a file."""
+    if not os.path.isfile(path):
+        return  # a pipe is read once only
+    with open(path, "rb") as file:
+        is_pointer = file.read(len(POINTER)) == POINTER
+    require(
+        not is_pointer,
+        f"{path}: is a Git LFS pointer, which stands for the file; fetch it with `git lfs pull`",
+    )
 
 
 def _data_files(directory: str) -> list[str]:
@@ -131,7 +151,7 @@ def text_of(record: Record, key: str, where: str) -> str:
     if key not in record:
         keys = ", ".join(map(str, record)) or "none"
         raise InputError(f'{where}: "{key}" is missing; found keys: {keys}')
-    return _text(record[key], f'{where}: "{key}"')
+    return string_of(record[key], f'{where}: "{key}"', "a string, or messages")
 
 
 def texts_of(record: Record, where: str) -> list[str]:
@@ -139,27 +159,10 @@ def texts_of(record: Record, where: str) -> list[str]:
     texts = record["text"]
     if not isinstance(texts, list) or not 2 <= len(texts) <= MOST_RESPONSES:
         raise InputError(
-            f'{where}: "text" is {_shown(texts)}; expected a list of two or more strings,'
+            f'{where}: "text" is {shown(texts)}; expected a list of two or more strings,'
             f" at most {MOST_RESPONSES}"
         )
-    return [_text(text, f'{where}: "text"[{i}]') for i, text in enumerate(texts)]
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{where} is {_shown(value)}; expected a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{where} holds half of a surrogate pair; expected valid Unicode"
-        ) from None
-    return value
-
-
-def _shown(value: Any) -> str:
-    """The beginning of a value, as an error shows it."""
-    return json.dumps(value)[:60]
+    return [string_of(text, f'{where}: "text"[{i}]') for i, text in enumerate(texts)]
 
 
 def prompt_end(texts: Sequence[str]) -> int:
@@ -179,116 +182,205 @@ def prompt_end(texts: Sequence[str]) -> int:
 
 
 def record_pairs(
-    record: Record, where: str, tokenizer: Tokenizer | None = None
+    record: Record, where: str, tokenizer: Tokenizer | None = None, chat: bool = False
 ) -> tuple[list[Pair], int]:
     """The pairs of one line, and how many it would have had but for equal scores: label ties.
 
-    tokenizer: needed for messages only. Raises InputError for a record of no known form.
+    tokenizer: needed for messages only. chat: prompts and responses that are strings are messages,
+    too. Raises InputError for a record of no known form.
     """
     if "text" in record and "chosen" not in record:  # beside "chosen" it is a key like any other
-        return _scored_pairs(record, where)
-    values = [record.get(key) for key in ("prompt", "chosen", "rejected")]
-    if tokenizer is not None and any(map(is_conversation, values)):
-        return _conversation_pairs(record, where, tokenizer), 0
-    return _text_pairs(record, where), 0
+        return _scored_texts(record, where)
+    if "responses" in record and "chosen" not in record:
+        return _scored_responses(record, where, tokenizer, chat)
+    record = with_prompt(record, where, chat)
+    chosen, rejected = (_responses(record, key, where) for key in ("chosen", "rejected"))
+    prompt = record.get("prompt")
+    are_messages = any(map(is_conversation, [prompt, *chosen, *rejected]))
+    pairs: list[Pair] = []
+    for one, other in product(chosen, rejected):
+        if tokenizer is not None and (chat or are_messages):
+            pairs.append(_conversation_pair(prompt, one, other, where, tokenizer))
+        else:
+            pairs.append(_text_pair(prompt, one, other, where))
+    return pairs, 0
 
 
-def _text_pairs(record: Record, where: str) -> list[Pair]:
-    """Pairs of strings: with a prompt, or whole dialogues; one for each rejected response."""
-    chosen = text_of(record, "chosen", where)
-    value = record.get("rejected")
-    if isinstance(value, list) and value and isinstance(value[0], str):  # several responses
-        rejected = [_text(text, f'{where}: "rejected"[{i}]') for i, text in enumerate(value)]
-    else:
-        rejected = [text_of(record, "rejected", where)]
-    if "prompt" in record:
-        prompt = text_of(record, "prompt", where)
-        return [Pair(prompt, chosen, text) for text in rejected]
-    end = prompt_end([chosen, *rejected])  # whole dialogues begin with their prompt
-    return [Pair(chosen[:end], chosen[end:], text[end:]) for text in rejected]
-
-
-def _scored_pairs(record: Record, where: str) -> tuple[list[Pair], int]:
-    """Every ordered pair of unequal scores; pairs of equal scores are label ties."""
-    texts, scores = texts_of(record, where), record.get("score")
-    is_whole = (
-        isinstance(scores, list)
-        and len(scores) == len(texts)
-        and all(type(score) in (int, float) and abs(score) < 1e300 for score in scores)
+def _responses(record: Record, key: str, where: str) -> list[Any]:
+    """The responses under a key, of which each is a string or a conversation."""
+    if key not in record:
+        text_of(record, key, where)  # says that it is missing
+    value = record[key]
+    are_several = isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
+    responses = value if are_several else [value]
+    require(
+        len(responses) <= MOST_RESPONSES,
+        f'{where}: "{key}" holds {len(responses)} responses; expected at most {MOST_RESPONSES}',
     )
-    if not is_whole or scores is None:
-        what = f"is {_shown(scores)}" if "score" in record else "is missing"
-        raise InputError(
-            f'{where}: "score" {what}; expected a list of {len(texts)} numbers, one a text'
+    return responses
+
+
+def _text_pair(prompt: Any, chosen: Any, rejected: Any, where: str) -> Pair:
+    """A pair of strings: two responses to a prompt, or whole dialogues."""
+    expected = "a string, or messages"
+    chosen = string_of(chosen, f'{where}: "chosen"', expected)
+    rejected = string_of(rejected, f'{where}: "rejected"', expected)
+    if prompt is not None:
+        return Pair(string_of(prompt, f'{where}: "prompt"', expected), chosen, rejected)
+    end = prompt_end([chosen, rejected])  # whole dialogues begin with their prompt
+    return Pair(chosen[:end], chosen[end:], rejected[end:])
+
+
+# ---- a prompt under another name -----------------------------------------------------------------
+
+
+def with_prompt(record: Record, where: str, chat: bool = False) -> Record:
+    """The record with its prompt under "prompt", also where it has it under another name.
+
+    A "system" text becomes the first message. Raises InputError where something that looks like a
+    part of the prompt would be dropped.
+    """
+    before = [key for key in BEFORE_A_PROMPT if record.get(key)]
+    named = [key for key in PROMPT_KEYS if record.get(key)]
+    if "prompt" not in record and is_whole(record):
+        return record
+    key = "prompt" if "prompt" in record else named[0] if named else None
+    require(
+        key == "prompt" or len(named) <= 1,
+        f"{where}: the prompt may be in {' or '.join(map(repr, named))}; expected it in"
+        ' "prompt", as a string or as messages',
+    )
+    if key is None and before:
+        raise InputError(f'{where}: "{before[0]}" stands in front of no "prompt"; expected one')
+    if key is None:
+        return record
+    prompt = record[key]
+    if before:
+        can_hold = before == ["system"] and (chat or is_conversation(prompt))
+        require(
+            can_hold,
+            f'{where}: "{before[0]}" would not be read; write it into "prompt" as a message'
+            + (", or give --chat, which makes messages of both" if before == ["system"] else ""),
         )
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        prompt = [{"role": "system", "content": record["system"]}, *prompt]
+    return record | {"prompt": prompt}
+
+
+def is_whole(record: Record) -> bool:
+    """Whether "chosen" is a whole dialogue, which has its prompt in it."""
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if is_conversation(chosen):
+        return not is_response(chosen)
+    return (
+        isinstance(chosen, str) and isinstance(rejected, str) and prompt_end([chosen, rejected]) > 0
+    )
+
+
+def is_response(conversation: Any) -> bool:
+    """Whether a conversation begins with what the model says."""
+    first = conversation if isinstance(conversation, dict) else conversation[0]
+    return first.get("role", first.get("from")) in ("assistant", "gpt", "chatgpt", "bot", "model")
+
+
+# ---- responses with scores -----------------------------------------------------------------------
+
+
+def _scored_texts(record: Record, where: str) -> tuple[list[Pair], int]:
+    """Every ordered pair of unequal scores; pairs of equal scores are label ties."""
+    texts = texts_of(record, where)
+    ordered, ties = _ordered(_scores(record, "score", len(texts), where))
     end = prompt_end(texts)
-    pairs, ties = [], 0
-    for i, score in enumerate(scores):
-        for j, other in enumerate(scores):
-            if score > other:
-                pairs.append(Pair(texts[0][:end], texts[i][end:], texts[j][end:]))
-            ties += score == other and i < j
+    pairs = [Pair(texts[0][:end], texts[i][end:], texts[j][end:]) for i, j in ordered]
     return pairs, ties
+
+
+def _scored_responses(
+    record: Record, where: str, tokenizer: Tokenizer | None, chat: bool
+) -> tuple[list[Pair], int]:
+    """The same for several responses to one prompt."""
+    responses = record["responses"]
+    if not isinstance(responses, list) or not 2 <= len(responses) <= MOST_RESPONSES:
+        raise InputError(
+            f'{where}: "responses" is {shown(responses)}; expected a list of two or more'
+            f" responses, at most {MOST_RESPONSES}"
+        )
+    require("prompt" in record, f'{where}: "responses" without "prompt"; expected both')
+    ordered, ties = _ordered(_scores(record, "scores", len(responses), where))
+    pairs = []
+    for i, j in ordered:
+        single = record | {"chosen": responses[i], "rejected": responses[j]}
+        pairs += record_pairs(single, where, tokenizer, chat)[0]
+    return pairs, ties
+
+
+def _scores(record: Record, key: str, count: int, where: str) -> list[float]:
+    """As many numbers as there are responses."""
+    scores = record.get(key)
+    if (
+        not isinstance(scores, list)
+        or len(scores) != count
+        or not all(type(score) in (int, float) and abs(score) < 1e300 for score in scores)
+    ):
+        what = f"is {shown(scores)}" if key in record else "is missing"
+        raise InputError(
+            f'{where}: "{key}" {what}; expected a list of {count} numbers, one a response'
+        )
+    return scores
+
+
+def _ordered(scores: Sequence[float]) -> tuple[list[tuple[int, int]], int]:
+    """All (i, j) of which i has the higher score, and how many pairs have equal ones."""
+    places = range(len(scores))
+    ordered = [(i, j) for i in places for j in places if scores[i] > scores[j]]
+    ties = sum(scores[i] == scores[j] for i in places for j in places if i < j)
+    return ordered, ties
 
 
 # ---- conversations -------------------------------------------------------------------------------
 
 
-def is_conversation(value: Any) -> bool:
-    """Whether a value is meant as messages."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+def _conversation_pair(
+    prompt: Any, chosen: Any, rejected: Any, where: str, tokenizer: Tokenizer
+) -> Pair:
+    """A pair of which something is a conversation.
 
-
-def messages_of(value: Any, where: str, tokenizer: Tokenizer, role: str) -> Messages:
-    """A list of {"role", "content"}, checked; a string is one message of the given role.
-
-    Where a chat template will render it, a content that holds one of its markers is refused: it
-    could end its own turn.
+    Responses that are conversations with their prompt in them are read as they are, and must agree
+    with the prompt if it is given, too.
     """
-    if isinstance(value, str):
-        value = [{"role": role, "content": value}]
-    if not is_conversation(value):
+    chosen = messages_of(chosen, f'{where}: "chosen"', tokenizer, "assistant")
+    rejected = messages_of(rejected, f'{where}: "rejected"', tokenizer, "assistant")
+    if prompt is None:
+        turns = _shared_turns(chosen, rejected)
+        return _render(chosen[:turns], chosen[turns:], rejected[turns:], tokenizer)
+    messages = messages_of(prompt, f'{where}: "prompt"', tokenizer, "user")
+    begin_with_prompt = [not is_response(response) for response in (chosen, rejected)]
+    if not any(begin_with_prompt):
+        return _render(messages, chosen, rejected, tokenizer)
+    beginnings = [_beginning(messages, response) for response in (chosen, rejected)]
+    if None in beginnings:
         raise InputError(
-            f"{where} is {_shown(value)}; expected a list of messages with role and content"
+            f'{where}: "chosen" and "rejected" are conversations that do not both begin with'
+            ' "prompt"; expected responses alone, or conversations that begin with it'
         )
-    return [_message(message, f"{where}[{i}]", tokenizer) for i, message in enumerate(value)]
+    turns = min(_shared_turns(chosen, rejected), *(turns or 0 for turns in beginnings))
+    return _render(chosen[:turns], chosen[turns:], rejected[turns:], tokenizer)
 
 
-def _message(message: Any, where: str, tokenizer: Tokenizer) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise InputError(f"{where} is {_shown(message)}; expected a message with role and content")
-    checked = {key: text_of(message, key, where) for key in ("role", "content")}
-    if tokenizer.template:
-        for key, text in checked.items():
-            for marker in tokenizer.markers:
-                require(
-                    marker not in text,
-                    f"{where}: the {key} holds {marker!r}, a marker of the chat template;"
-                    " remove it",
-                )
-    return checked
+def _beginning(prompt: Messages, conversation: Messages) -> int | None:
+    """How many messages of a conversation are its prompt; None if it begins with another.
 
-
-def _conversation_pairs(record: Record, where: str, tokenizer: Tokenizer) -> list[Pair]:
-    for key in ("chosen", "rejected"):
-        if key not in record:
-            text_of(record, key, where)  # says that it is missing
-    chosen = messages_of(record["chosen"], f'{where}: "chosen"', tokenizer, "assistant")
-    value = record["rejected"]
-    are_several = isinstance(value, list) and value and not isinstance(value[0], dict)
-    rejected = [
-        messages_of(response, f'{where}: "rejected"', tokenizer, "assistant")
-        for response in (value if are_several else [value])
-    ]
-    if "prompt" in record:
-        prompt = messages_of(record["prompt"], f'{where}: "prompt"', tokenizer, "user")
-        return [_render(prompt, chosen, response, tokenizer) for response in rejected]
-    pairs = []
-    for response in rejected:
-        turns = _shared_turns(chosen, response)
-        pair = _render(chosen[:turns], chosen[turns:], response[turns:], tokenizer)
-        pairs.append(pair)
-    return pairs
+    A system message may stand in front of it, and white space around a text does not count.
+    """
+    for start in (0, 1):
+        if start == 1 and conversation[0]["role"] != "system":
+            continue
+        end = start + len(prompt)
+        said = [(m["role"], m["content"].strip()) for m in conversation[start:end]]
+        if said == [(m["role"], m["content"].strip()) for m in prompt] and end < len(conversation):
+            return end
+    return None
 
 
 def _shared_turns(chosen: Messages, rejected: Messages) -> int:

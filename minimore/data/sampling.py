@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..options import COUNT, Range, option, require
-from .pairs import TRUNCATE
+from .pairs import TRUNCATE, TextRules
 
 PAIRS_PER_SOURCE = Range(least=1, most=10**7)  # their order is made at once
 
@@ -39,12 +39,21 @@ class DataOptions:
         help="cut each side of a pair on its own (the paper), or both alike, so that long pairs "
         "share their prompt",
     )
+    chat: bool = option(
+        False,
+        help="read prompts and responses that are strings as messages of a conversation",
+    )
     epochs: int = option(1, within=COUNT, help="passes over the sampled pairs")
     batch_size: int | None = option(
         None,
         within=Range(least=1),
         help="pairs a step; a multiple of the sources under equal sampling (default: 16 x sources)",
     )
+
+    @property
+    def rules(self) -> TextRules:
+        """How texts become token ids."""
+        return TextRules(self.max_length, self.truncate, self.chat)
 
 
 def batch_size_of(options: DataOptions, sources: int) -> int:

@@ -109,8 +109,7 @@ def real_workload(options: PlanOptions, tokenizer: Tokenizer) -> Workload:
     paths = parse_sources(options.source)
     batch_size = batch_size_of(options, len(paths))
     sources = [
-        load_source(name, train, tokenizer, options.max_length, options.truncate)
-        for name, (train, _) in paths.items()
+        load_source(name, train, tokenizer, *options.rules) for name, (train, _) in paths.items()
     ]
     return workload_of(options, sources, batch_size)
 

@@ -57,7 +57,7 @@ def features(options: FeaturesOptions) -> None:
     paths = parse_sources(options.source)
     require_tests(paths)
     output, checkpoint = Path(options.output), Checkpoint(options.model)
-    max_length, truncate = options.limits(checkpoint)
+    rules = options.rules(checkpoint)
     refuse_other_directories(output)
     make_directory(output)
     sweep(output)
@@ -66,7 +66,7 @@ def features(options: FeaturesOptions) -> None:
     for k, (name, files) in enumerate(paths.items()):
         sources[name] = {}
         for part, path in zip(PARTS, files):
-            source = load_source(name, path, checkpoint.tokenizer, max_length, truncate)
+            source = load_source(name, path, checkpoint.tokenizer, *rules)
             file = f"{k:02d}.{part}.safetensors"
             store(output / file, source, model, checkpoint, options)
             sources[name][part] = {"file": file, "pairs": len(source.pairs), "from": path}
@@ -75,8 +75,7 @@ def features(options: FeaturesOptions) -> None:
         "note": PROBE,
         "model": options.model,
         "width": checkpoint.config.width,
-        "max_length": max_length,
-        "truncate": truncate,
+        **rules._asdict(),
         "dtype": options.dtype,
         "sources": sources,
     }

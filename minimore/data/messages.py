@@ -1,0 +1,116 @@
+"""Messages: conversations as data files hold them, checked, and in one form.
+
+A message is one of
+
+    {"role": "user", "content": "Hi"}
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+    {"from": "human", "value": "Hi"}
+
+and a conversation is a list of them. A single message is a conversation, too, and a string stands
+for one message.
+"""
+
+import json
+from typing import Any
+
+from ..model.template import Message
+from ..model.tokenizer import Tokenizer
+from ..options import InputError, require
+
+Messages = list[Message]
+
+# The roles of the form with "from", by the names that templates know.
+ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value, as an error shows it."""
+    return json.dumps(value, ensure_ascii=False)[:60]
+
+
+def string_of(value: Any, where: str, expected: str = "a string") -> str:
+    """A value that is a string and can be encoded; InputError for any other."""
+    if not isinstance(value, str):
+        raise InputError(f"{where} is {shown(value)}; expected {expected}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where} holds half of a surrogate pair; expected valid Unicode"
+        ) from None
+    return value
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value is meant as messages."""
+    return isinstance(value, dict) or (
+        isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+    )
+
+
+def messages_of(value: Any, where: str, tokenizer: Tokenizer, role: str) -> Messages:
+    """A conversation as {"role", "content"}, checked; a string is one message of the given role.
+
+    Where a chat template will render it, a content that holds one of its markers is refused: it
+    could end its own turn.
+    """
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not is_conversation(value):
+        raise InputError(
+            f"{where} is {shown(value)}; expected a string, or messages with role and content"
+        )
+    messages = [value] if isinstance(value, dict) else value
+    return [_message(message, f"{where}[{i}]", tokenizer) for i, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str, tokenizer: Tokenizer) -> Message:
+    if not isinstance(message, dict):
+        raise InputError(f"{where} is {shown(message)}; expected a message with role and content")
+    if "from" in message and "role" not in message:
+        role = message["from"]
+        message = {"role": ROLES.get(role, role), "content": message.get("value")}
+    for key in ("role", "content"):
+        require(
+            key in message,
+            f'{where}: "{key}" is missing; found keys: {", ".join(map(str, message)) or "none"}',
+        )
+    role = string_of(message["role"], f'{where}: "role"')
+    checked = {"role": role, "content": _content(message, where)}
+    if tokenizer.template:
+        for key, text in checked.items():
+            for marker in tokenizer.markers:
+                require(
+                    marker not in text,
+                    f"{where}: the {key} holds {marker!r}, a marker of the chat template;"
+                    " remove it",
+                )
+    return checked
+
+
+def _content(message: dict[str, Any], where: str) -> str:
+    """What a message says: a string, or the text of all its parts."""
+    content = message["content"]
+    if isinstance(content, list):
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+            for part in content
+        ]
+        for part, text in zip(content, parts):
+            if text is None:
+                raise InputError(
+                    f'{where}: "content" holds {shown(part)}; expected parts of type "text" only'
+                )
+        content = "".join(string_of(text, f'{where}: "text"') for text in parts)
+    if content is None and message.get("tool_calls"):
+        raise InputError(
+            f"{where}: calls tools instead of saying something; such messages are not read"
+        )
+    return string_of(content, f'{where}: "content"')

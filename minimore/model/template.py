@@ -1,6 +1,7 @@
 """Chat templates: a conversation as the text that a checkpoint was trained on.
 
-A template is a program in jinja2 that comes with the checkpoint. It runs in a sandbox.
+A template is a program in jinja2 that comes with the checkpoint. It runs in a sandbox, which bounds
+what it may compute (sandbox.py).
 """
 
 import functools
@@ -14,11 +15,11 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-import jinja2.sandbox
 from jinja2.parser import Parser
 
 from ..files import one_line
 from ..options import InputError
+from .sandbox import LARGEST, Sandbox, within_seconds
 
 PLAIN_ROLES = {
     "user": "Human",
@@ -28,6 +29,16 @@ PLAIN_ROLES = {
     "gpt": "Assistant",
     "system": "System",
 }
+
+# `render_plainly` as a template, for whoever else opens a model that was trained without one.
+PLAIN_TEMPLATE = (
+    f"{{%- set names = {json.dumps(PLAIN_ROLES)} -%}}"
+    "{%- for message in messages -%}"
+    r"{{- '\n\n' + names.get(message['role'], message['role']) + ': ' + message['content'] -}}"
+    "{%- endfor -%}"
+    r"{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}"
+)
+WITH_BOS = "{{- bos_token -}}"  # in front of a template that does not write the BOS
 
 Message = dict[str, str]  # "role" and "content"
 
@@ -84,7 +95,13 @@ class ChatTemplate:
         """
         names: dict[str, Any] = {"tools": None, "documents": None, **self.special}
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=prompt, **names)
+            with within_seconds():
+                text = self._compiled.render(
+                    messages=messages, add_generation_prompt=prompt, **names
+                )
+            if len(text) > LARGEST:
+                raise ValueError(f"it wrote {len(text):,} characters")
+            return text
         except Exception as error:  # whatever a template's own code runs into
             raise InputError(
                 f"{self.directory}: the chat template refuses these messages ({one_line(error)})"
@@ -98,7 +115,7 @@ class ChatTemplate:
                 " so rewards may change from day to day",
                 file=sys.stderr,
             )
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        environment = Sandbox(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=["jinja2.ext.loopcontrols", Generation],

@@ -1,0 +1,135 @@
+"""What a chat template may compute: a few numbers and texts, in a few seconds.
+
+jinja2's own sandbox keeps a template from the system. This one keeps it from filling the memory
+and from running for ever, and takes from it what is random.
+"""
+
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+LARGEST = 10**7  # characters of a text, items of a list, and numbers that ask for such
+SECONDS = 10  # for one conversation
+
+
+class BoundedConcatenation(CodeGenerator):
+    """Compiles `a ~ b` to a method of the sandbox."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        """Write the code of a concatenation."""
+        self.write("environment.concatenated((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, with bounds. A template that exceeds one gets a SecurityError."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    code_generator_class = BoundedConcatenation
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        del self.filters["random"], self.globals["lipsum"]
+        for name, function in self.filters.items():
+            self.filters[name] = bounded(name, function)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """left operator right, if the result is not too large."""
+        if operator == "%" and isinstance(left, str):
+            require_small_widths(left)
+        if operator == "**":
+            require_small(left, right * LARGEST / 1000)
+        if operator == "*":
+            require_small(size(left) * size(right))
+        if operator == "+":
+            require_small(size(left) + size(right))
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, function: Any, /, *arguments: Any, **named: Any) -> Any:
+        """Call a function or method whose arguments ask for nothing too large."""
+        owner = getattr(function, "__self__", None)  # the text whose method is called
+        name = getattr(function, "__name__", "")
+        require_bounded(name, owner, *arguments, *named.values())
+        return super().call(context, function, *arguments, **named)
+
+    def concatenated(self, parts: tuple) -> str:
+        """The parts as one text."""
+        texts = [str(part) for part in parts]
+        require_small(sum(map(len, texts)))
+        return "".join(texts)
+
+
+def bounded(name: str, function: Callable) -> Callable:
+    """A filter whose arguments ask for nothing too large."""
+
+    @wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        values = [*arguments, *named.values()]  # jinja2 may pass things of its own in front
+        require_bounded(name, *(v for v in values if isinstance(v, (str, int, float, list, tuple))))
+        return function(*arguments, **named)
+
+    return call
+
+
+def require_bounded(name: str, *values: Any) -> None:
+    """Refuse numbers that are too large, and texts that make one text too large."""
+    require_small(*(value for value in values if isinstance(value, (int, float))))
+    if name == "format" and values and isinstance(values[0], str):
+        require_small_widths(values[0])
+    if name in ("replace", "join", "translate") and values:
+        sizes = [size(value) for value in values]
+        require_small(sizes[0] * max([1, *sizes[1:]]))
+
+
+def require_small(*numbers: Any) -> None:
+    """Refuse numbers above LARGEST."""
+    for number in numbers:
+        if isinstance(number, (int, float)) and abs(number) > LARGEST:
+            raise SecurityError(f"it asks for more than {LARGEST:,} of something")
+
+
+def require_small_widths(form: str) -> None:
+    """Refuse a format that asks for a very wide field."""
+    require_small(*(int(digits[:12]) for digits in re.findall(r"[0-9]+", form)))
+
+
+def size(value: Any) -> float:
+    """How much of something a value stands for: its length, or itself if it is a number."""
+    if isinstance(value, (int, float)):
+        return abs(value)
+    if isinstance(value, (list, tuple)):
+        return sum(len(part) if isinstance(part, str) else 1 for part in value)
+    return len(value) if hasattr(value, "__len__") else 1
+
+
+@contextmanager
+def within_seconds(seconds: float = SECONDS) -> Iterator[None]:
+    """Raise TimeoutError if the body takes longer, where signals can be used."""
+    can_interrupt = hasattr(signal, "setitimer") and (
+        threading.current_thread() is threading.main_thread()
+    )
+    if not can_interrupt:
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} s")
+
+    handler_before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler_before)

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
-
 from . import __version__
 from .check import CheckOptions, check
 from .engine.plan import PlanOptions, plan
 from .evaluate import EvaluateOptions, evaluate
+from .files import is_out_of_memory
 from .lab.demo import DemoOptions, demo
 from .lab.features import FeaturesOptions, features
 from .lab.grid import ReproduceOptions
@@ -119,26 +118,19 @@ def outcome_of(error: BaseException) -> tuple[int, str]:
         return 141, ""
     if isinstance(error, FloatingPointError):
         return 1, str(error)
-    if isinstance(error, OSError):
-        where = str(error)
-        if error.filename and error.strerror:
-            where = f"{error.filename}: {error.strerror}"
-        return 2, f"{where}; check the path, its permissions and the space left"
     if is_out_of_memory(error):
         return 2, (
             "out of memory; train with --memory, with a smaller --micro-tokens elsewhere,"
             " or look for a huge line in the input"
         )
+    if isinstance(error, OSError):
+        where = str(error)
+        if error.filename and error.strerror:
+            where = f"{error.filename}: {error.strerror}"
+        return 2, f"{where}; check the path, its permissions and the space left"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     raise error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, a GPU or the CPU's allocator has no memory left."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 @contextmanager

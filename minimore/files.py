@@ -8,6 +8,7 @@ of one, also after a power cut. What is read again has a checksum. Standard libr
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import zlib
@@ -21,6 +22,7 @@ from .options import InputError
 Kind = TypeVar("Kind", dict, list)
 
 CHECKSUM = "crc32"  # the key of a file's own checksum
+POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins, which stands for a file
 
 
 # ---- to the disk ---------------------------------------------------------------------------------
@@ -195,6 +197,18 @@ def read_json(path: str | Path, kind: type[Kind] = dict) -> Kind:  # type: ignor
     return value
 
 
+def refuse_pointer(path: str | Path) -> None:
+    """Refuse a Git LFS pointer that stands in the place of a file."""
+    if not os.path.isfile(path):
+        return  # a pipe is read once only
+    with open(path, "rb") as file:
+        is_pointer = file.read(len(POINTER)) == POINTER
+    if is_pointer:
+        raise InputError(
+            f"{path}: is a Git LFS pointer, which stands for the file; fetch it with `git lfs pull`"
+        )
+
+
 def refuse_existing(
     path: str | Path | None, flag: str = "--output", make_parents: bool = False
 ) -> None:
@@ -213,6 +227,29 @@ def refuse_existing(
         parent = parent.parent
     if not parent.is_dir():
         raise InputError(f"{flag} {path}: {parent} is not a directory; make it first")
+
+
+# What systems, allocators and libraries say when there is no memory left.
+SHORTAGE = re.compile(
+    "can(no|')t allocate memory|cannot allocate memory|out of memory|bad_alloc|not enough memory",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, a GPU, the system or a library has no memory left.
+
+    It is no fault of the file that is being read, so whoever blames files asks this first.
+    """
+    is_named_so = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    has_no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return is_named_so or has_no_memory or SHORTAGE.search(str(error)) is not None
+
+
+def blame(error: BaseException) -> None:
+    """Raise an error again that is a shortage of memory, before a file is blamed for it."""
+    if is_out_of_memory(error) and not isinstance(error, InputError):
+        raise error
 
 
 def one_line(error: BaseException) -> str:

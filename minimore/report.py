@@ -12,6 +12,7 @@ from .reward import RewardModel, pair_rewards
 from .tables import Table, number, with_interval
 from .uncertainty import Interval
 
+ROUNDING = 1e-6  # margins below this are what is left of the rounding of two rewards in fp32
 RATES = (
     "accuracy",
     "ece",
@@ -70,9 +71,10 @@ def source_report(margins: np.ndarray, source: Source) -> Report:
     Intervals are 95%, and whole prompts are resampled. ece_debiased is the ECE less what noise adds
     to it; ece_floor is what it would be by noise alone.
 
-    `calibration` is a verdict: "over-confident", "under-confident", or "indistinguishable" from
-    calibrated. In the last case ece_interval is None, because a bootstrap of so small an ECE covers
-    too little. Else it is the interval of ece_debiased.
+    `calibration` is a verdict: "over-confident", "under-confident", "indistinguishable" from
+    calibrated, or "no margins" where all of them are rounding. ece_interval is that of
+    ece_debiased. It is None in the last two cases, because a bootstrap of so small an ECE covers
+    too little.
 
     Baselines on the same pairs: length_accuracy prefers the longer response, counted in characters;
     random_accuracy is 1/2.
@@ -106,7 +108,9 @@ def source_report(margins: np.ndarray, source: Source) -> Report:
         "calibration": "indistinguishable",
         "ece_interval": None,
     }
-    if uncertainty.is_miscalibrated(report["ece"], floor):
+    if np.abs(margins).max() < ROUNDING:
+        report["calibration"] = "no margins"
+    elif uncertainty.is_miscalibrated(report["ece"], floor):
         confidence = calibration.probability(np.abs(margins)).mean()
         is_over = confidence > report["accuracy"]
         report["calibration"] = "over-confident" if is_over else "under-confident"
@@ -173,6 +177,8 @@ def table(report: Report) -> str:
 
 def verdict(row: Report) -> str:
     """What can be said of a source's calibration."""
+    if row["calibration"] == "no margins":
+        return "no margins beyond rounding: the model tells nothing apart"
     if row["ece_interval"] is None:
         return "indistinguishable from calibrated"
     return f"{with_interval(row['ece_debiased'], row['ece_interval'])} {row['calibration']}"

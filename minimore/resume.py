@@ -26,6 +26,7 @@ from .engine.host import available_memory
 from .engine.optim import AdamW
 from .files import (
     CHECKSUM,
+    blame,
     directory_written_whole,
     file_checksum,
     one_line,
@@ -296,6 +297,7 @@ def check_whole(checkpoint: Path) -> dict[str, Any]:
             facts = read_checked_json(path)
             _check_files(checkpoint, facts)
     except UNREADABLE as error:
+        blame(error)
         raise InputError(
             f"{checkpoint}: not a whole checkpoint ({type(error).__name__}: {one_line(error)});"
             f" {remedy(checkpoint)}"
@@ -344,6 +346,7 @@ def load_state(
         saved_digests, saved_environment = dict(facts["data"]), dict(facts["environment"])
         torch.set_rng_state(tensors["random"])
     except (SafetensorError, *UNREADABLE) as error:
+        blame(error)
         raise InputError(
             f"{checkpoint}: does not fit this run ({type(error).__name__}: {one_line(error)});"
             f" {remedy(checkpoint)}"

@@ -31,7 +31,7 @@ from .engine.streamed import StreamedEngine, open_engine
 from .engine.workload import RunOptions, workload_of
 from .files import checksum, write_json, write_text
 from .metrics import Log, cut_log, progress_line, step_metrics
-from .model.checkpoint import Checkpoint, model_tensors, saved_config, write_config
+from .model.checkpoint import Checkpoint, files_to_save, model_tensors, write_config
 from .model.tensors import STORAGE, write_sharded
 from .model.trunk import replace_parameter
 from .more import MOST_SOURCES, WEIGHTINGS
@@ -266,7 +266,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Train
     check_length(origin.config, options.max_length, origin.directory)
     sources, test_sources = load_sources(options, paths, origin)
     batch_size = batch_size_of(options, len(sources))
-    saved_config(origin)  # what cannot be saved in the end is refused now
+    files_to_save(origin)  # what cannot be saved in the end is refused now
     recipe = choose_recipe(options, origin, sources, batch_size)
     check_recipe(run, recipe)
     model, optimizer = open_trainable(options, origin, recipe)

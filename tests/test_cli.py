@@ -106,7 +106,7 @@ BAD_PAIRS = {
     "an empty object": ([{}], "found keys: none"),
     "a number": ([GOOD | {"chosen": 3}], '"chosen" is 3; expected a string'),
     "null": ([GOOD | {"prompt": None}], '"prompt" is null; expected a string'),
-    "a list that holds no message": ([GOOD | {"chosen": ["x"]}], "expected a string"),
+    "a list that holds no message": ([GOOD | {"chosen": [["x"]]}], "expected a string"),
     "a message without content": (
         [GOOD | {"chosen": [{"role": "user"}]}],
         '"chosen"[0]: "content" is missing; found keys: role',
@@ -117,7 +117,7 @@ BAD_PAIRS = {
     ),
     "a rejected that is a number": (
         [GOOD | {"chosen": [{"role": "user", "content": "x"}], "rejected": 3}],
-        "expected a list of messages",
+        "expected a string, or messages",
     ),
     "a rejected that is missing": (
         [{"chosen": [{"role": "user", "content": "x"}]}],

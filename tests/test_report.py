@@ -4,7 +4,7 @@ import numpy as np
 
 from minimore.comparison import places_of_common_pairs
 from minimore.data.pairs import Source, TokenPair
-from minimore.report import source_report
+from minimore.report import source_report, verdict
 
 
 def source_of(indices):
@@ -29,3 +29,11 @@ def test_the_verdict_says_in_which_direction_probabilities_are_wrong():
     source = source_of(range(3000))
     verdicts = {scale: source_report(scale * true, source)["calibration"] for scale in (3, 1, 0.3)}
     assert verdicts == {3: "over-confident", 1: "indistinguishable", 0.3: "under-confident"}
+
+
+def test_margins_that_are_rounding_are_called_so():
+    """An accuracy of 1 on margins of 1e-16 is no accuracy, and no calibration either."""
+    for scale in (1e-7, 1e-15, 1e-16):
+        row = source_report(np.full(40, scale), source_of(range(40)))
+        assert row["calibration"] == "no margins" and "tells nothing apart" in verdict(row)
+    assert source_report(np.full(40, 1e-3), source_of(range(40)))["calibration"] != "no margins"

@@ -19,6 +19,7 @@ from .records import Pair, read_records, record_pairs
 
 TRUNCATE = ("each", "together")
 TOKENISED_AT_ONCE = 512  # pairs
+CHARACTERS_AT_ONCE = 8_000_000  # of all pairs that wait to be tokenised
 ROLE_MARKS = (":", ">", "]")  # with one of these a prompt may end that a response follows at once
 
 
@@ -142,6 +143,7 @@ def load_source(
     """
     source, records = Source(name), 0
     waiting: list[Pair] = []
+    characters = 0
     for where, record in read_records(path):
         records += 1
         pairs, label_ties = record_pairs(record, where, tokenizer, chat)
@@ -150,9 +152,10 @@ def load_source(
             for response in (pair.chosen, pair.rejected):
                 refuse_doubled_bos(pair.prompt + response, pair.rendered, where, tokenizer)
         waiting += pairs
-        if len(waiting) >= TOKENISED_AT_ONCE:
+        characters += sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+        if len(waiting) >= TOKENISED_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
             _tokenise(source, waiting, tokenizer, max_length, truncate)
-            waiting = []
+            waiting, characters = [], 0
     _tokenise(source, waiting, tokenizer, max_length, truncate)
     if not source.pairs:
         reason = "is empty"

@@ -21,17 +21,21 @@ import os
 import re
 import zlib
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
+from ..files import refuse_pointer
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
 from .messages import Messages, is_conversation, messages_of, shown, string_of
 
 ASSISTANT = ("\n\nAssistant:", "## Assistant:")  # ends the prompt of a dialogue that is given whole
 MOST_RESPONSES = 100  # to one prompt: they make up to 4,950 pairs
+LONGEST_LINE = 8_000_000  # bytes
+LARGEST_LIST = 2_000_000_000  # bytes of a file that is one JSON list
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DATA_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins, which stands for a file
 
 # Other names under which data keep a prompt; what stands in front of one.
 PROMPT_KEYS = ("question", "query", "instruction", "input", "conversations", "messages")
@@ -61,6 +65,13 @@ class Pair(NamedTuple):
         return not (self.chosen.strip() and self.rejected.strip())
 
 
+class Named(NamedTuple):
+    """A value of a record, and what an error calls it."""
+
+    where: str
+    value: Any
+
+
 # ---- from a file to objects ----------------------------------------------------------------------
 
 
@@ -79,11 +90,16 @@ def read_records(path: str) -> Generator[tuple[str, Record], None, None]:
     try:
         refuse_pointer(path)
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-            for line, raw in enumerate(file, 1):
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                if line == 1 and text.lstrip().startswith("["):
-                    yield from _list_items(text + file.read().decode("utf-8"), path)
+            for line, raw in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
+                if line == 1 and raw.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+                    raw += file.read(LARGEST_LIST)
+                    require(len(raw) <= LARGEST_LIST, too_large(path, "a list", LARGEST_LIST))
+                    yield from _list_items(raw.decode("utf-8-sig"), path)
                     return
+                require(
+                    len(raw) <= LONGEST_LINE, too_large(f"{path}:{line}", "a line", LONGEST_LINE)
+                )
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
                 if text.strip():
                     where = f"{path}:{line}"
                     yield where, _object(_parse(text, where, "one object a line"), where)
@@ -95,18 +111,6 @@ def read_records(path: str) -> Generator[tuple[str, Record], None, None]:
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-
-
-def refuse_pointer(path: str) -> None:
-    """Refuse a Git LFS pointer that stands in the place of a file."""
-    if not os.path.isfile(path):
-        return  # a pipe is read once only
-    with open(path, "rb") as file:
-        is_pointer = file.read(len(POINTER)) == POINTER
-    require(
-        not is_pointer,
-        f"{path}: is a Git LFS pointer, which stands for the file; fetch it with `git lfs pull`",
-    )
 
 
 def _data_files(directory: str) -> list[str]:
@@ -123,6 +127,11 @@ def _data_files(directory: str) -> list[str]:
         f"{directory}: holds training and test files ({', '.join(names[:4])}); name the files",
     )
     return [os.path.join(directory, name) for name in names]
+
+
+def too_large(where: str, what: str, most: int) -> str:
+    """What is said of a line, or of a list, that is longer than it may be."""
+    return f"{where}: {what} of more than {most / 1e6:,.0f} million bytes; expected JSON lines"
 
 
 def _list_items(text: str, path: str) -> Iterator[tuple[str, Record]]:
@@ -195,38 +204,41 @@ def record_pairs(
         return _scored_responses(record, where, tokenizer, chat)
     record = with_prompt(record, where, chat)
     chosen, rejected = (_responses(record, key, where) for key in ("chosen", "rejected"))
-    prompt = record.get("prompt")
-    are_messages = any(map(is_conversation, [prompt, *chosen, *rejected]))
+    prompt = Named(f'{where}: "prompt"', record["prompt"]) if "prompt" in record else None
+    values = [named.value for named in (*chosen, *rejected)]
+    are_messages = any(map(is_conversation, [record.get("prompt"), *values]))
     pairs: list[Pair] = []
     for one, other in product(chosen, rejected):
         if tokenizer is not None and (chat or are_messages):
             pairs.append(_conversation_pair(prompt, one, other, where, tokenizer))
         else:
-            pairs.append(_text_pair(prompt, one, other, where))
+            pairs.append(_text_pair(prompt, one, other))
     return pairs, 0
 
 
-def _responses(record: Record, key: str, where: str) -> list[Any]:
+def _responses(record: Record, key: str, where: str) -> list[Named]:
     """The responses under a key, of which each is a string or a conversation."""
     if key not in record:
         text_of(record, key, where)  # says that it is missing
     value = record[key]
     are_several = isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
-    responses = value if are_several else [value]
+    if not are_several:
+        return [Named(f'{where}: "{key}"', value)]
     require(
-        len(responses) <= MOST_RESPONSES,
-        f'{where}: "{key}" holds {len(responses)} responses; expected at most {MOST_RESPONSES}',
+        len(value) <= MOST_RESPONSES,
+        f'{where}: "{key}" holds {len(value)} responses; expected at most {MOST_RESPONSES}',
     )
-    return responses
+    return [Named(f'{where}: "{key}"[{i}]', response) for i, response in enumerate(value)]
 
 
-def _text_pair(prompt: Any, chosen: Any, rejected: Any, where: str) -> Pair:
+def _text_pair(prompt: Named | None, chosen_value: Named, rejected_value: Named) -> Pair:
     """A pair of strings: two responses to a prompt, or whole dialogues."""
-    expected = "a string, or messages"
-    chosen = string_of(chosen, f'{where}: "chosen"', expected)
-    rejected = string_of(rejected, f'{where}: "rejected"', expected)
+    chosen, rejected = (
+        string_of(named.value, named.where, "a string, or messages")
+        for named in (chosen_value, rejected_value)
+    )
     if prompt is not None:
-        return Pair(string_of(prompt, f'{where}: "prompt"', expected), chosen, rejected)
+        return Pair(string_of(prompt.value, prompt.where), chosen, rejected)
     end = prompt_end([chosen, rejected])  # whole dialogues begin with their prompt
     return Pair(chosen[:end], chosen[end:], rejected[end:])
 
@@ -342,19 +354,25 @@ def _ordered(scores: Sequence[float]) -> tuple[list[tuple[int, int]], int]:
 
 
 def _conversation_pair(
-    prompt: Any, chosen: Any, rejected: Any, where: str, tokenizer: Tokenizer
+    prompt: Named | None,
+    chosen_value: Named,
+    rejected_value: Named,
+    where: str,
+    tokenizer: Tokenizer,
 ) -> Pair:
     """A pair of which something is a conversation.
 
     Responses that are conversations with their prompt in them are read as they are, and must agree
     with the prompt if it is given, too.
     """
-    chosen = messages_of(chosen, f'{where}: "chosen"', tokenizer, "assistant")
-    rejected = messages_of(rejected, f'{where}: "rejected"', tokenizer, "assistant")
+    chosen, rejected = (
+        messages_of(named.value, named.where, tokenizer, "assistant")
+        for named in (chosen_value, rejected_value)
+    )
     if prompt is None:
         turns = _shared_turns(chosen, rejected)
         return _render(chosen[:turns], chosen[turns:], rejected[turns:], tokenizer)
-    messages = messages_of(prompt, f'{where}: "prompt"', tokenizer, "user")
+    messages = messages_of(prompt.value, prompt.where, tokenizer, "user")
     begin_with_prompt = [not is_response(response) for response in (chosen, rejected)]
     if not any(begin_with_prompt):
         return _render(messages, chosen, rejected, tokenizer)

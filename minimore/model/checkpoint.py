@@ -48,7 +48,7 @@ from .trunk import ModelConfig, Trunk, replace_parameter
 HEAD = "score.weight"
 CHECKSUMS = "checksums.json"
 HUB_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")  # besides the weights
-NOT_SAVED = ("auto_map", "num_labels", "label2id", "quantization_config")  # keys of config.json
+NOT_SAVED = ("auto_map", "num_labels")  # keys of config.json
 
 Hold = Callable[[str, Tensor], Tensor]  # name and value of a parameter -> what is held of it
 
@@ -123,6 +123,7 @@ class Checkpoint:
                 replace_parameter(trunk, name, hold(name, value) if hold else value)
         head = None
         if self.has_head:
+            self._require_one_label()
             head = self.tensors.read(HEAD, (1, self.config.width), torch.float32)[0].to(device)
         return trunk, head
 
@@ -131,6 +132,14 @@ class Checkpoint:
         for path in sorted(set(self.tensors.files.values())):
             if path.suffix == ".safetensors":
                 require_as_written(path)
+
+    def _require_one_label(self) -> None:
+        """Refuse a classifier of several classes."""
+        labels, *_ = self.tensors.shape(HEAD)
+        require(
+            labels == 1,
+            f"{self.tensors.files[HEAD]}: {HEAD!r} has {labels} labels; a reward model has one",
+        )
 
     def _read(
         self, theirs: str, ours: Sequence[str], trunk: Trunk, dtype: torch.dtype
@@ -183,6 +192,15 @@ def read_config(directory: Path) -> tuple[dict[str, Any], Family, ModelConfig]:
     require_directory_as_written(directory)
     values = read_json(path)
     model_type = values.get("model_type")
+    require(
+        not values.get("quantization_config"),
+        f'{path}: "quantization_config" says that the weights are quantised, which are not read;'
+        " use the checkpoint in float32, float16 or bfloat16; if these weights are, remove the key",
+    )
+    require(
+        "model_type" in values,
+        f'{path}: has no "model_type"; expected one of {", ".join(FAMILIES)}',
+    )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(
             f'{path}: "model_type" is {str(model_type)[:80]!r}; known: {", ".join(FAMILIES)}'
@@ -277,15 +295,22 @@ def write_model(directory: Path, origin: Checkpoint, tensors: Named, dtype: str)
 
 def write_config(directory: Path, origin: Checkpoint, dtype: str) -> None:
     """Write the tokenizer files, checksums.json, and config.json, which comes last."""
-    files = origin.tokenizer.files_to_save(pad_id(origin))
-    config = as_text(saved_config(origin, dtype)).encode()
+    files = files_to_save(origin, dtype)
     checksums = {name: checksum(content) for name, content in files.items()}
     for index in directory.glob("*.index.json"):
         checksums[index.name] = file_checksum(index)
+    write_checked_json(directory / CHECKSUMS, checksums)
     for name, content in files.items():
         write_bytes(directory / name, content)
-    write_checked_json(directory / CHECKSUMS, checksums | {"config.json": checksum(config)})
-    write_bytes(directory / "config.json", config)
+
+
+def files_to_save(origin: Checkpoint, dtype: str = "float32") -> dict[str, bytes]:
+    """The files of a reward model made from this checkpoint, but its weights; config.json is last.
+
+    Raises InputError if they cannot be written, so ask before training.
+    """
+    files = origin.tokenizer.files_to_save(pad_id(origin))
+    return files | {"config.json": as_text(saved_config(origin, dtype)).encode()}
 
 
 def require_directory_as_written(directory: Path) -> None:
@@ -306,14 +331,12 @@ def require_directory_as_written(directory: Path) -> None:
 
 
 def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict[str, Any]:
-    """config.json of a reward model made from this checkpoint.
-
-    Raises InputError if none can be written, so ask before training.
-    """
+    """config.json of a reward model made from this checkpoint. Raises InputError if none can be."""
     ours = {
         "architectures": [origin.family.reward_class],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
+        "problem_type": "regression",  # so that others apply no sigmoid to the reward
         "pad_token_id": pad_id(origin),
         "dtype": dtype,
         "torch_dtype": dtype,

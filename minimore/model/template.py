@@ -38,8 +38,6 @@ PLAIN_TEMPLATE = (
     "{%- endfor -%}"
     r"{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}"
 )
-WITH_BOS = "{{- bos_token -}}"  # in front of a template that does not write the BOS
-
 Message = dict[str, str]  # "role" and "content"
 
 

@@ -9,6 +9,7 @@ import math
 import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,16 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..files import CHECKSUM, checksum, one_line, read_json, write_json, written_whole
+from ..files import (
+    CHECKSUM,
+    blame,
+    checksum,
+    one_line,
+    read_json,
+    refuse_pointer,
+    write_json,
+    written_whole,
+)
 from ..options import InputError, require
 
 WEIGHT_FILES = (
@@ -109,10 +119,15 @@ class Tensors:
         if path.suffix != ".safetensors":
             self._opened[path] = open_bin(path)
             return list(self._opened[path])
+        refuse_pointer(path)
         try:
+            refuse_repeated_names(path)
             with safetensors.safe_open(path, framework="pt") as file:
                 return list(file.keys())
+        except PermissionError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
         except (safetensors.SafetensorError, OSError) as error:
+            blame(error)
             raise InputError(
                 f"{path}: not a whole safetensors file ({one_line(error)}); fetch it again"
             ) from None
@@ -131,6 +146,15 @@ class Tensors:
                 types |= {str(tensor.dtype) for tensor in tensors.values()}
         return sorted(name.removeprefix("torch.") for name in types)
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a stored tensor."""
+        path = self.files[key]
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return tuple(file.get_slice(key).get_shape())
+        tensors = self._opened.get(path) or open_bin(path)
+        return tuple(tensors[key].shape)
+
     def read(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """One tensor as dtype, checked for its shape, its type and finite values.
 
@@ -141,6 +165,7 @@ class Tensors:
         try:
             stored_shape, tensor = self._stored(path, key, shape)
         except (safetensors.SafetensorError, OSError) as error:
+            blame(error)
             raise InputError(
                 f"{path}: {key!r} cannot be read ({one_line(error)}); fetch the file again"
             ) from None
@@ -202,12 +227,15 @@ def open_bin(path: Path) -> dict[str, Tensor]:
     It is unpickled with weights_only, so that nothing in it runs. It is mapped into memory where
     the format allows; the format before torch 1.6 does not.
     """
+    refuse_pointer(path)
+    refuse_compressed(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about old formats
             is_mappable = zipfile.is_zipfile(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable)
     except Exception as error:  # whatever a broken or hostile pickle raises
+        blame(error)
         reason = str(error).split("WeightsUnpickler error:")[-1].split(" Please use")[0]
         raise InputError(
             f"{path}: not a file of tensors ({one_line(ValueError(reason))}); nothing in it was run"
@@ -217,6 +245,45 @@ def open_bin(path: Path) -> dict[str, Tensor]:
     )
     require(are_named, f"{path}: holds something else than named tensors")
     return tensors
+
+
+def refuse_compressed(path: Path) -> None:
+    """Refuse a .bin whose parts are compressed: mapped into memory, they would be read as they are.
+
+    torch writes no such files.
+    """
+    try:
+        with zipfile.ZipFile(path) as parts:
+            are_stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return  # not such a file; whoever opens it says what it is
+    require(
+        are_stored,
+        f"{path}: holds compressed parts; save it again with torch.save, or as safetensors",
+    )
+
+
+def refuse_repeated_names(path: Path) -> None:
+    """Refuse a safetensors file that names a tensor twice, which the format forbids."""
+
+    def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(items)
+        if len(values) < len(items):
+            repeated = Counter(name for name, _ in items).most_common(1)[0][0]
+            raise InputError(f"{path}: names {repeated!r} twice; fetch it again")
+        return values
+
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            return  # safetensors says what is wrong
+        header = file.read(length)
+    try:
+        json.loads(header, object_pairs_hook=once)
+    except InputError:
+        raise
+    except (ValueError, RecursionError):
+        return
 
 
 def is_path(path: Path, question: Callable[[Path], bool]) -> bool:

@@ -7,6 +7,7 @@ markers that a chat template writes are special.
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,15 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as TokenizerFile
 
-from ..files import one_line, read_json
+from ..files import blame, one_line, read_json
 from ..options import InputError, require
-from .template import ChatTemplate, Message, render_plainly, template_text
+from .template import (
+    PLAIN_TEMPLATE,
+    ChatTemplate,
+    Message,
+    render_plainly,
+    template_text,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,9 +35,10 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 REMEDY = (
-    "make a tokenizer.json once with transformers:"
+    "make a tokenizer.json once with transformers (and sentencepiece, tiktoken and protobuf):"
     " AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 )
+MOST_GROWTH = 1000  # how many times as long as a text its normalized form may be
 PAD = "<|pad|>"  # the name of a pad token where there was none
 SPECIAL = (
     "bos_token",
@@ -68,6 +76,7 @@ class Tokenizer:
         self.path = directory / ("vocab.json" if is_vocabulary else "tokenizer.json")
         with self._library_errors("not a usable tokenizer ({})"):
             self.file = open_file(directory, self.files, self.config)
+            self._refuse_dice_and_bombs()
             self.file.no_truncation()  # a file may carry both, left by whoever saved it
             self.file.no_padding()
             self._make_special()
@@ -90,7 +99,24 @@ class Tokenizer:
         except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as error:
+            blame(error)
             raise InputError(f"{self.path}: {message.format(one_line(error))}") from None
+
+    def _refuse_dice_and_bombs(self) -> None:
+        """Refuse a file with which a text is not always the same tokens, or grows without bound."""
+        described = json.loads(self.file.to_str())
+        dropout = described["model"].get("dropout")
+        require(
+            not dropout,
+            f'{self.path}: its model has "dropout" {dropout}, with which the same text becomes'
+            " other tokens every time; set it to null",
+        )
+        growth = math.prod(replacement_lengths(described.get("normalizer")))
+        require(
+            growth <= MOST_GROWTH,
+            f"{self.path}: its normalizer may make a text {growth:,} times as long;"
+            f" expected at most {MOST_GROWTH} times",
+        )
 
     # ---- special tokens ----
 
@@ -156,7 +182,9 @@ class Tokenizer:
 
     def is_doubled(self, text: str) -> bool:
         """Whether a user's text begins with the very BOS that is added in front of it."""
-        return bool(self.bos_text) and text.startswith(self.bos_text or "")
+        # A token that is normalized may have the mark of a space in front of its name.
+        names = [self.bos_text, (self.bos_text or "").lstrip("▁")]
+        return any(name and text.startswith(name) for name in names)
 
     @functools.cached_property
     def markers(self) -> list[str]:
@@ -195,8 +223,9 @@ class Tokenizer:
 
     @functools.cached_property
     def template(self) -> str | None:
-        """The chat template, or None."""
-        return template_text(self.directory, self.files, self.config)
+        """The chat template; None if there is none, or only the plain one that we have saved."""
+        text = template_text(self.directory, self.files, self.config)
+        return None if text and text.endswith(PLAIN_TEMPLATE) else text
 
     @functools.cached_property
     def _chat_template(self) -> ChatTemplate:
@@ -218,24 +247,37 @@ class Tokenizer:
         """The files, changed where another reader would not see the texts as this model does.
 
         The token of id `pad` becomes the pad token; an id without a token (the first free one) gets
-        one. What stands around a text is `bos` in front and nothing behind. Without a
-        tokenizer_config.json one is made that reads tokenizer.json as it is.
+        one. What stands around a text is `bos` in front and nothing behind, around a conversation,
+        too. tokenizer.json is read as it is, whatever class the model had. A model without a chat
+        template gets one that writes what `render_plainly` writes.
         """
         files, pad_text = dict(self.files), self.file.id_to_token(pad)
+        files["chat_template.jinja"] = self._template_to_save().encode("utf-8", "surrogatepass")
         if pad_text is None or self._adds_something_else():
             file = self._as_it_reads(adds_pad=pad_text is None)
             files["tokenizer.json"] = file.to_str(pretty=True).encode("utf-8")
         pad_text = PAD if pad_text is None else pad_text
-        config = self.config
-        if "tokenizer_config.json" not in files:
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
-        for name, values in (
-            ("tokenizer_config.json", config),
-            ("special_tokens_map.json", self.mapped),
-        ):
-            if values and content_of(values.get("pad_token")) != pad_text:
-                files[name] = json_bytes(values | {"pad_token": pad_text})
+        config = self.config or dict(self.special)
+        config = {key: value for key, value in config.items() if key != "chat_template"}
+        if "tokenizer.json" in files:
+            config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        files["tokenizer_config.json"] = json_bytes(config | {"pad_token": pad_text})
+        if self.mapped and content_of(self.mapped.get("pad_token")) != pad_text:
+            files["special_tokens_map.json"] = json_bytes(self.mapped | {"pad_token": pad_text})
         return files
+
+    def _template_to_save(self) -> str:
+        """The chat template, with the BOS in front if it does not write it itself."""
+        bos_text = self.special.get("bos_token") or self.bos_text
+        writes_bos = not self.bos or bos_text is None
+        if self.template is not None and not writes_bos:
+            try:
+                rendered = self.render([{"role": "user", "content": "a"}])
+                writes_bos = rendered.startswith(bos_text or "")
+            except InputError:  # it wants other messages than this one
+                writes_bos = True
+        text = PLAIN_TEMPLATE if self.template is None else self.template
+        return text if writes_bos else "{{- " + json.dumps(bos_text) + " -}}" + text
 
     def _adds_something_else(self) -> bool:
         """Whether tokenizer.json by itself puts something else around a text than `bos`."""
@@ -307,6 +349,16 @@ def kind_by_model(directory: Path) -> str:
     path = directory / "config.json"
     model = read_json(path).get("model_type") if path.is_file() else None
     return f"none, of a {model}" if model in ("gpt_neox", "qwen2", "qwen3") else GPT2[0]
+
+
+def replacement_lengths(normalizer: Any) -> list[int]:
+    """How long the texts are that a normalizer may write in the place of one character."""
+    if not isinstance(normalizer, dict):
+        return []
+    parts = normalizer.get("normalizers")
+    if isinstance(parts, list):
+        return [length for part in parts for length in replacement_lengths(part)]
+    return [max(1, len(normalizer[key])) for key in ("content",) if key in normalizer]
 
 
 def special_names(named: Config) -> tuple[dict[str, str], list[str]]:

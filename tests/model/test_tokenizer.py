@@ -287,6 +287,39 @@ def test_messages_and_strings_mix(open_with, record):
     assert record_pairs(record, "", tokenizer) == expected
 
 
+def edited(open_with, edit):
+    """Open the stored tokenizer with other content in tokenizer.json."""
+    path = open_with().directory / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    edit(content)
+    path.write_text(json.dumps(content), "utf-8")
+    return Tokenizer(path.parent)
+
+
+def test_dropout_is_refused(open_with):
+    assert edited(open_with, lambda content: content["model"].update(dropout=None))
+    with pytest.raises(InputError, match='"dropout" 0.1'):
+        edited(open_with, lambda content: content["model"].update(dropout=0.1))
+
+
+def test_a_normalizer_that_blows_texts_up_is_refused(open_with):
+    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+    normalizer = {"type": "Sequence", "normalizers": [grow] * 3}
+    with pytest.raises(InputError, match="1,000,000,000 times as long"):
+        edited(open_with, lambda content: content.update(normalizer=normalizer))
+
+
+def test_a_bos_that_is_normalized_is_seen_in_a_text(open_with):
+    """As in LLaMA-1's file: what is added reads as "▁<s>", and a text begins with "<s>"."""
+
+    def normalize(content):
+        for token in content["added_tokens"]:
+            token["normalized"] = True
+
+    tokenizer = edited(open_with, normalize)
+    assert tokenizer.is_doubled("<s>Hi") and not tokenizer.is_doubled("Hi <s>")
+
+
 def test_a_doubled_bos_is_refused(open_with, tmp_path):
     with pytest.raises(InputError, match="begins with '<s>', which the tokenizer adds itself"):
         source_of(open_with(), tmp_path, {"prompt": "<s>q", "chosen": "a", "rejected": "b"})

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from checkpoints import (
 from conftest import GOLDENS, open_model
 from safetensors.torch import load_file, save_file
 
-from minimore.model.checkpoint import Checkpoint, random_checkpoint
+from minimore.model.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
 from minimore.model.tensors import STORAGE
 from minimore.options import InputError
 
@@ -139,10 +140,58 @@ def test_a_head_with_two_rows_is_refused(damaged):
     assert_refused(
         damaged(weights=having(score__weight=torch.ones(2, 24))),
         "model.safetensors",
-        "'score.weight'",
-        "(2, 24)",
-        "(1, 24)",
+        "'score.weight' has 2 labels; a reward model has one",
     )
+
+
+def test_a_pointer_in_the_place_of_weights_is_told(damaged):
+    directory = damaged()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
+    (directory / "model.safetensors").write_text(pointer)
+    assert_refused(directory, "model.safetensors", "git lfs pull")
+
+
+def test_a_name_that_stands_twice_is_refused(damaged):
+    directory = damaged()
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].rstrip()
+    header = header[:-1] + b"," + json.dumps({NORM: json.loads(header)[NORM]}).encode()[1:]
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    assert_refused(directory, NORM, "twice")
+
+
+def test_a_flipped_bit_of_saved_weights_is_refused(tmp_path, golden):
+    checkpoint = Checkpoint(str(golden))
+    trunk, head = checkpoint.load()
+    save_checkpoint(tmp_path, checkpoint, trunk, head)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    for place in range(0, len(content), len(content) // 40):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        with pytest.raises(InputError):
+            Checkpoint(str(tmp_path)).load()
+    path.write_bytes(content)
+    Checkpoint(str(tmp_path)).load()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "checksums.json"):
+        content = (tmp_path / name).read_bytes()
+        half = len(content) // 2
+        (tmp_path / name).write_bytes(
+            content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+        )
+        with pytest.raises(InputError):
+            Checkpoint(str(tmp_path))
+        (tmp_path / name).write_bytes(content)
+
+
+def test_no_memory_is_no_fault_of_a_file(damaged, monkeypatch):
+    def no_memory(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("safetensors.safe_open", no_memory)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        Checkpoint(str(damaged()))
 
 
 def test_a_fused_projection_of_another_shape_is_refused(damaged):
@@ -387,6 +436,17 @@ def as_bin(directory, zipped=True, change=lambda tensors: tensors):
         change(tensors), directory / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
     )
     return directory
+
+
+def test_compressed_parts_of_a_bin_are_refused(damaged, tmp_path):
+    """They would be mapped as they are, and the compressed bytes taken for weights."""
+    path = as_bin(damaged()) / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as stored:
+        parts = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as deflated:
+        for name, content in parts.items():
+            deflated.writestr(name, content)
+    assert_refused(path.parent, "pytorch_model.bin", "compressed")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

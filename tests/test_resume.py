@@ -76,6 +76,8 @@ def test_a_crashed_run_resumes_bitwise(world, tmp_path, name, monkeypatch):
     )
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
         "README.md",
+        "chat_template.jinja",
+        "checksums.json",
         "config.json",
         "environment.json",
         "evaluation.json",
@@ -154,6 +156,125 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not(world, tmp_path):
         assert content(run) == whole, name
         assert not list(run.glob("*.partial")) and not training.checkpoints(run)
         recipes_run.append(name)
+
+
+HALF = {"save_steps": 4, "gradient_average": 0.3}
+
+
+@pytest.fixture
+def half(world, tmp_path, monkeypatch):
+    """A run that stopped after step 6, whose last checkpoint is that of step 4."""
+    run = tmp_path / "half"
+    with monkeypatch.context() as patch:
+        real = training.Schedule.sampled_at
+
+        def sampled_at(schedule, step):
+            if step == 7:
+                raise RuntimeError("crash")
+            return real(schedule, step)
+
+        patch.setattr(training.Schedule, "sampled_at", sampled_at)
+        with pytest.raises(RuntimeError, match="crash"):
+            train(options(world, run, **HALF))
+    assert [checkpoint.name for checkpoint in training.checkpoints(run)] == ["checkpoint-4"]
+    assert (run / "metrics.jsonl").read_text().count("\n") == 6
+    return run
+
+
+def continued(world, run):
+    return train(options(world, run, resume=True, **HALF))
+
+
+def test_a_continued_run_is_the_whole_run_and_nothing_less(world, half, tmp_path, monkeypatch):
+    """Its mutant: a resume that puts nothing back but the step and the weights is noticed."""
+    assert train(options(world, tmp_path / "whole", **HALF)) == 0
+    mutant = Path(shutil.copytree(half, tmp_path / "mutant"))
+    assert continued(world, half) == 0
+    assert content(half) == content(tmp_path / "whole")
+
+    def forgetful(continued_training, checkpoint, facts):
+        continued_training.first_step = facts["step"] + 1
+        continued_training.optimizer.steps = facts["step"]
+
+    monkeypatch.setattr(training, "restore", forgetful)
+    assert continued(world, mutant) == 0
+    assert content(mutant) != content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("MKL_CBWR", "COMPATIBLE"),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2"),
+        ("ATEN_CPU_CAPABILITY", "default"),
+    ],
+)
+def test_a_setting_that_changes_bits_is_told(world, half, capsys, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert continued(world, half) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "not bit for bit" in line]
+    assert len(said) == 1 and name in said[0] and value in said[0]
+
+
+def test_another_torch_and_another_processor_are_told(world, half, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    monkeypatch.setattr("minimore.resume.processor", lambda: "another processor")
+    assert continued(world, half) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "not bit for bit" in line]
+    assert "another processor" in said[0] and "torch" in said[0] and "'2.99.0'" in said[0]
+
+
+def test_the_same_machine_is_not_mentioned(world, half, capsys):
+    assert continued(world, half) == 0
+    assert "not bit for bit" not in capsys.readouterr().out
+
+
+LOGS = {
+    "a line is gone": lambda lines: lines[:1] + lines[2:],
+    "a line stands twice": lambda lines: lines[:2] + lines[1:],
+    "a number is another": lambda lines: [lines[0].replace("0", "1", 1), *lines[1:]],
+    "it is empty": lambda lines: [],
+    "two lines are swapped": lambda lines: [lines[1], lines[0], *lines[2:]],
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_a_log_that_is_another_is_refused(world, half, name):
+    path = half / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(LOGS[name](lines)))
+    with pytest.raises(InputError, match="not the log of this run's first 4 steps"):
+        continued(world, half)
+
+
+def test_a_log_that_was_removed_begins_anew(world, half, capsys):
+    (half / "metrics.jsonl").unlink()
+    assert continued(world, half) == 0
+    assert "the log begins after step 4" in capsys.readouterr().out
+    first = json.loads((half / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 5
+
+
+def test_a_test_file_that_is_a_training_file_is_refused(world, tmp_path):
+    train_path, _ = world[1]["ana"]
+    same = train_path.parent / "." / train_path.name
+    for sources in (
+        (f"ana={train_path},{same}",),
+        (f"ana={train_path}", f"ben={world[1]['ben'][0]},{train_path}"),
+    ):
+        with pytest.raises(InputError, match="is both training and test file"):
+            train(options(world, tmp_path / "run", source=sources))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_memory_on_resume_blames_no_checkpoint(world, half, monkeypatch):
+    def no_memory(path):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory")
+
+    monkeypatch.setattr("minimore.resume.load_file", no_memory)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        continued(world, half)
+    assert training.checkpoints(half)
 
 
 def test_changed_options_and_changed_data_are_refused(world, tmp_path, monkeypatch):

@@ -299,7 +299,7 @@ def write_config(directory: Path, origin: Checkpoint, dtype: str) -> None:
     checksums = {name: checksum(content) for name, content in files.items()}
     for index in directory.glob("*.index.json"):
         checksums[index.name] = file_checksum(index)
-    write_checked_json(directory / CHECKSUMS, checksums)
+    write_checked_json(directory / CHECKSUMS, dict(sorted(checksums.items())))
     for name, content in files.items():
         write_bytes(directory / name, content)
 

@@ -1,0 +1,105 @@
+"""One flipped bit in a file that we wrote is noticed, or changes no number that we print.
+
+MINIMORE_FLIPS=500 flips so many bits of every kind of directory; otherwise some.
+"""
+
+import os
+import random
+import shutil
+
+import pytest
+from runs import content, options
+
+import minimore.train as training
+from minimore.cli import main
+from minimore.lab.features import load_features
+from minimore.options import InputError
+from minimore.train import train
+
+FLIPS = int(os.environ.get("MINIMORE_FLIPS", 24))
+# What nobody reads again: a log of a finished run, a model card, what the machine was.
+NOT_READ = {"metrics.jsonl", "README.md", "environment.json", "evaluation.json"}
+
+
+def flipped_copies(directory, tmp_path, chance):
+    """Copies of a directory with one flipped bit each, and the name of the file that has it."""
+    names = sorted(
+        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
+    )
+    names = [name for name in names if name not in NOT_READ]
+    for flip in range(FLIPS):
+        name = names[flip % len(names)]
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(directory, copy)
+        data = bytearray((copy / name).read_bytes())
+        # Half of them in the beginning, where headers are.
+        end = len(data) if flip % 2 else min(len(data), 400)
+        data[chance.randrange(end)] ^= 1 << chance.randrange(8)
+        (copy / name).write_bytes(data)
+        yield copy, name
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert train(options(world, run)) == 0
+    return run
+
+
+def score(run, world, out, capsys):
+    out.unlink(missing_ok=True)
+    path = str(world[1]["ana"][1])
+    code = main(["score", "--model", str(run), "--input", path, "--output", str(out)])
+    said = capsys.readouterr().err
+    assert code == 0 or (code == 2 and said.count("\n") == 1), said
+    return out.read_bytes() if code == 0 else None
+
+
+@pytest.mark.slow
+def test_a_finished_model(world, finished, tmp_path, capsys):
+    expected = score(finished, world, tmp_path / "out", capsys)
+    refused = 0
+    for copy, name in flipped_copies(finished, tmp_path, random.Random(0)):
+        scores = score(copy, world, tmp_path / "out", capsys)
+        assert scores in (None, expected), name
+        refused += scores is None
+    assert refused > FLIPS / 2
+
+
+@pytest.mark.slow
+def test_a_checkpoint(world, tmp_path, monkeypatch):
+    changes = {"save_steps": 4}
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    assert train(options(world, whole, **changes)) == 0
+    real = training.Schedule.sampled_at
+
+    def sampled_at(schedule, step):
+        if step == 6 and schedule.options.output == str(half):
+            raise RuntimeError("crash")
+        return real(schedule, step)
+
+    monkeypatch.setattr(training.Schedule, "sampled_at", sampled_at)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(options(world, half, **changes))
+    for copy, name in flipped_copies(half, tmp_path, random.Random(1)):
+        try:
+            assert train(options(world, copy, resume=True, **changes)) == 0
+        except InputError:
+            continue
+        assert content(copy) == content(whole), name
+
+
+def test_stored_features(world, tmp_path, capsys):
+    directory, paths = world
+    command = ["features", "--model", str(directory / "model"), "--output", str(tmp_path / "f")]
+    for name, (train_path, test_path) in paths.items():
+        command += ["--source", f"{name}={train_path},{test_path}"]
+    assert main(command) == 0
+    for copy, name in flipped_copies(tmp_path / "f", tmp_path, random.Random(2)):
+        with pytest.raises(InputError):
+            load_features(str(copy))
+        (copy / "features.json").unlink()  # as if it had been interrupted
+        assert main([*command[:4], str(copy), *command[5:]]) == 0
+        for file in copy.glob("*.safetensors"):
+            assert file.read_bytes() == (tmp_path / "f" / file.name).read_bytes(), name

@@ -107,7 +107,7 @@ def outcome_of(error: BaseException) -> tuple[int, str]:
     """The exit code of an error and its one line; what no user can cause is raised again.
 
     2    the user's to mend: input, disk, memory
-    1    a training whose numbers are no longer finite
+    1    a model whose numbers are not finite
     130  Ctrl-C
     141  the reader of our output went away
     """

@@ -22,6 +22,7 @@ from .options import InputError
 Kind = TypeVar("Kind", dict, list)
 
 CHECKSUM = "crc32"  # the key of a file's own checksum
+CHECKSUMS = "checksums.json"  # the checksums of other files of a directory
 POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins, which stands for a file
 
 
@@ -86,10 +87,13 @@ def sweep(directory: Path) -> None:
 def make_directory(path: Path) -> None:
     """Make a directory and those above it, unless they are there, and bring them to the disk."""
     path = path.absolute()
-    if not path.is_dir():
-        make_directory(path.parent)
-        path.mkdir(exist_ok=True)
-        to_disk(path.parent)
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        to_disk(directory.parent)
 
 
 def to_disk(path: Path) -> None:
@@ -174,7 +178,9 @@ def read_checked_json(path: str | Path) -> dict[str, Any]:
     value = read_json(path)
     stored = value.pop(CHECKSUM, None)
     if stored is None or stored != checksum(as_text(value).encode()):
-        raise InputError(f"{path}: is not as it was written: its checksum is another or missing")
+        raise InputError(
+            f"{path}: is not as it was written: its checksum is another or missing; restore it"
+        )
     return value
 
 
@@ -195,6 +201,29 @@ def read_json(path: str | Path, kind: type[Kind] = dict) -> Kind:  # type: ignor
         expected = "object" if kind is dict else "list"
         raise InputError(f"{path}: holds {type(value).__name__}; expected a JSON {expected}")
     return value
+
+
+def write_checksums(directory: Path, checksums: dict[str, str]) -> None:
+    """Write checksums.json; checksums: that of every file by its path in the directory."""
+    write_checked_json(directory / CHECKSUMS, dict(sorted(checksums.items())))
+
+
+def require_directory_as_written(directory: Path) -> None:
+    """Refuse a file that checksums.json lists, if there is one, and that is not as it was written.
+
+    Weights carry a checksum of their own.
+    """
+    path = directory / CHECKSUMS
+    if not path.is_file():
+        return
+    for name, stored in read_checked_json(path).items():
+        file = directory / name
+        is_inside = ".." not in Path(name).parts and not Path(name).is_absolute()
+        if not is_inside or not file.is_file() or file_checksum(file) != stored:
+            raise InputError(
+                f"{file}: is not as it was written: its checksum is another; restore it, or remove"
+                f" {path} to take the directory as it is"
+            )
 
 
 def refuse_pointer(path: str | Path) -> None:

@@ -253,7 +253,7 @@ def checkpoints(run: Path) -> list[Path]:
     directories = [
         path
         for path in run.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name)
+        if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name) and path.is_dir()
     ]
     return sorted(directories, key=step_of)
 

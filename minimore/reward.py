@@ -4,6 +4,7 @@ S texts, B pairs, D width.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from .data.pairs import (
     batches_by_length,
     pack_pairs,
 )
-from .files import read_json
+from .files import CHECKSUM, read_checked_json, read_json
 from .model.attention import Stream, pack
 from .model.checkpoint import Checkpoint
 from .model.trunk import ModelConfig, Trunk
@@ -168,15 +169,18 @@ class ReadingOptions(ModelOptions):
     def rules(self, checkpoint: Checkpoint) -> TextRules:
         """How texts become token ids: as asked, else as the run was trained, else as by default."""
         check_ranges(self)
-        directory = checkpoint.directory
+        directory = Path(os.path.realpath(checkpoint.directory))
         run = directory.parent if directory.name.startswith("checkpoint-") else directory
         path = run / "options.json"
         stored = read_json(path) if path.is_file() else {}
-        max_length, truncate = stored.get("max_length"), stored.get("truncate")
-        if type(max_length) is not int or max_length < 1:
-            max_length = DEFAULT_MAX_LENGTH
-        if truncate not in TRUNCATE:
-            truncate = "each"
+        max_length = stored.get("max_length", DEFAULT_MAX_LENGTH)
+        truncate = stored.get("truncate", "each")
+        is_ours = type(max_length) is int and max_length >= 1 and truncate in TRUNCATE
+        require(
+            is_ours and (CHECKSUM not in stored or read_checked_json(path)),
+            f'{path}: "max_length" or "truncate" is not that of a run; restore it, or give'
+            " --max-length and --truncate in a directory without it",
+        )
         max_length = self.max_length or max_length
         check_length(checkpoint.config, max_length, directory)
         chat = self.chat or stored.get("chat") is True

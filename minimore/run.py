@@ -21,7 +21,14 @@ except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
 from .engine.recipe import Recipe
-from .files import make_directory, one_line, read_json, sweep, write_json
+from .files import (
+    make_directory,
+    one_line,
+    read_checked_json,
+    sweep,
+    write_checked_json,
+    write_json,
+)
 from .model.checkpoint import Checkpoint
 from .options import InputError, flag_of, require
 from .resume import checkpoints, environment, remove
@@ -79,7 +86,7 @@ def open_run(options: Any) -> Path | None:
 
 def _require_same_options(run: Path, options: Any) -> None:
     """Refuse options other than those with which the run began."""
-    wanted, stored = as_json(options), read_json(run / "options.json")
+    wanted, stored = as_json(options), read_checked_json(run / "options.json")
     for key in sorted(wanted.keys() | stored.keys() - {"recipe"}):
         require(
             key in MAY_CHANGE or wanted.get(key) == stored.get(key),
@@ -141,7 +148,7 @@ def stored_recipe(run: Path) -> dict[str, Any]:
     path = run / "options.json"
     if not path.is_file():
         return {}
-    recipe: Any = read_json(path).get("recipe")
+    recipe: Any = read_checked_json(path).get("recipe")
     try:
         Recipe(**recipe | {"offload": tuple(recipe["offload"])}).check()
     except (InputError, TypeError, KeyError) as error:
@@ -179,5 +186,5 @@ def start_run(run: Path, options: Any, recipe: Recipe) -> None:
     """Write options.json and environment.json into the directory."""
     sweep(run)
     named = {name: value for name, value in asdict(options).items() if name != "resume"}
-    write_json(run / "options.json", named | {"recipe": asdict(recipe)})
+    write_checked_json(run / "options.json", named | {"recipe": asdict(recipe)})
     write_json(run / "environment.json", environment())

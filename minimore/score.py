@@ -72,8 +72,8 @@ def score(options: ScoreOptions) -> None:
             written_whole(options.output) as unfinished,
             open(unfinished, "x", encoding="utf-8") as file,
         ):
-            for record in scorer.scored(chain([first], records)):
-                file.write(json_line(record) + "\n")
+            for where, record in scorer.scored(chain([first], records)):
+                file.write(json_line(record, where) + "\n")
     print(f"{options.output}: {scorer.counts.line(rules.max_length)}")
     if not checkpoint.has_head:
         print(
@@ -82,9 +82,12 @@ def score(options: ScoreOptions) -> None:
         )
 
 
-def json_line(record: Record) -> str:
+def json_line(record: Record, where: str) -> str:
     """A record as JSON; escapes only where UTF-8 has no bytes for half of a surrogate pair."""
-    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise InputError(f"{where}: holds a number that is not finite; expected JSON") from None
     has_bytes = text.encode("utf-8", "replace").decode() == text
     return text if has_bytes else json.dumps(record)
 
@@ -184,15 +187,15 @@ class Scorer:
     micro_tokens: int
     counts: Counts = field(default_factory=Counts)
 
-    def scored(self, records: Iterable[tuple[str, Record]]) -> Iterator[Record]:
-        """The records with their rewards, in input order; records: ("file:line", record)."""
+    def scored(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
+        """The records ("file:line", record) with their rewards, in input order."""
         remaining = iter(records)
         while located := list(islice(remaining, RECORDS_AT_ONCE)):
             texts = [self._read(where, record) for where, record in located]
             rewards = self._rewards([where for where, _ in located], texts)
-            for (_, record), record_texts, values in zip(located, texts, rewards):
+            for (where, record), record_texts, values in zip(located, texts, rewards):
                 self._count(record, record_texts)
-                yield record | added(record_texts.kind, values)
+                yield where, record | added(record_texts.kind, values)
 
     def _read(self, where: str, record: Record) -> Texts:
         texts = texts_of_record(record, where, self.checkpoint.tokenizer, self.rules.chat)

@@ -22,6 +22,9 @@ from safetensors.torch import load_file, save_file
 from minimore import calibration
 from minimore.cli import VERBS, main
 from minimore.data.world import World
+from minimore.model.checkpoint import Checkpoint
+from minimore.options import InputError
+from minimore.reward import ReadingOptions
 
 GOOD = {"prompt": "amber", "chosen": " basil", "rejected": " cedar"}
 
@@ -59,6 +62,57 @@ def run(world):
     options = "--method more --learning-rate 1e-3 --batch-size 8 --max-length 64 --log-steps 10"
     train(directory / "model", directory / "run", *sources, *options.split())
     return directory / "run"
+
+
+def test_a_loop_of_links_is_refused(run, tmp_path, capsys):
+    loop = tmp_path / "loop.jsonl"
+    loop.symlink_to(loop)
+    refused(capsys, "evaluate", "--model", run, "--source", f"a={loop}")
+
+
+def test_a_deeply_nested_value_is_refused(run, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    for depth in (900, 980, 982, 984, 990):
+        nested = "[" * depth + "]" * depth
+        path.write_text('{"prompt": ' + nested + ', "chosen": "b", "rejected": "c"}\n')
+        refused(capsys, "evaluate", "--model", run, "--source", f"a={path}")
+
+
+def test_what_is_no_json_is_not_written(run, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b", "x": 1e999}\n')
+    arguments = ("--input", tmp_path / "a.jsonl", "--output", tmp_path / "out")
+    assert "not finite" in refused(capsys, "score", "--model", run, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_read_as_it_was_trained_under_every_name(world, run, tmp_path, monkeypatch):
+    out = tmp_path / "short"
+    sources = ("--source", f"a={world[1]['ana'][0]}", "--max-length", "9", "--batch-size", "6")
+    model = str(world[0] / "model")
+    assert main(["train", "--model", model, *sources, "--output", str(out)]) == 0
+    (tmp_path / "link").symlink_to(out)
+    monkeypatch.chdir(out)
+    for name in (str(out), ".", str(tmp_path / "link")):
+        options = ReadingOptions(model=name)
+        assert options.rules(Checkpoint(name)).max_length == 9
+    stored = json.loads((out / "options.json").read_text())
+    (out / "options.json").write_text(json.dumps(stored | {"max_length": "9"}))
+    with pytest.raises(InputError, match="max_length"):
+        ReadingOptions(model=str(out)).rules(Checkpoint(str(out)))
+
+
+def test_a_long_line_and_a_long_path_are_refused(world, run, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "a" * 9_000_000, "chosen": "b", "rejected": "c"}))
+    said = refused(capsys, "evaluate", "--model", run, "--source", f"a={path}")
+    assert "a line of more than 8 million bytes" in said
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        file.write(b"0" * 20_000_000)
+    said = refused(capsys, "evaluate", "--model", run, "--source", f"a={tmp_path / 'a.jsonl.gz'}")
+    assert "8 million bytes" in said
+    deep = tmp_path / "/".join(["a"] * 2000)
+    source = ("--source", f"a={world[1]['ana'][0]}")
+    refused(capsys, "train", "--model", run, *source, "--output", deep)
 
 
 def test_a_pair_of_which_both_sides_were_cut_counts_as_one_truncated_line(run, tmp_path, capsys):

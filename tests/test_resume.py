@@ -440,9 +440,25 @@ def test_an_edited_recipe_is_refused(world, halted, tmp_path, name, memory):
     stored, edited = json.loads((run / "options.json").read_text()), RECIPE_EDITS[name]
     recipe = stored.pop("recipe")
     stored |= {} if edited is ... else {"recipe": recipe | edited if edited else edited}
-    (run / "options.json").write_text(json.dumps(stored))
+    del stored["crc32"]
+    write_checked_json(run / "options.json", stored)
     with pytest.raises(InputError, match='"recipe" is not that of a run'):
         train(options(world, run, save_steps=2, gradient_average=0.5, resume=True, memory=memory))
+
+
+def test_options_that_were_edited_blame_no_checkpoint(world, halted, tmp_path):
+    run = Path(shutil.copytree(halted, tmp_path / "run"))
+    stored = json.loads((run / "options.json").read_text())
+    stored["recipe"]["moments"] = "int8"
+    (run / "options.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="options.json: is not as it was written"):
+        train(options(world, run, save_steps=2, gradient_average=0.5, resume=True))
+
+
+def test_a_plain_file_is_no_checkpoint(world, halted, tmp_path):
+    run = Path(shutil.copytree(halted, tmp_path / "run"))
+    (run / "checkpoint-99").touch()
+    assert train(options(world, run, save_steps=2, gradient_average=0.5, resume=True)) == 0
 
 
 def test_a_checkpoint_of_an_older_version_is_not_called_damaged(world, halted, tmp_path):

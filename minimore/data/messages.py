@@ -32,7 +32,10 @@ ROLES = {
 
 def shown(value: Any) -> str:
     """The beginning of a value, as an error shows it."""
-    return json.dumps(value, ensure_ascii=False)[:60]
+    try:
+        return json.dumps(value, ensure_ascii=False)[:60]
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
 
 
 def string_of(value: Any, where: str, expected: str = "a string") -> str:

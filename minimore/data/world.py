@@ -26,7 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..calibration import probability
-from ..files import make_directory, write_bytes, written_whole
+from ..files import file_checksum, make_directory, write_bytes, write_checksums, written_whole
 from ..model.checkpoint import random_checkpoint
 from ..options import require
 from .records import Pair
@@ -204,6 +204,10 @@ class World:
             texts += lines[:TOKENIZER_LINES]
         tokenizer = directory / "tokenizer.json"
         train_tokenizer(texts, tokenizer)
+        files = [tokenizer, *(path for both in paths.values() for path in both)]
+        write_checksums(
+            directory, {str(path.relative_to(directory)): file_checksum(path) for path in files}
+        )
         random_checkpoint(directory / "model", small_gpt_neox(), tokenizer, self.seed)
         return paths
 

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.pairs import load_source
@@ -108,6 +109,8 @@ def real_workload(options: PlanOptions, tokenizer: Tokenizer) -> Workload:
     """The workload of the files that --source names."""
     paths = parse_sources(options.source)
     batch_size = batch_size_of(options, len(paths))
+    for name, (_, test) in paths.items():
+        require(test is None or Path(test).exists(), f"--source {name}: {test}: no such file")
     sources = [
         load_source(name, train, tokenizer, *options.rules) for name, (train, _) in paths.items()
     ]

@@ -26,6 +26,7 @@ from ..files import (
     directory_written_whole,
     make_directory,
     read_checked_json,
+    require_directory_as_written,
     write_checked_json,
 )
 from ..model.checkpoint import Checkpoint, random_checkpoint
@@ -150,6 +151,7 @@ def prepare(cell: Cell) -> None:
         make_directory(world_directory.parent)
         with directory_written_whole(world_directory) as unfinished:
             world.write(unfinished)
+    require_directory_as_written(world_directory)
     if not model.exists():
         config = small_gpt_neox(width=int(cell.at["size"]))
         tokenizer = world_directory / "tokenizer.json"

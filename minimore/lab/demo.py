@@ -14,7 +14,7 @@ from ..calibration import pair_ece
 from ..data.pairs import load_source
 from ..data.world import Paths, World
 from ..files import refuse_existing, write_json
-from ..options import option
+from ..options import Range, check_ranges, option
 from ..report import evaluate_sources
 from ..reward import ModelOptions, device_of, open_reward_model
 from ..tables import Table
@@ -33,7 +33,7 @@ class DemoOptions:
         None, value="DIR", help="directory to make (default: demo, demo-2, ... whichever is free)"
     )
     seed: int = option(0, help="seeds the world, the model and the order of the data")
-    pairs: int = option(3200, help="training pairs of each annotator")
+    pairs: int = option(3200, within=Range(least=10), help="training pairs of each annotator")
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute")
 
 
@@ -42,6 +42,7 @@ def demo(options: DemoOptions) -> int:
 
     Compare both with what is possible. Returns the exit code.
     """
+    check_ranges(options)
     device_of(options)
     name = options.output if options.output is not None else free_name()
     refuse_existing(name, make_parents=True)
@@ -161,5 +162,6 @@ def weights_table(weights: Mapping[str, list[float]]) -> Table:
     """The mean weight of every source in each fifth of a run."""
     table = Table("annotator", "1st", "2nd", "3rd", "4th", "5th")
     for name, values in weights.items():
-        table.add(name, *(f"{part.mean():.3f}" for part in np.array_split(values, 5)))
+        fifths = np.array_split(values, 5)  # of fewer than five steps, some are empty
+        table.add(name, *(f"{part.mean():.3f}" if len(part) else None for part in fifths))
     return table

@@ -350,7 +350,7 @@ def checked_cells(options: ReproduceOptions) -> list[Cell]:
 
 def _check_widths(options: ReproduceOptions) -> None:
     for width in options.width:
-        require(1 <= width <= 4096, f"--width {width}: expected 1 to 4096")
+        require(16 <= width <= 4096, f"--width {width}: expected 16 to 4096")
         require(
             width % 8 == 0,
             f"--width {width}: expected a multiple of 8 (four heads, which rotate by pairs)",

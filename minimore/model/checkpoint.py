@@ -24,10 +24,10 @@ from ..files import (
     file_checksum,
     make_directory,
     one_line,
-    read_checked_json,
     read_json,
+    require_directory_as_written,
     write_bytes,
-    write_checked_json,
+    write_checksums,
     write_json,
 )
 from ..options import InputError, require
@@ -46,7 +46,6 @@ from .tokenizer import Tokenizer
 from .trunk import ModelConfig, Trunk, replace_parameter
 
 HEAD = "score.weight"
-CHECKSUMS = "checksums.json"
 HUB_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")  # besides the weights
 NOT_SAVED = ("auto_map", "num_labels")  # keys of config.json
 
@@ -299,7 +298,7 @@ def write_config(directory: Path, origin: Checkpoint, dtype: str) -> None:
     checksums = {name: checksum(content) for name, content in files.items()}
     for index in directory.glob("*.index.json"):
         checksums[index.name] = file_checksum(index)
-    write_checked_json(directory / CHECKSUMS, dict(sorted(checksums.items())))
+    write_checksums(directory, checksums)
     for name, content in files.items():
         write_bytes(directory / name, content)
 
@@ -311,23 +310,6 @@ def files_to_save(origin: Checkpoint, dtype: str = "float32") -> dict[str, bytes
     """
     files = origin.tokenizer.files_to_save(pad_id(origin))
     return files | {"config.json": as_text(saved_config(origin, dtype)).encode()}
-
-
-def require_directory_as_written(directory: Path) -> None:
-    """Refuse a file that checksums.json lists, if there is one, and that is not as it was written.
-
-    That is every file of a model but its weights, which carry a checksum of their own.
-    """
-    path = directory / CHECKSUMS
-    if not path.is_file():
-        return
-    for name, stored in read_checked_json(path).items():
-        file = directory / name
-        require(
-            Path(name).name == name and file.is_file() and file_checksum(file) == stored,
-            f"{file}: is not as it was written: its checksum is another; restore it, or remove"
-            f" {path} to take the directory as it is",
-        )
 
 
 def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict[str, Any]:

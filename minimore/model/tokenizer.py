@@ -8,6 +8,7 @@ markers that a chat template writes are special.
 import functools
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +96,8 @@ class Tokenizer:
         the system asked for is no fault of a file.
         """
         try:
-            yield
+            with without_panic_messages():
+                yield
         except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as error:
@@ -298,6 +300,26 @@ class Tokenizer:
                 special_tokens=list(zip(names, self.bos)),
             )
         return file
+
+
+@contextmanager
+def without_panic_messages() -> Iterator[None]:
+    """Within, nothing is written to the process's own stderr, as Rust does where it panics.
+
+    The text of a panic is also that of the exception that it becomes.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 # ---- opening -------------------------------------------------------------------------------------

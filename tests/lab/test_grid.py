@@ -152,8 +152,9 @@ def test_models_and_sources_that_do_not_fit_are_refused(refused, real, tmp_path)
 
 
 def test_options_out_of_range_are_refused(refused):
-    assert "multiple of 8" in refused("table2", "--width", 12)
-    assert "--width 5000: expected 1 to 4096" in refused("table2", "--width", 5000)
+    assert "multiple of 8" in refused("table2", "--width", 20)
+    assert "16 to 4096" in refused("table2", "--width", 8)
+    assert "--width 5000: expected 16 to 4096" in refused("table2", "--width", 5000)
     assert "--seeds 0: expected 1 to 1000" in refused("table2", "--seeds", 0)
     assert "given twice" in refused("table2", "--width", 16, "--width", 16)
     for flag, value in (

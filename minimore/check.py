@@ -12,6 +12,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .files import one_line, refuse_existing, write_json
 from .model.attention import pack
 from .model.checkpoint import Checkpoint, pad_id
 from .model.families import LANGUAGE_HEADS
+from .model.tokenizer import Tokenizer
 from .model.trunk import Trunk
 from .options import InputError, check_ranges, option, require
 from .reward import ModelOptions, RewardModel, load_reward_model, text_rewards
@@ -321,7 +323,7 @@ def check_parity(
             f"{checkpoint.directory}: a hidden state is not finite;"
             " these weights or their config.json are damaged"
         )
-    same_ids, words = compare_ids(checkpoint, their_ids)
+    same_ids, words = compare_ids(our_ids(checkpoint.tokenizer), their_ids, checkpoint.tokenizer)
     agrees = difference < AGREE and same_ids is not False
     figures = {
         "transformers": version,
@@ -336,35 +338,74 @@ def check_parity(
     return figures, line if agrees else f"FAILED: {line}"
 
 
-def compare_ids(checkpoint: Checkpoint, theirs: list[int] | None) -> tuple[bool | None, str]:
-    """Whether two tokenizers read the paragraph alike.
+# Texts that tokenizers read differently if they clean, normalize or split differently.
+ODD_TEXTS = {
+    "paragraph": PARAGRAPH,
+    "white space": "  two  spaces,\n\n\ta tab and a line\r\n end ",
+    "letters": "Grüße, İstanbul, ﬁn, e\u0301, 你好, ①, 🌱👩‍🚀",
+    "code": "if x<1: print('a-b', [1], 0xFF, 1000000)",
+}
+CONVERSATION = [
+    {"role": "user", "content": "What is 2+2? "},
+    {"role": "assistant", "content": "It is 4."},
+]
 
-    What theirs adds behind a text, an EOS for example, is no part of it.
+Ids = dict[str, list[int] | None]  # by the name of a text; None where there are none
+
+
+def our_ids(tokenizer: Tokenizer) -> Ids:
+    """Our ids of ODD_TEXTS, and of a conversation by the chat template."""
+    ids: Ids = dict(zip(ODD_TEXTS, tokenizer.encode(list(ODD_TEXTS.values()))))
+    try:
+        rendered = tokenizer.render(CONVERSATION)
+    except InputError:  # the template wants other messages
+        return ids
+    return ids | {"conversation": tokenizer.encode([rendered], rendered=True)[0]}
+
+
+def compare_ids(ours: Ids, theirs: Ids, tokenizer: Tokenizer) -> tuple[bool | None, str]:
+    """Whether two tokenizers read all texts alike, and in words where they do not.
+
+    What theirs adds behind a text, an EOS for example, is no part of it. In front of a conversation
+    transformers adds no BOS that the template does not write.
     """
-    ours = checkpoint.tokenizer.encode([PARAGRAPH])[0]
-    if theirs is None:
+    remarks = []
+    for name, mine in ours.items():
+        other = theirs.get(name)
+        if mine is None or other is None:
+            continue
+        if name == "conversation" and tokenizer.bos and mine == tokenizer.bos + other:
+            remarks.append("in front of a conversation it adds no BOS, as is done here")
+        elif other[: len(mine)] != mine:
+            return False, f"token ids of the {name} differ{first_difference(mine, other)}"
+    compared = [name for name in ours if theirs.get(name) is not None]
+    if not compared:
         return None, "its tokenizer was not compared: it opens none here"
-    if theirs == ours:
-        return True, f"the same {len(ours)} token ids"
-    if theirs[: len(ours)] == ours:
-        return True, f"the same {len(ours)} token ids, behind which it adds {theirs[len(ours) :]}"
+    behind = (theirs.get("paragraph") or [])[len(ours["paragraph"] or []) :]
+    if behind:
+        remarks.append(f"it adds {behind} behind a text")
+    words = f"the same token ids of {', '.join(compared)}"
+    return True, "; ".join([words, *remarks])
+
+
+def first_difference(ours: list[int], theirs: list[int]) -> str:
+    """Where two lists of ids begin to differ, in words."""
     place = 0
     while place < min(len(ours), len(theirs)) and ours[place] == theirs[place]:
         place += 1
     return (
-        False,
-        f"token ids differ from place {place} on:"
-        f" theirs {theirs[place : place + 4]}, ours {ours[place : place + 4]}",
+        f" from place {place} on: theirs {theirs[place : place + 4]},"
+        f" ours {ours[place : place + 4]}"
     )
 
 
 def transformers_states(
     directory: Path, texts: Mapping[str, list[int]], device: torch.device
-) -> tuple[str, Tensor, list[int] | None]:
+) -> tuple[str, Tensor, Ids]:
     """transformers' version, its hidden states and its token ids.
 
-    The states are final ones of all texts, (N, D). The ids are those of the paragraph, or None if
-    transformers has no tokenizer for this directory.
+    The states are final ones of all texts, (N, D). The ids are those of ODD_TEXTS and of the
+    conversation, as far as transformers has a tokenizer, and a template, for this directory.
     """
     import transformers
 
@@ -374,11 +415,14 @@ def transformers_states(
     model = transformers.AutoModel.from_pretrained(directory, dtype=torch.float32, **local)
     model = model.to(device).eval()
     states = torch.cat([last_states(model, ids, device) for ids in texts.values()])
-    try:
+    ids: Ids = {}
+    # Without a tokenizer of a class that it knows, or without a template, it raises what it likes.
+    with suppress(Exception):
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **local)
-        ids = tokenizer(PARAGRAPH).input_ids
-    except Exception:  # a tokenizer.json that it knows no class for, say
-        ids = None
+        ids |= {name: tokenizer(text).input_ids for name, text in ODD_TEXTS.items()}
+        ids["conversation"] = list(
+            tokenizer.apply_chat_template(CONVERSATION, return_dict=False)  # type: ignore[arg-type]
+        )
     return transformers.__version__, states, ids
 
 

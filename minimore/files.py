@@ -91,9 +91,16 @@ def make_directory(path: Path) -> None:
     while not path.is_dir():
         missing.append(path)
         path = path.parent
-    for directory in reversed(missing):
-        directory.mkdir(exist_ok=True)
-        to_disk(directory.parent)
+    made = []
+    try:
+        for directory in reversed(missing):
+            directory.mkdir(exist_ok=True)
+            made.append(directory)
+            to_disk(directory.parent)
+    except OSError:  # too long, say
+        for directory in reversed(made):
+            directory.rmdir()
+        raise
 
 
 def to_disk(path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import minimore.check
 from minimore.alignment.policy import LanguageModel, token_losses
-from minimore.check import PARAGRAPH, example_ids
+from minimore.check import PARAGRAPH, example_ids, our_ids
 from minimore.cli import main
 from minimore.model.checkpoint import Checkpoint, save_checkpoint
 
@@ -146,18 +146,38 @@ def test_a_difference_is_an_error(transformers, golden, tmp_path, monkeypatch, c
 
 def test_other_token_ids_are_said(transformers, golden, tmp_path, monkeypatch, capsys):
     theirs = minimore.check.transformers_states
+    other_ids = {}
     monkeypatch.setattr(
-        "minimore.check.transformers_states", lambda *a: (*theirs(*a)[:2], [5, 6, 7])
+        "minimore.check.transformers_states",
+        lambda *a: (*theirs(*a)[:2], theirs(*a)[2] | other_ids),
     )
+    other_ids |= {"letters": [5, 6, 7]}
     assert page(golden, tmp_path, code=1)["parity"]["same_ids"] is False
     said = capsys.readouterr()
-    assert "differ from place 0 on: theirs [5, 6, 7]" in said.out and said.err.count("\n") == 1
-    ours = Checkpoint(str(golden)).tokenizer.encode([PARAGRAPH])[0]
-    monkeypatch.setattr(
-        "minimore.check.transformers_states", lambda *a: (*theirs(*a)[:2], ours + [2])
-    )
+    assert "of the letters differ from place 0 on: theirs [5, 6, 7]" in said.out
+    assert said.err.count("\n") == 1
+    tokenizer = Checkpoint(str(golden)).tokenizer
+    ours = our_ids(tokenizer)
+    other_ids |= ours | {"paragraph": [*ours["paragraph"], 2]}
     assert page(golden, tmp_path)["parity"]["same_ids"] is True
-    assert "behind which it adds [2]" in capsys.readouterr().out
+    assert "it adds [2] behind a text" in capsys.readouterr().out
+    other_ids |= {"conversation": ours["conversation"][len(tokenizer.bos) :]}
+    assert page(golden, tmp_path)["parity"]["same_ids"] is True
+    if tokenizer.bos:
+        assert "it adds no BOS" in capsys.readouterr().out
+
+
+def test_a_saved_model_is_read_alike_in_texts_and_in_conversations(
+    transformers, golden, tmp_path, capsys
+):
+    checkpoint = Checkpoint(str(golden))
+    save_checkpoint(tmp_path, checkpoint, *checkpoint.load())
+    out = tmp_path / "check.json"
+    assert main(["check", str(tmp_path), "--json", str(out)]) == 0
+    said = capsys.readouterr().out
+    for name in ("paragraph", "white space", "letters", "code", "conversation"):
+        assert name in said.split("same token ids of")[1]
+    assert "no BOS" not in said
 
 
 @pytest.mark.parametrize("damage", [{"lm_head.weight": 1e5}, {"model.norm.weight": 1e38}], ids=str)

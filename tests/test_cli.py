@@ -110,9 +110,10 @@ def test_a_long_line_and_a_long_path_are_refused(world, run, tmp_path, capsys):
         file.write(b"0" * 20_000_000)
     said = refused(capsys, "evaluate", "--model", run, "--source", f"a={tmp_path / 'a.jsonl.gz'}")
     assert "8 million bytes" in said
-    deep = tmp_path / "/".join(["a"] * 2000)
+    deep = tmp_path / "/".join(["a"] * 3000)
     source = ("--source", f"a={world[1]['ana'][0]}")
     refused(capsys, "train", "--model", run, *source, "--output", deep)
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_pair_of_which_both_sides_were_cut_counts_as_one_truncated_line(run, tmp_path, capsys):

@@ -90,6 +90,25 @@ def source_cell(name: str, figures: Mapping[str, Any]) -> str:
     return f"{name} {figures['loss']:.3f} {figures['accuracy']:4.0%} w{figures['weight']:.2f}"
 
 
+def what_is_wrong(record: Mapping[str, Any]) -> str | None:
+    """What a step shows that keeps a model from learning; None if it shows nothing.
+
+    A loss of exactly log 2 on every source means that every margin is zero or rounding.
+    """
+    seen = [figures for figures in record["sources"].values() if figures["pairs"]]
+    if all(figures["gradient_norm"] == 0 for figures in seen):
+        return (
+            "the gradient of the head is zero: all pairs have the same hidden states on both sides;"
+            " is --max-length so short that the responses are cut away?"
+        )
+    if all(abs(figures["loss"] - math.log(2)) < 1e-6 for figures in seen if figures["loss"]):
+        return (
+            "all margins are zero or rounding, so accuracy stays at 1/2: the head is zero, or the"
+            " model sees no difference between the two sides of a pair"
+        )
+    return None
+
+
 # ---- the log -------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from .engine.recipe import Recipe
 from .engine.streamed import StreamedEngine, open_engine
 from .engine.workload import RunOptions, workload_of
 from .files import checksum, write_json, write_text
-from .metrics import Log, cut_log, progress_line, step_metrics
+from .metrics import Log, cut_log, progress_line, step_metrics, what_is_wrong
 from .model.checkpoint import Checkpoint, files_to_save, model_tensors, write_config
 from .model.tensors import STORAGE, write_sharded
 from .model.trunk import replace_parameter
@@ -458,6 +458,9 @@ def loop(training: Training, signals: list[int], watch: Watch | None) -> int:
                 record["evaluation"] = evaluation_of(training)
             record["seconds"] = round(clock.seconds, 3)
             log.append(record)
+            wrong = what_is_wrong(record) if step == training.first_step else None
+            if wrong:
+                print(f"step {step}: {wrong}", flush=True)
             if step % options.log_steps == 0 or step == steps:
                 print(progress_line(record, steps, clock.seconds_left_after(step)), flush=True)
 

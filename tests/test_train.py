@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import minimore.train as training
 from minimore.data.pairs import load_source
 from minimore.data.sampling import epoch_steps
+from minimore.metrics import what_is_wrong
 from minimore.report import evaluate_sources
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
 from minimore.train import Schedule, TrainOptions, learning_rate_at, train
@@ -141,3 +142,19 @@ def test_loss_falls_on_the_training_pairs(world, tmp_path):
     train(options(world, tmp_path / "run", epochs=20, learning_rate=3e-3, schedule="constant"))
     losses = [s["loss"] for s in content(tmp_path / "run")[2]]
     assert np.mean(losses[-10:]) < 0.3 < 0.6 < np.mean(losses[:3])
+
+
+def test_a_head_of_zeros_is_told_at_the_first_step(world, tmp_path, monkeypatch, capsys):
+    """Accuracy that stays at 1/2 has a reason, and the log says it."""
+    monkeypatch.setattr("minimore.reward.fresh_head", lambda width, seed: torch.zeros(width))
+    assert train(options(world, tmp_path / "run")) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "rounding" in line]
+    assert len(said) == 1 and said[0].startswith("step 1: all margins are zero or rounding")
+
+
+def test_a_gradient_of_zero_is_told():
+    source = {"pairs": 2, "loss": 0.7, "gradient_norm": 0.0}
+    absent = {"pairs": 0, "loss": None, "gradient_norm": None}
+    assert "gradient of the head is zero" in what_is_wrong({"sources": {"a": source, "b": absent}})
+    fine = source | {"gradient_norm": 0.1}
+    assert what_is_wrong({"sources": {"a": fine, "b": absent}}) is None

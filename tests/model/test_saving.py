@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import (
@@ -21,7 +22,7 @@ from minimore.model.attention import pack
 from minimore.model.checkpoint import Checkpoint, pad_id, save_checkpoint
 from minimore.model.tensors import SAFETENSORS_TYPES, Lazy, write_tensors
 from minimore.options import InputError
-from minimore.reward import RewardModel
+from minimore.reward import ModelOptions, RewardModel, open_reward_model, text_rewards
 
 # ---- saving --------------------------------------------------------------------------------------
 
@@ -154,6 +155,38 @@ def test_transformers_pads_with_what_the_saved_model_skips(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).logits[:, 0]
         torch.testing.assert_close(logits, ours, atol=2e-5, rtol=2e-5)
+
+
+def test_transformers_and_its_pipeline_score_a_hundred_texts_as_we_do(
+    transformers, golden, tmp_path
+):
+    """One by one, in padded batches, and through a pipeline, as other tools score."""
+    saved = save(golden, tmp_path / "saved")
+    random = np.random.default_rng(0)
+    words = ["good", "bad ", "Grüße", "\n\nHuman:", "2+2", "  ", "answer", "<x>"]
+    texts = [" ".join(random.choice(words, random.integers(1, 20))) for _ in range(100)]
+    model, checkpoint = open_reward_model(ModelOptions(model=str(saved)))
+    expected = text_rewards(model, checkpoint.tokenizer.encode(texts)).numpy()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(saved).eval()
+    for size in (1, 8):
+        rewards = []
+        for start in range(0, 100, size):
+            batch = tokenizer(texts[start : start + size], padding=True, return_tensors="pt")
+            batch.pop("token_type_ids", None)
+            with torch.no_grad():
+                rewards += theirs(**batch).logits[:, 0].tolist()
+        np.testing.assert_allclose(rewards, expected, atol=1e-4)
+    pipeline = transformers.pipeline("text-classification", model=str(saved))
+    scored = [row["score"] for row in pipeline(texts, function_to_apply="none", batch_size=8)]
+    np.testing.assert_allclose(scored, expected, atol=1e-4)
+    conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    ids = tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=False)
+    rendered = checkpoint.tokenizer.render(conversation)
+    with torch.no_grad():
+        reward = theirs(input_ids=ids).logits[0, 0].item()
+    ours = text_rewards(model, checkpoint.tokenizer.encode([rendered], rendered=True)).item()
+    assert reward == pytest.approx(ours, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -1,8 +1,8 @@
-"""Files that last: written whole or not at all, and known to be as they were written.
+"""Files that last: written whole or not at all.
 
 A file is written beside its place, brought to the disk and then renamed into place, and the
 directory is brought to the disk, too. Whoever reads it sees the old file or the new one, never half
-of one, also after a power cut. What is read again has a checksum. Standard library only.
+of one, also after a power cut. Standard library only.
 """
 
 import errno
@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +20,6 @@ from .options import InputError
 
 Kind = TypeVar("Kind", dict, list)
 
-CHECKSUM = "crc32"  # the key of a file's own checksum
-CHECKSUMS = "checksums.json"  # the checksums of other files of a directory
 POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins, which stands for a file
 
 
@@ -119,29 +116,6 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-# ---- checksums -----------------------------------------------------------------------------------
-
-
-def checksum(data: bytes | memoryview, before: str = "0") -> str:
-    """CRC-32 of some bytes, in 8 hexadecimal digits; before: that of the bytes in front of them.
-
-    It finds every flipped bit. It is no protection against somebody who wants to deceive.
-
-    >>> checksum(b"123456789"), checksum(b"6789", checksum(b"12345"))
-    ('cbf43926', 'cbf43926')
-    """
-    return f"{zlib.crc32(data, int(before, 16)):08x}"
-
-
-def file_checksum(path: Path) -> str:
-    """CRC-32 of a file, in 8 hexadecimal digits."""
-    result = checksum(b"")
-    with open(path, "rb") as file:
-        while part := file.read(1 << 24):
-            result = checksum(part, result)
-    return result
-
-
 # ---- text and JSON -------------------------------------------------------------------------------
 
 
@@ -175,22 +149,6 @@ def as_text(value: Any) -> str:
     return text + "\n"
 
 
-def write_checked_json(path: str | Path, value: dict[str, Any]) -> None:
-    """Write a JSON object with a checksum of all the others as its last key."""
-    write_json(path, value | {CHECKSUM: checksum(as_text(value).encode())})
-
-
-def read_checked_json(path: str | Path) -> dict[str, Any]:
-    """Read what `write_checked_json` wrote. Raises InputError for anything else."""
-    value = read_json(path)
-    stored = value.pop(CHECKSUM, None)
-    if stored is None or stored != checksum(as_text(value).encode()):
-        raise InputError(
-            f"{path}: is not as it was written: its checksum is another or missing; restore it"
-        )
-    return value
-
-
 def read_json(path: str | Path, kind: type[Kind] = dict) -> Kind:  # type: ignore[assignment]
     """Read a JSON object (or a list) from a file. Raises InputError for anything else."""
     path = Path(path)
@@ -208,29 +166,6 @@ def read_json(path: str | Path, kind: type[Kind] = dict) -> Kind:  # type: ignor
         expected = "object" if kind is dict else "list"
         raise InputError(f"{path}: holds {type(value).__name__}; expected a JSON {expected}")
     return value
-
-
-def write_checksums(directory: Path, checksums: dict[str, str]) -> None:
-    """Write checksums.json; checksums: that of every file by its path in the directory."""
-    write_checked_json(directory / CHECKSUMS, dict(sorted(checksums.items())))
-
-
-def require_directory_as_written(directory: Path) -> None:
-    """Refuse a file that checksums.json lists, if there is one, and that is not as it was written.
-
-    Weights carry a checksum of their own.
-    """
-    path = directory / CHECKSUMS
-    if not path.is_file():
-        return
-    for name, stored in read_checked_json(path).items():
-        file = directory / name
-        is_inside = ".." not in Path(name).parts and not Path(name).is_absolute()
-        if not is_inside or not file.is_file() or file_checksum(file) != stored:
-            raise InputError(
-                f"{file}: is not as it was written: its checksum is another; restore it, or remove"
-                f" {path} to take the directory as it is"
-            )
 
 
 def refuse_pointer(path: str | Path) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checksums import checksum
 from .engine.cost import in_time
 from .engine.objective import StepResult
-from .files import checksum, to_disk, write_bytes
+from .files import to_disk, write_bytes
 from .more import bradley_terry_losses, head_gradients
 from .options import InputError
 

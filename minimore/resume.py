@@ -22,19 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .checksums import CHECKSUM, file_checksum, read_checked_json, write_checked_json
 from .engine.host import available_memory
 from .engine.optim import AdamW
-from .files import (
-    CHECKSUM,
-    blame,
-    directory_written_whole,
-    file_checksum,
-    one_line,
-    read_checked_json,
-    read_json,
-    to_disk,
-    write_checked_json,
-)
+from .files import blame, directory_written_whole, one_line, read_json, to_disk
 from .model.checkpoint import Checkpoint, model_tensors, write_model
 from .model.tensors import Lazy, write_tensors
 from .options import InputError

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checksums import CHECKSUM, read_checked_json
 from .data.pairs import (
     TRUNCATE,
     PairBatch,
@@ -21,7 +22,7 @@ from .data.pairs import (
     batches_by_length,
     pack_pairs,
 )
-from .files import CHECKSUM, read_checked_json, read_json
+from .files import read_json
 from .model.attention import Stream, pack
 from .model.checkpoint import Checkpoint
 from .model.trunk import ModelConfig, Trunk

@@ -20,15 +20,9 @@ try:
 except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
+from .checksums import read_checked_json, write_checked_json
 from .engine.recipe import Recipe
-from .files import (
-    make_directory,
-    one_line,
-    read_checked_json,
-    sweep,
-    write_checked_json,
-    write_json,
-)
+from .files import make_directory, one_line, sweep, write_json
 from .model.checkpoint import Checkpoint
 from .options import InputError, flag_of, require
 from .resume import checkpoints, environment, remove

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checksums import checksum
 from .data.pairs import Source, TokenPair, load_source
 from .data.sampling import batch_size_of, epoch_steps
 from .engine.choose import choose, parse_memory
@@ -29,7 +30,7 @@ from .engine.plain import PlainEngine
 from .engine.recipe import Recipe
 from .engine.streamed import StreamedEngine, open_engine
 from .engine.workload import RunOptions, workload_of
-from .files import checksum, write_json, write_text
+from .files import write_json, write_text
 from .metrics import Log, cut_log, progress_line, step_metrics, what_is_wrong
 from .model.checkpoint import Checkpoint, files_to_save, model_tensors, write_config
 from .model.tensors import STORAGE, write_sharded

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 PAGE = """
-options files tables more calibration uncertainty plots
+options files checksums tables more calibration uncertainty plots
 model.attention model.fused model.recompute model.trunk model.families model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint
 data.messages data.records data.pairs data.sampling data.world

@@ -16,8 +16,8 @@ from runs import RECIPES, command, content, options, run_command
 from safetensors.torch import load_file, save_file
 
 import minimore.train as training
+from minimore.checksums import file_checksum, write_checked_json
 from minimore.engine.optim import AdamW
-from minimore.files import file_checksum, write_checked_json
 from minimore.options import InputError
 from minimore.resume import Saver
 from minimore.train import train

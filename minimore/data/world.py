@@ -26,7 +26,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..calibration import probability
-from ..files import file_checksum, make_directory, write_bytes, write_checksums, written_whole
+from ..checksums import file_checksum, write_checksums
+from ..files import make_directory, write_bytes, written_whole
 from ..model.checkpoint import random_checkpoint
 from ..options import require
 from .records import Pair

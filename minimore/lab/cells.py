@@ -20,15 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checksums import read_checked_json, require_directory_as_written, write_checked_json
 from ..data.pairs import load_source
 from ..data.world import small_gpt_neox
-from ..files import (
-    directory_written_whole,
-    make_directory,
-    read_checked_json,
-    require_directory_as_written,
-    write_checked_json,
-)
+from ..files import directory_written_whole, make_directory
 from ..model.checkpoint import Checkpoint, random_checkpoint
 from ..model.tensors import require_as_written, write_tensors
 from ..options import InputError

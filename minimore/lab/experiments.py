@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import plots
-from ..files import read_checked_json
+from ..checksums import read_checked_json
 from ..tables import Table
 from ..uncertainty import detectable, over_seeds
 from . import published

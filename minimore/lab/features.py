@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checksums import read_checked_json, write_checked_json
 from ..data.pairs import Source, TokenPair, batches_by_length, load_source, pack_pairs
-from ..files import make_directory, one_line, read_checked_json, sweep, write_checked_json
+from ..files import make_directory, one_line, sweep
 from ..model.checkpoint import Checkpoint
 from ..model.tensors import require_as_written, write_tensors
 from ..options import InputError, check_ranges, option, parse_sources, require, require_tests

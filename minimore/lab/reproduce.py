@@ -13,14 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import plots
+from ..checksums import read_checked_json, write_checked_json
 from ..engine.cost import in_time
-from ..files import (
-    make_directory,
-    read_checked_json,
-    write_checked_json,
-    write_json,
-    write_text,
-)
+from ..files import make_directory, write_json, write_text
 from ..options import InputError, require
 from .cells import is_finished, margins_of, run_cell
 from .estimate import SHARE_OF_SPEED, STEP_SECONDS, estimated_seconds

@@ -18,18 +18,8 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from ..files import (
-    as_text,
-    checksum,
-    file_checksum,
-    make_directory,
-    one_line,
-    read_json,
-    require_directory_as_written,
-    write_bytes,
-    write_checksums,
-    write_json,
-)
+from ..checksums import checksum, file_checksum, require_directory_as_written, write_checksums
+from ..files import as_text, make_directory, one_line, read_json, write_bytes, write_json
 from ..options import InputError, require
 from .families import (
     FAMILIES,

@@ -18,16 +18,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..files import (
-    CHECKSUM,
-    blame,
-    checksum,
-    one_line,
-    read_json,
-    refuse_pointer,
-    write_json,
-    written_whole,
-)
+from ..checksums import CHECKSUM, checksum
+from ..files import blame, one_line, read_json, refuse_pointer, write_json, written_whole
 from ..options import InputError, require
 
 WEIGHT_FILES = (

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 import minimore.lab.features
+from minimore.checksums import write_checked_json
 from minimore.cli import main
 from minimore.data.pairs import load_source, pack_pairs
 from minimore.data.sampling import epoch_steps
 from minimore.data.world import World
-from minimore.files import write_checked_json
 from minimore.lab.features import load_features
 from minimore.lab.probe import ProbeOptions, train_head
 from minimore.model.tensors import write_tensors

@@ -256,9 +256,13 @@ class Trunk(nn.Module):
 
     def embed(self, stream: Stream) -> Tensor:
         """What enters the first block: (N, D) in the compute type."""
-        x = self.embedding(stream.tokens)
+        return self.embed_tokens(stream.tokens, stream.positions)
+
+    def embed_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The same for tokens (N,) at these positions (N,)."""
+        x = self.embedding(tokens)
         if self.c.learned_positions:
-            x = x + self.position_embedding(stream.positions + self.c.position_offset)
+            x = x + self.position_embedding(positions + self.c.position_offset)
         return x.to(self.compute_dtype)
 
 

@@ -1,0 +1,241 @@
+"""Sampling: a language model writes, token by token, and every block remembers keys and values.
+
+    prompts     P P P | Q Q          one stream, computed once, however many samples each has
+    cache       P P P  x y .         a row a sample: keys and values of its prompt and of what it
+                P P P  z . .         has written so far
+                Q Q    u v w
+    a step      y, z, w              one new token of every sample that is not finished; it sees its
+                                     own row
+
+A sample has a seed of its own. What it draws at its t-th token is a function of seed and t, so that
+it is the same alone and in any company.
+
+S samples that are being written, T places of the cache, D width, H heads, G key/value heads, C head
+width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model.attention import attend, pack
+from ..model.trunk import Block, at_least_fp32, rotary_angles
+from .policy import LanguageModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a next token is drawn.
+
+    temperature: the logits are divided by it; 0 takes the likeliest token. top_k: only so many
+    tokens, the likeliest ones; 0 is all. top_p: of these only the fewest that have this share of
+    the probability. max_new_tokens: of one sample. eos: ids that end a sample.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    eos: frozenset[int] = frozenset()
+
+
+@dataclass
+class Sample:
+    """One continuation: of which prompt, drawn with which seed, and its ids so far, EOS included.
+
+    is_finished: it ended by itself, by EOS or by a stop string.
+    """
+
+    prompt: int
+    seed: int
+    tokens: list[int]
+    is_finished: bool = False
+
+
+Stop = Callable[[list[int]], bool]  # whether a sample with these ids ends here
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop: Stop | None = None,
+) -> list[Sample]:
+    """Continuations of prompts; seeds: those of each prompt's samples.
+
+    The prompts have at least one id each. stop: asked after every token. Returns the samples in the
+    order of prompts and seeds.
+    """
+    samples = [Sample(prompt, seed, []) for prompt, own in enumerate(seeds) for seed in own]
+    if not samples or not sampling.max_new_tokens:
+        return samples
+    cache, states = Cache.of_prompts(model, prompts, [sample.prompt for sample in samples])
+    writing = list(samples)
+    while True:
+        next_tokens = draw(model.logits(states), writing, sampling)
+        for sample, token in zip(writing, next_tokens):
+            sample.tokens.append(token)
+            sample.is_finished = token in sampling.eos or (stop is not None and stop(sample.tokens))
+        goes_on = [
+            not sample.is_finished and len(sample.tokens) < sampling.max_new_tokens
+            for sample in writing
+        ]
+        writing = [sample for sample, stays in zip(writing, goes_on) if stays]
+        if not writing:
+            return samples
+        if not all(goes_on):
+            cache.keep([row for row, stays in enumerate(goes_on) if stays])
+        states = cache.step([sample.tokens[-1] for sample in writing])
+
+
+# ---- the memory of the blocks --------------------------------------------------------------------
+
+
+class Cache:
+    """Keys and values of every block, a row a sample.
+
+    keys, values: of each block (S, T, G, C), of which row s holds `lengths[s]` places.
+    """
+
+    def __init__(self, model: LanguageModel, lengths: Tensor):
+        self.model, self.c = model, model.trunk.c
+        self.lengths = lengths  # (S,)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    @classmethod
+    def of_prompts(
+        cls, model: LanguageModel, prompts: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> tuple["Cache", Tensor]:
+        """The cache of samples that have read their prompts, and the state of the last tokens.
+
+        rows: the prompt of every sample. The states are (S, D), after the final norm.
+        """
+        device = model.unembedding.device
+        stream = pack([([], [prompt]) for prompt in prompts]).to(device)
+        lengths = [len(prompt) for prompt in prompts]
+        row = torch.tensor(rows, device=device)
+        cache = cls(model, torch.tensor(lengths, device=device)[row])
+        rotation = rotary_angles(cache.c, stream.positions)
+        x = model.trunk.embed(stream)
+        for block in cache.blocks:
+            q, k, v = block.before_attention(x, *rotation)
+            x = after(block, x, attend(q, k, v, stream, block.attention.window))
+            for stored, new in ((cache.keys, k), (cache.values, v)):
+                stored.append(padded_rows(new, lengths)[row])
+        last = model.trunk.final_norm(at_least_fp32(x.index_select(0, stream.last)))
+        return cache, last[row]
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks of the trunk."""
+        return list(self.model.trunk.blocks)  # type: ignore[arg-type]
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Let every sample read its newest token; returns the states (S, D) behind it."""
+        trunk, positions = self.model.trunk, self.lengths
+        self.lengths = self.lengths + 1
+        self._make_room(int(self.lengths.max()))
+        newest = torch.tensor(tokens, device=positions.device)
+        x = trunk.embed_tokens(newest, positions)
+        rotation = rotary_angles(self.c, positions)
+        rows = torch.arange(len(tokens), device=positions.device)
+        for number, block in enumerate(self.blocks):
+            q, k, v = block.before_attention(x, *rotation)
+            self.keys[number][rows, positions] = k
+            self.values[number][rows, positions] = v
+            x = after(block, x, self._attend(q, number, block.attention.window))
+        return trunk.final_norm(at_least_fp32(x))
+
+    def _attend(self, q: Tensor, number: int, window: int | None) -> Tensor:
+        """Attention of one query a sample (S, H, C) over the sample's own row."""
+        keys, values = (
+            stored[number].transpose(1, 2) for stored in (self.keys, self.values)
+        )  # (S, G, T, C)
+        place = torch.arange(keys.shape[2], device=q.device)
+        visible = place < self.lengths[:, None]  # (S, T)
+        if window is not None:
+            visible &= place >= self.lengths[:, None] - window
+        attended = F.scaled_dot_product_attention(
+            q[:, :, None],
+            keys,
+            values,
+            attn_mask=visible[:, None, None],
+            enable_gqa=q.shape[1] != keys.shape[1],
+        )
+        return attended[:, :, 0]
+
+    def _make_room(self, places: int) -> None:
+        """Let every row have so many places, and some more, so that this is seldom needed."""
+        if places <= self.keys[0].shape[1]:
+            return
+        more = places + places // 4 + 16 - self.keys[0].shape[1]
+        for stored in (self.keys, self.values):
+            stored[:] = [F.pad(tensor, (0, 0, 0, 0, 0, more)) for tensor in stored]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all samples but these rows."""
+        row = torch.tensor(rows, device=self.lengths.device)
+        self.lengths = self.lengths[row]
+        longest = int(self.lengths.max())
+        for stored in (self.keys, self.values):
+            stored[:] = [tensor[row, :longest] for tensor in stored]
+
+
+def after(block: Block, x: Tensor, attended: Tensor) -> Tensor:
+    """What a block does behind its attention: (N, D) and (N, H, C) -> (N, D)."""
+    residual, hidden = block.after_attention(x, attended)
+    return residual + block.mlp.down(hidden)
+
+
+def padded_rows(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """A stream (N, G, C) of texts of these lengths -> a row a text, (texts, longest, G, C)."""
+    return torch.nn.utils.rnn.pad_sequence(list(x.split(list(lengths))), batch_first=True)
+
+
+# ---- drawing a token -----------------------------------------------------------------------------
+
+
+def draw(logits: Tensor, samples: Sequence[Sample], sampling: Sampling) -> list[int]:
+    """The next token of every sample, from its logits (S, V)."""
+    if sampling.temperature == 0:
+        return logits.argmax(1).tolist()
+    probabilities, tokens = kept(logits, sampling)
+    sums = probabilities.cumsum(1)
+    # In (0, 1]: a token of probability zero is never reached.
+    chance = torch.tensor(
+        [1 - uniform(sample.seed, len(sample.tokens)) for sample in samples], dtype=torch.float64
+    )
+    threshold = chance.to(sums.device)[:, None] * sums[:, -1:]
+    place = torch.searchsorted(sums, threshold)
+    return tokens.gather(1, place)[:, 0].tolist()
+
+
+def kept(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Probabilities in falling order (S, V), zero where they are cut off, and their tokens.
+
+    They sum to what is kept, in float64.
+    """
+    ordered, tokens = logits.double().sort(dim=1, descending=True, stable=True)
+    probabilities = (ordered / sampling.temperature).softmax(1)
+    if sampling.top_k:
+        probabilities[:, sampling.top_k :] = 0
+        probabilities /= probabilities.sum(1, keepdim=True)
+    if sampling.top_p < 1:
+        before = probabilities.cumsum(1) - probabilities
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
+    return probabilities, tokens
+
+
+def uniform(seed: int, t: int) -> float:
+    """A number in [0, 1) that is a function of a sample's seed and of the place of a token."""
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=t)).random())

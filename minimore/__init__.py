@@ -18,7 +18,14 @@ from .more import (
     weighted_loss,
 )
 from .report import evaluate_sources
-from .reward import ModelOptions, RewardModel, open_reward_model, pair_rewards, text_rewards
+from .reward import (
+    ModelOptions,
+    RewardModel,
+    group_rewards,
+    open_reward_model,
+    pair_rewards,
+    text_rewards,
+)
 
 __all__ = [
     "bradley_terry_losses",
@@ -40,5 +47,6 @@ __all__ = [
     "open_reward_model",
     "pair_rewards",
     "text_rewards",
+    "group_rewards",
     "evaluate_sources",
 ]

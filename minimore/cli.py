@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from . import __version__
+from .alignment.sample import SampleOptions, sample
 from .check import CheckOptions, check
 from .engine.plan import PlanOptions, plan
 from .evaluate import EvaluateOptions, evaluate
@@ -24,14 +25,20 @@ from .train import TrainOptions, train
 
 
 class Verb(NamedTuple):
-    """What a sub-command takes, the function that does it, and one line of help."""
+    """What a command takes, the function that does it, and one line of help."""
 
     options: type
     run: Callable[..., int | None]
     help: str
 
 
+GROUPS = {"align": "from a reward model to a policy, step by step"}
+
+# By name; a command of a group has two words.
 VERBS = {
+    "align sample": Verb(
+        SampleOptions, sample, "let a language model write responses to the prompts of a file"
+    ),
     "demo": Verb(
         DemoOptions, demo, "train uniform and MORE on a synthetic world, in about a minute"
     ),
@@ -68,15 +75,22 @@ VERBS = {
 
 
 def build_parser() -> Parser:
-    """One sub-command per verb, its options generated from its dataclass."""
+    """One sub-command a verb, its options generated from its dataclass."""
     parser = Parser(
         prog="minimore",
         description="Reward models from several sources of human preference (arXiv 2312.07401).",
     )
     parser.add_argument("--version", action="version", version=f"minimore {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    places = {"": verbs}  # where the commands of every group are added
     for name, verb in VERBS.items():
-        add_options(verbs.add_parser(name, help=verb.help, description=verb.help), verb.options)
+        group, _, last = name.rpartition(" ")
+        if group not in places:
+            of_group = verbs.add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            places[group] = of_group.add_subparsers(dest="step", required=True, metavar="STEP")
+        command = places[group].add_parser(last, help=verb.help, description=verb.help)
+        command.set_defaults(verb=name)
+        add_options(command, verb.options)
     return parser
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from .data.pairs import (
     TokenPair,
     batches_by_length,
     pack_pairs,
+    shared_length,
 )
 from .files import read_json
 from .model.attention import Stream, pack
@@ -227,6 +229,35 @@ def text_rewards(
         stream = pack([([], [list(texts[place])]) for place in places])
         rewards[places] = model.rewards(stream).cpu()
     return _finite(rewards)
+
+
+@torch.no_grad()
+def group_rewards(
+    model: RewardModel, groups: Sequence[Sequence[np.ndarray]], micro_tokens: int = 8192
+) -> list[Tensor]:
+    """Rewards of groups of texts, such as the responses to one prompt: (n,) each, fp32 on the CPU.
+
+    What all texts of a group share at their beginning is computed once.
+    """
+    items = [beginning_and_rests(texts) for texts in groups]
+    sizes = [len(beginning) + sum(map(len, rests)) for beginning, rests in items]
+    rewards = [torch.empty(0)] * len(groups)
+    for places in batches_by_length(sizes, micro_tokens):
+        stream = pack([items[place] for place in places])
+        parts = model.rewards(stream).cpu().split([len(groups[place]) for place in places])
+        for place, part in zip(places, parts):
+            rewards[place] = _finite(part)
+    return rewards
+
+
+def beginning_and_rests(texts: Sequence[np.ndarray]) -> tuple[list[int], list[list[int]]]:
+    """Texts as what all of them share, and the rest of each, which has at least one id.
+
+    >>> beginning_and_rests([np.array([1, 2, 3]), np.array([1, 2, 4, 5]), np.array([1, 2])])
+    ([1], [[2, 3], [2, 4, 5], [2]])
+    """
+    shared = min([shared_length(texts[0], text) for text in texts])
+    return texts[0][:shared].tolist(), [text[shared:].tolist() for text in texts]
 
 
 def _finite(rewards: Tensor) -> Tensor:

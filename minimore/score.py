@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import NamedTuple
 
+import numpy as np
+
 from .calibration import probability
-from .data.messages import Messages, is_conversation, messages_of
-from .data.pairs import TextRules, TokenPair, encode, refuse_doubled_bos, shared_length
+from .data.messages import Messages, is_conversation, messages_of, shown
+from .data.pairs import TextRules, encode, refuse_doubled_bos
 from .data.records import (
+    MOST_RESPONSES,
     Record,
     prompt_end,
     read_records,
@@ -30,7 +33,7 @@ from .files import refuse_existing, written_whole
 from .model.checkpoint import Checkpoint
 from .model.tokenizer import Tokenizer
 from .options import InputError, check_ranges, option, require
-from .reward import ReadingOptions, RewardModel, open_reward_model, pair_rewards, text_rewards
+from .reward import ReadingOptions, RewardModel, group_rewards, open_reward_model
 
 RECORDS_AT_ONCE = 256
 
@@ -39,7 +42,9 @@ ADDED_KEYS = {
     "pair": ("chosen_reward", "rejected_reward", "probability"),
     "response": ("reward",),
     "texts": ("rewards",),
+    "responses": ("rewards",),
 }
+BEST_KEYS = ("response", "reward", "margin")  # what is kept of several responses with --best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +56,19 @@ class ScoreOptions(ReadingOptions):
         help="JSON lines (.gz too) of pairs, of prompt and response, or of text lists",
     )
     output: str = option(value="OUT.jsonl", help="JSON lines file to write; must not exist")
+    best: bool = option(
+        False,
+        help="of a record with several responses, keep the one with the highest reward, and its "
+        "margin over the second",
+    )
 
 
 def score(options: ScoreOptions) -> None:
     """Add rewards to every line of a file, as a stream, in input order.
 
     A pair gets chosen_reward, rejected_reward and probability = sigmoid(their difference). A prompt
-    with a response gets reward. A list of texts gets the list rewards.
+    with a response gets reward. A prompt with a list of responses, and a list of texts, gets the
+    list rewards; with --best the best of the responses remains.
     """
     check_ranges(options)
     refuse_existing(options.output)
@@ -73,6 +84,8 @@ def score(options: ScoreOptions) -> None:
             open(unfinished, "x", encoding="utf-8") as file,
         ):
             for where, record in scorer.scored(chain([first], records)):
+                if options.best:
+                    record = best_of_record(record, where)
                 file.write(json_line(record, where) + "\n")
     print(f"{options.output}: {scorer.counts.line(rules.max_length)}")
     if not checkpoint.has_head:
@@ -80,6 +93,22 @@ def score(options: ScoreOptions) -> None:
             f"{options.model}: no score.weight, so the rewards are those of an untrained head",
             file=sys.stderr,
         )
+
+
+def best_of_record(record: Record, where: str) -> Record:
+    """A scored record with the best of its responses; of equal ones the first.
+
+    The margin is None where there is no second.
+    """
+    require(
+        "responses" in record, f'{where}: --best needs a list "responses"; this record has none'
+    )
+    rewards = record["rewards"]
+    order = sorted(range(len(rewards)), key=rewards.__getitem__, reverse=True)
+    margin = rewards[order[0]] - rewards[order[1]] if len(order) > 1 else None
+    others = {key: value for key, value in record.items() if key not in ("responses", "rewards")}
+    values = (record["responses"][order[0]], rewards[order[0]], margin)
+    return others | dict(zip(BEST_KEYS, values))
 
 
 def json_line(record: Record, where: str) -> str:
@@ -110,6 +139,8 @@ def texts_of_record(record: Record, where: str, tokenizer: Tokenizer, chat: bool
         return _response(with_prompt(record, where, chat), where, tokenizer, chat)
     if "chosen" in record or "rejected" in record:
         return _pair(record, where, tokenizer, chat)
+    if "responses" in record:
+        return _several_responses(with_prompt(record, where, chat), where, tokenizer, chat)
     if is_conversation(record.get("messages")):
         turns = messages_of(record["messages"], f'{where}: "messages"', tokenizer, "user")
         return _conversation(turns, tokenizer)
@@ -133,6 +164,23 @@ def _response(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> T
         return _conversation(turns, tokenizer)
     prompt, response = text_of(record, "prompt", where), text_of(record, "response", where)
     return Texts("response", [prompt + response], False, not response.strip())
+
+
+def _several_responses(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> Texts:
+    responses = record["responses"]
+    if not isinstance(responses, list) or not 1 <= len(responses) <= MOST_RESPONSES:
+        raise InputError(
+            f'{where}: "responses" is {shown(responses)}; expected a list of responses,'
+            f" at most {MOST_RESPONSES}"
+        )
+    each = [
+        _response(record | {"response": response}, f'{where}: "responses"[{i}]', tokenizer, chat)
+        for i, response in enumerate(responses)
+    ]
+    kinds = {texts.is_rendered for texts in each}
+    require(len(kinds) == 1, f'{where}: "responses" holds strings and messages; expected one kind')
+    texts = [texts.texts[0] for texts in each]
+    return Texts("responses", texts, kinds.pop(), any(texts.is_blank for texts in each))
 
 
 def _conversation(turns: Messages, tokenizer: Tokenizer) -> Texts:
@@ -206,26 +254,25 @@ class Scorer:
     def _rewards(self, wheres: Sequence[str], texts: Sequence[Texts]) -> list[list[float]]:
         """The rewards of every text of every record.
 
-        Pairs are computed apart from the rest: their sides may have to be cut alike, and they share
-        their prompt.
+        Pairs are cut apart from the rest, since both of their sides may have to be cut alike. The
+        texts of a record share their beginning, which is computed once.
         """
-        rewards: list[list[float]] = [[] for _ in texts]
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
         for are_pairs in (True, False):
             places = [i for i, t in enumerate(texts) if (t.kind == "pair") == are_pairs]
             if not places:
                 continue
-            ids, was_cut = self._encode([texts[i] for i in places], are_pairs)
+            encoded, was_cut = self._encode([texts[i] for i in places], are_pairs)
             places_of_ids = [i for i in places for _ in texts[i].texts]
-            for i, text_ids in zip(places_of_ids, ids):
+            for i, text_ids in zip(places_of_ids, encoded):
                 require(
                     len(text_ids),
                     f"{wheres[i]}: a text is empty and the tokenizer adds no BOS: nothing to score",
                 )
+                ids[i].append(text_ids)
             self.counts.truncated += len({i for i, cut in zip(places_of_ids, was_cut) if cut})
-            values = self._rewards_of_pairs(ids) if are_pairs else self._rewards_of_texts(ids)
-            for i, value in zip(places_of_ids, values):
-                rewards[i].append(value)
-        return rewards
+        rewards = group_rewards(self.model, ids, self.micro_tokens)
+        return [values.tolist() for values in rewards]
 
     def _encode(self, texts: Sequence[Texts], are_pairs: bool) -> tuple[list, list[bool]]:
         """Token ids of all texts of these records, and which of them were cut."""
@@ -236,18 +283,6 @@ class Scorer:
             [t.is_rendered for t in texts for _ in t.texts],
             are_pairs and self.rules.truncate == "together",
         )
-
-    def _rewards_of_pairs(self, ids: Sequence) -> list[float]:
-        """Rewards of texts that come two by two."""
-        pairs = [
-            TokenPair(chosen, rejected, shared_length(chosen, rejected), 0)
-            for chosen, rejected in zip(ids[0::2], ids[1::2])
-        ]
-        return pair_rewards(self.model, pairs, self.micro_tokens).flatten().tolist()
-
-    def _rewards_of_texts(self, ids: Sequence) -> list[float]:
-        texts = [text_ids.tolist() for text_ids in ids]
-        return text_rewards(self.model, texts, self.micro_tokens).tolist()
 
     def _count(self, record: Record, texts: Texts) -> None:
         tokenizer = self.checkpoint.tokenizer

@@ -64,6 +64,39 @@ def run(world):
     return directory / "run"
 
 
+def test_several_responses_are_scored_as_each_alone_and_the_best_is_kept(run, tmp_path, capsys):
+    prompt, responses = "\n\nHuman: hi\n\nAssistant:", [" a b c", " d", " a b", ""]
+    many = {"prompt": prompt, "responses": responses, "note": 1}
+    turns = [{"role": "user", "content": "hi"}]
+    chat = {"prompt": turns, "responses": [[{"role": "assistant", "content": "yes"}]]}
+    single = [{"prompt": prompt, "response": response} for response in responses]
+    single.append({"messages": [*turns, chat["responses"][0][0]]})
+
+    def scored(records, *more):
+        path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        out.unlink(missing_ok=True)
+        command = ["score", "--model", str(run), "--input", str(path), "--output", str(out)]
+        assert main([*command, *more]) == 0
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    alone = [record["reward"] for record in scored(single)]
+    first, second = scored([many, chat])
+    assert first["rewards"] == pytest.approx(alone[:4], abs=1e-5) and first["note"] == 1
+    assert second["rewards"] == pytest.approx(alone[4:], abs=1e-5)
+    best, only = scored([many, chat], "--best")
+    ordered = sorted(first["rewards"], reverse=True)
+    assert best["response"] == responses[first["rewards"].index(ordered[0])]
+    assert best["reward"] == ordered[0] and best["margin"] == ordered[0] - ordered[1]
+    assert "responses" not in best and best["note"] == 1 and only["margin"] is None
+    path, out = tmp_path / "in.jsonl", tmp_path / "other"
+    options = ("--model", run, "--input", path, "--output", out)
+    path.write_text(json.dumps(single[0]))
+    assert "this record has none" in refused(capsys, "score", *options, "--best")
+    path.write_text(json.dumps(many | {"responses": []}))
+    assert '"responses" is []' in refused(capsys, "score", *options)
+
+
 def test_a_loop_of_links_is_refused(run, tmp_path, capsys):
     loop = tmp_path / "loop.jsonl"
     loop.symlink_to(loop)
@@ -660,7 +693,7 @@ runpy.run_module("minimore", run_name="__main__")
 def test_every_verb_has_help(capsys):
     for verb in VERBS:
         with pytest.raises(SystemExit) as stop:
-            main([verb, "--help"])
+            main([*verb.split(), "--help"])
         assert stop.value.code == 0
         expected = "--lambda-scope" if verb == "train" else "--"
         assert expected in capsys.readouterr().out

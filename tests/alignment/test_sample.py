@@ -1,0 +1,179 @@
+"""Samples of a file of prompts: ordinary JSON lines, and the same after a kill."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from power_cut import Disk, restore
+from safetensors.torch import load_file
+
+import minimore.alignment.sample as sampling
+from minimore.cli import main
+from minimore.data.world import World
+from minimore.model.tensors import write_tensors
+
+PROMPTS = [
+    {"prompt": f"\n\nHuman: {word}\n\nAssistant:"}
+    for word in ("amber", "basil coral", "cedar", "a", "b")
+]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A language model with random weights, and a file of prompts."""
+    home = tmp_path_factory.mktemp("policy")
+    World(annotators=("ana", "ben"), train_pairs=(20,), test_pairs=5).write(home)
+    weights = home / "model" / "model.safetensors"
+    head = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    write_tensors(weights, load_file(weights) | {"embed_out.weight": head})
+    (home / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+    return home
+
+
+def command(policy, output, *more, samples=3):
+    words = ["align", "sample", "--model", policy / "model", "--input", policy / "prompts.jsonl"]
+    words += ["--output", output, "--samples", samples, "--max-new-tokens", 12]
+    return [str(word) for word in (*words, "--batch-size", 6, *more)]
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_every_prompt_gets_its_responses_in_order(policy, tmp_path, capsys):
+    assert main(command(policy, tmp_path / "out")) == 0
+    records = read(tmp_path / "out")
+    assert [record["prompt"] for record in records] == [p["prompt"] for p in PROMPTS]
+    for record in records:
+        assert len(record["responses"]) == len(record["finished"]) == 3
+        assert len(set(record["responses"])) == 3
+    assert "3 responses to each of 5 prompts" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert main(command(policy, tmp_path / "again")) == 0
+    assert read(tmp_path / "again") == records
+    assert main(command(policy, tmp_path / "other", "--seed", 1)) == 0
+    assert read(tmp_path / "other") != records
+    greedy = ("--temperature", 0)
+    assert main(command(policy, tmp_path / "greedy", *greedy)) == 0
+    assert all(len(set(record["responses"])) == 1 for record in read(tmp_path / "greedy"))
+
+
+def test_more_samples_of_a_prompt_begin_with_the_same_ones(policy, tmp_path):
+    for count in (2, 5):
+        assert main(command(policy, tmp_path / str(count), samples=count)) == 0
+    for few, many in zip(read(tmp_path / "2"), read(tmp_path / "5")):
+        assert many["responses"][:2] == few["responses"]
+
+
+def test_score_reads_samples(policy, tmp_path):
+    assert main(command(policy, tmp_path / "out")) == 0
+    scored = ["score", "--model", policy / "model", "--input", tmp_path / "out"]
+    assert main([str(w) for w in (*scored, "--output", tmp_path / "best", "--best")]) == 0
+    for record, best in zip(read(tmp_path / "out"), read(tmp_path / "best")):
+        assert best["response"] in record["responses"] and best["margin"] >= 0
+
+
+def test_a_stop_string_ends_a_response(policy, tmp_path):
+    assert main(command(policy, tmp_path / "long")) == 0
+    stop = read(tmp_path / "long")[0]["responses"][0][3:5]
+    assert main(command(policy, tmp_path / "out", "--stop", stop)) == 0
+    for before, after in zip(read(tmp_path / "long"), read(tmp_path / "out")):
+        for one, other in zip(before["responses"], after["responses"]):
+            assert other == one.split(stop)[0] and stop not in other
+    assert any(any(record["finished"]) for record in read(tmp_path / "out"))
+
+
+def test_prompts_of_pairs_and_messages(policy, tmp_path):
+    records = [
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " c", "rejected": " d"},
+        {"prompt": [{"role": "user", "content": "q"}]},
+        {"question": "r"},
+    ]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = [str(path) if w.endswith("prompts.jsonl") else w for w in command(policy, "x")]
+    words[words.index("x")] = str(tmp_path / "out")
+    assert main(words) == 0
+    prompts = [record["prompt"] for record in read(tmp_path / "out")]
+    assert prompts == ["\n\nHuman: q\n\nAssistant:", "r"]  # the first three are one prompt
+
+
+def test_a_killed_command_goes_on_and_ends_the_same(policy, tmp_path, monkeypatch, capsys):
+    assert main(command(policy, tmp_path / "whole")) == 0
+    real, calls = sampling.generate, []
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("killed")
+        return real(*arguments)
+
+    monkeypatch.setattr(sampling, "generate", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        main(command(policy, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    assert main(command(policy, tmp_path / "out")) == 2
+    assert "continue it with --resume" in capsys.readouterr().err
+    assert main(command(policy, tmp_path / "out", "--resume", "--seed", 5)) == 2
+    assert "begun with other options" in capsys.readouterr().err
+    with (tmp_path / "out.unfinished").open("a") as file:
+        file.write('0badc0de {"prompt"')  # a line that was cut short
+    calls[:] = [1, 1]
+    assert main(command(policy, tmp_path / "out", "--resume")) == 0
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert len(calls) == 4  # the first portion was not written again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.slow
+def test_a_power_cut(policy, tmp_path, monkeypatch):
+    root = tmp_path / "disk"
+    root.mkdir()
+    with monkeypatch.context() as patch:
+        disk = Disk(root, patch)
+        assert main(command(policy, root / "out")) == 0
+    expected = (root / "out").read_bytes()
+    assert disk.lazy["out"] == expected
+    root.rename(tmp_path / "first")
+    for state in disk.states:
+        restore(state, root)
+        if "out" in state:
+            assert state["out"] == expected
+        else:
+            assert main(command(policy, root / "out", "--resume")) == 0
+            assert (root / "out").read_bytes() == expected
+        root.rename(tmp_path / f"after-{id(state)}")
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (("--temperature", -1), "--temperature -1"),
+        (("--top-p", 1.5), "--top-p"),
+        (("--samples", 0), "--samples"),
+        (("--input", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_bad_options_are_one_line(policy, tmp_path, capsys, more, words):
+    assert main(command(policy, tmp_path / "out", *more)) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_write_and_an_empty_prompt_are_one_line(policy, tmp_path, capsys):
+    pairs = policy / "data/ana.train.jsonl"
+    train = ["train", "--model", policy / "model", "--source", f"a={pairs}", "--batch-size", 6]
+    assert main([str(word) for word in (*train, "--output", tmp_path / "reward")]) == 0
+    words = command(policy, tmp_path / "out")
+    words[words.index(str(policy / "model"))] = str(tmp_path / "reward")
+    capsys.readouterr()
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "no language-model head" in said and said.count("\n") == 1
+    (tmp_path / "empty.jsonl").write_text('{"prompt": ""}\n')
+    assert main(command(policy, tmp_path / "out", "--input", tmp_path / "empty.jsonl")) == 2
+    said = capsys.readouterr().err
+    assert "the prompt is empty" in said and said.count("\n") == 1

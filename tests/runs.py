@@ -25,11 +25,14 @@ def options(world, output, **changes):
 def content(run):
     """Everything that must be equal to the bit; wall time is left out."""
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    names = ("model.safetensors", "config.json", "tokenizer_config.json", "checksums.json")
     return (
-        *((run / name).read_bytes() for name in names),
+        (run / "model.safetensors").read_bytes(),
         json.loads((run / "evaluation.json").read_text()),
         [{k: v for k, v in s.items() if k != "seconds"} for s in steps],
+        [
+            (run / name).read_bytes()
+            for name in ("config.json", "tokenizer_config.json", "checksums.json")
+        ],
     )
 
 

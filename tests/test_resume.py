@@ -523,6 +523,9 @@ def test_saving_with_and_without_room_for_a_copy_is_the_same(world, tmp_path, mo
         step = snapshot.facts["step"]
         checkpoint = saver.run / f"checkpoint-{step}"
         files[step] = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+        facts = json.loads(files[step].pop("state.json"))
+        # The log has seconds in it, and the facts have the log's checksum.
+        files[step]["facts"] = {k: v for k, v in facts.items() if k not in ("log", "crc32")}
 
     monkeypatch.setattr(Saver, "_write", slow)
     results = []

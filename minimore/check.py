@@ -165,9 +165,17 @@ def check_weights(checkpoint: Checkpoint) -> tuple[Figures, str]:
     size = sum((checkpoint.directory / name).stat().st_size for name in files)
     heads = [key for key in (*LANGUAGE_HEADS, "score.weight") if key in keys]
     others = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    has_checksums = checkpoint.require_weights_as_written()
+    as_written = "as they were written" if has_checksums else "without a checksum"
     return (
-        {"files": files, "bytes": size, "types": types, "heads": heads},
-        f"{files[0]}{others}, {in_bytes(size)}, {' and '.join(types)};"
+        {
+            "files": files,
+            "bytes": size,
+            "types": types,
+            "heads": heads,
+            "checksums": has_checksums,
+        },
+        f"{files[0]}{others}, {in_bytes(size)}, {' and '.join(types)}, {as_written};"
         f" heads stored: {', '.join(heads) or 'none'}",
     )
 

@@ -10,6 +10,7 @@ import pytest
 from power_cut import DIRECTORY, Disk, restore
 from runs import RECIPES, content, options
 
+from minimore.cli import main
 from minimore.lab.features import FeaturesOptions, features
 from minimore.resume import checkpoints
 from minimore.score import ScoreOptions, score
@@ -97,6 +98,25 @@ def test_features(world, tmp_path, monkeypatch):
             assert files_of(after / "states") == expected
         else:
             assert run_in(after) == expected
+
+
+@pytest.mark.slow
+def test_a_grid(tmp_path, monkeypatch):
+    def run_in(root):
+        command = ["reproduce", "table2", "--output", str(root / "grid"), "--seeds", "1"]
+        command += ["--width", "16", "--pairs", "10", "--test-pairs", "24", "--batch-size", "10"]
+        assert main([*command, "--scheme", "uniform"]) == 0
+        names = ("report.json", "report.txt", "grid.json")
+        return [(root / "grid" / name).read_bytes() for name in names]
+
+    root = tmp_path / "disk"
+    root.mkdir()
+    with monkeypatch.context() as patch:
+        disk = Disk(root, patch)
+        expected = run_in(root)
+    for number, state in enumerate(some_of(disk.states, 5)):
+        after = restore(state, tmp_path / f"after-{number}")
+        assert run_in(after) == expected
 
 
 def test_scores(world, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from .messages import Messages, is_conversation, messages_of, shown, string_of
 ASSISTANT = ("\n\nAssistant:", "## Assistant:")  # ends the prompt of a dialogue that is given whole
 MOST_RESPONSES = 100  # to one prompt: they make up to 4,950 pairs
 LONGEST_LINE = 8_000_000  # bytes
-LARGEST_LIST = 2_000_000_000  # bytes of a file that is one JSON list
+LARGEST_LIST = 200_000_000  # bytes of a file that is one JSON list
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DATA_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 

@@ -15,7 +15,7 @@ from typing import Any
 from .. import plots
 from ..checksums import read_checked_json, write_checked_json
 from ..engine.cost import in_time
-from ..files import make_directory, write_json, write_text
+from ..files import make_directory, sweep, write_json, write_text
 from ..options import InputError, require
 from .cells import is_finished, margins_of, run_cell
 from .estimate import SHARE_OF_SPEED, STEP_SECONDS, estimated_seconds
@@ -35,8 +35,9 @@ def reproduce(options: ReproduceOptions) -> int:
     print_plan(options, cells, unfinished)
     if options.dry_run:
         return 0
-    if not output.exists():
-        make_directory(output)
+    make_directory(output)
+    sweep(output)
+    if not (output / "grid.json").exists():
         write_checked_json(output / "grid.json", identity_of(options))
     exit_code = run_cells(output, cells, unfinished)
     if exit_code == 0:
@@ -51,9 +52,11 @@ def identity_of(options: ReproduceOptions) -> dict[str, Any]:
 
 
 def check_same_grid(options: ReproduceOptions, output: Path) -> None:
-    """Refuse a directory that exists and holds another grid, or none (InputError)."""
+    """Refuse a directory that holds another grid, or something else (InputError)."""
     if not output.exists():
         return
+    if output.is_dir() and all(path.suffix == ".partial" for path in output.iterdir()):
+        return  # no more than what a kill left of the beginning
     path, wanted = output / "grid.json", identity_of(options)
     require(
         path.is_file(), f"--output {output}: exists already and holds no grid; choose another name"

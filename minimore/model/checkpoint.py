@@ -116,11 +116,13 @@ class Checkpoint:
             head = self.tensors.read(HEAD, (1, self.config.width), torch.float32)[0].to(device)
         return trunk, head
 
-    def require_weights_as_written(self) -> None:
-        """Refuse weights that carry a checksum, as ours do, and are not as they were written."""
-        for path in sorted(set(self.tensors.files.values())):
-            if path.suffix == ".safetensors":
-                require_as_written(path)
+    def require_weights_as_written(self) -> bool:
+        """Refuse weights that carry a checksum, as ours do, and are not as they were written.
+
+        Returns whether all of them carry one.
+        """
+        paths = sorted(set(self.tensors.files.values()))
+        return all([p.suffix == ".safetensors" and require_as_written(p) for p in paths])
 
     def _require_one_label(self) -> None:
         """Refuse a classifier of several classes."""

@@ -191,10 +191,11 @@ class Tensors:
         return tuple(tensor.shape), tensor.detach()
 
 
-def require_as_written(path: Path, is_ours: bool = False) -> None:
+def require_as_written(path: Path, is_ours: bool = False) -> bool:
     """Refuse a safetensors file whose checksum is another than the one that its header names.
 
-    is_ours: a file without a checksum is refused, too. Otherwise somebody else wrote it.
+    is_ours: a file without a checksum is refused, too. Otherwise somebody else wrote it. Returns
+    whether it has one.
     """
     with open(path, "rb") as file:
         beginning = file.read(8)
@@ -202,7 +203,7 @@ def require_as_written(path: Path, is_ours: bool = False) -> None:
         found = re.search(rb'"%b": "([0-9a-f]{8})"' % CHECKSUM.encode(), beginning)
         if found is None:
             require(not is_ours, f"{path}: holds no checksum; it was damaged, or written elsewhere")
-            return
+            return False
         start, end = found.span(1)
         total = checksum(beginning[:start] + NO_CHECKSUM.encode() + beginning[end:])
         while part := file.read(1 << 24):
@@ -211,6 +212,7 @@ def require_as_written(path: Path, is_ours: bool = False) -> None:
         total == found[1].decode(),
         f"{path}: is not as it was written: its checksum is another; fetch it again",
     )
+    return True
 
 
 def open_bin(path: Path) -> dict[str, Tensor]:

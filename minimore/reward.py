@@ -74,6 +74,11 @@ class RewardModel(nn.Module):
         self.trunk = trunk
         self.head = nn.Parameter(head)
 
+    @property
+    def top(self) -> Tensor:
+        """The parameter on top of the trunk."""
+        return self.head
+
     def features(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Last hidden states of the chosen and of the rejected texts: two (B, D), fp32."""
         z = self.trunk(batch.stream.to(self.head.device))

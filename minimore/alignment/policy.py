@@ -17,14 +17,25 @@ CHUNK = 1024
 class LanguageModel(nn.Module):
     """A trunk and its unembedding (V, D), whose products with the hidden states are the logits.
 
-    A tied unembedding is the parameter of the embedding itself.
+    output: the unembedding if it is a parameter of its own; None if it is tied, which means that it
+    is the trunk's embedding.
     """
 
     def __init__(self, trunk: Trunk, unembedding: Tensor):
         super().__init__()
         self.trunk = trunk
-        is_parameter = isinstance(unembedding, nn.Parameter)
-        self.unembedding = unembedding if is_parameter else nn.Parameter(unembedding)
+        is_tied = unembedding is trunk.embedding.weight
+        self.output = None if is_tied else nn.Parameter(unembedding.detach())
+
+    @property
+    def unembedding(self) -> Tensor:
+        """(V, D)."""
+        return self.trunk.embedding.weight if self.output is None else self.output
+
+    @property
+    def top(self) -> Tensor:
+        """The parameter on top of the trunk."""
+        return self.unembedding
 
     def logits(self, states: Tensor) -> Tensor:
         """Final hidden states (..., D) -> (..., V), in their type."""

@@ -124,6 +124,16 @@ class PairBatch:
     stream: Stream
     source: Tensor
 
+    @property
+    def reads(self) -> Tensor:
+        """(2B,) the last token of every text."""
+        return self.stream.last
+
+    @property
+    def size(self) -> int:
+        """How many pairs it has."""
+        return len(self.source)
+
 
 # ---- from a file to token pairs ------------------------------------------------------------------
 

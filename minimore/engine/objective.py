@@ -1,18 +1,73 @@
-"""What a training step minimises: from the reward model's features to a loss and its weights.
+"""What a training step minimises: from states of the trunk to a loss.
 
-K sources, B pairs in a step, D width.
+An engine knows a model, which is a trunk with one parameter on top, and an objective. It cuts the
+items of a step into batches with the objective, computes the final states at the tokens that each
+batch reads, and gives all of them to the objective, which returns a loss with a graph:
+
+    items -> objective.batches -> trunk -> states (M, D) -> objective.loss -> loss, result
+
+The reward objective is below. A new idea about losses is a new objective; a new idea about memory
+is a recipe (recipe.py), and knows no loss.
+
+K sources, B pairs in a step, M tokens that are read, D width.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..data.pairs import PairBatch, TokenPair, pack_pairs, split_by_tokens
+from ..model.attention import Stream
+from ..model.trunk import Trunk
 from ..more import SEPARABLE, bradley_terry_losses, head_gradients, weighted_loss
+
+
+class Model(Protocol):
+    """A trunk with one parameter on top: the reward head, or the unembedding."""
+
+    trunk: Trunk
+
+    @property
+    def top(self) -> Tensor:
+        """The parameter on top; it may be the trunk's embedding."""
+
+
+class Batch(Protocol):
+    """Some of a step's items as one stream."""
+
+    stream: Stream
+
+    @property
+    def reads(self) -> Tensor:
+        """(M,) the places of the tokens whose final states the objective needs."""
+
+    @property
+    def size(self) -> int:
+        """Its weight in a mean over batches: of how many single losses its loss is the mean."""
+
+
+class Objective(Protocol):
+    """What is minimised."""
+
+    @property
+    def unit(self) -> int | None:
+        """How many consecutive items may be finished on their own; None if only the whole step."""
+
+    def batches(
+        self, items: Sequence[Any], source: Sequence[int], micro_tokens: int, unit: int = 1
+    ) -> list[Any]:
+        """Consecutive batches of at most micro_tokens tokens, never cut inside a unit of items."""
+
+    def loss(self, top: Tensor, states: Tensor, batches: Sequence[Any]) -> tuple[Tensor, Any]:
+        """The loss () of some batches with its graph, and a result that says what happened.
+
+        top: the parameter on top; states: (M, D), those of all batches one after the other. The
+        result has `times` and `of_parts`, as StepResult has.
+        """
 
 
 class StepResult(NamedTuple):
@@ -26,6 +81,10 @@ class StepResult(NamedTuple):
     z_rejected: Tensor
     weights: Tensor
     loss: Tensor
+
+    def times(self, share: float) -> "StepResult":
+        """The same with its share of a step's weights and loss."""
+        return self._replace(weights=self.weights * share, loss=self.loss * share)
 
     @classmethod
     def of_parts(cls, parts: Sequence["StepResult"]) -> "StepResult":
@@ -51,14 +110,23 @@ class RewardObjective:
     sampling: str = "equal"
     smoothing: float = 0.0
 
-    def loss(
-        self, head: Tensor, z_chosen: Tensor, z_rejected: Tensor, source: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The weighted loss () of these pairs, and its weights (K,), detached.
+    def batches(
+        self, pairs: Sequence[TokenPair], source: Sequence[int], micro_tokens: int, unit: int = 1
+    ) -> list[PairBatch]:
+        """Consecutive batches of at most micro_tokens tokens, never cut inside a unit of pairs."""
+        return micro_batches(pairs, source, micro_tokens, unit)
 
-        head: (D,); z_chosen, z_rejected: (B, D); source: (B,). The loss is solved over all pairs at
-        once; under scope `group`, loss and weights are means over the groups. Raises NonFiniteLoss.
+    def loss(
+        self, head: Tensor, z: Tensor, batches: Sequence[PairBatch]
+    ) -> tuple[Tensor, StepResult]:
+        """The weighted loss () of the pairs of these batches, and what the step saw.
+
+        head: (D,); z: (2B, D), the features of the chosen and the rejected text of each pair in
+        turn. The weights are solved over all pairs at once; under scope `group`, loss and weights
+        are means over the groups. Raises NonFiniteLoss.
         """
+        z_chosen, z_rejected = z[0::2], z[1::2]
+        source = torch.cat([batch.source for batch in batches]).to(z.device)
         K, size = self.sources, self.sources if self.scope == "group" else len(source)
         mean_loss, mean_weights = torch.zeros_like(head[0]), head.new_zeros(K)
         for z_c, z_r, s in zip(z_chosen.split(size), z_rejected.split(size), source.split(size)):
@@ -71,7 +139,10 @@ class RewardObjective:
             share = len(s) / len(source)
             mean_loss = mean_loss + loss * share
             mean_weights = mean_weights + weights * share
-        return mean_loss, mean_weights.detach()
+        result = StepResult(
+            z_chosen.detach(), z_rejected.detach(), mean_weights.detach(), mean_loss.detach()
+        )
+        return mean_loss, result
 
     @property
     def unit(self) -> int | None:

@@ -2,17 +2,16 @@
 
 It is the oracle that the streamed engine is tested against.
 
-K sources, B pairs in a step, D width.
+M tokens that are read, D width.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.pairs import PairBatch, TokenPair
-from ..reward import RewardModel
-from .objective import NonFiniteGradient, RewardObjective, StepResult, largest, micro_batches
+from .objective import Batch, NonFiniteGradient, Objective, largest
 from .optim import AdamW
 from .recipe import Recipe
 
@@ -20,58 +19,54 @@ from .recipe import Recipe
 class PlainEngine:
     """Forward, backward and update, one after the other, over the whole model.
 
-    What may be weighted on its own is a part of the step: a micro-batch, or all pairs at once.
+    What may be finished on its own is a part of the step: a micro-batch, or all items at once.
 
         a part of one micro-batch    forward -> loss -> backward
-        a part of several            forward without a graph -> loss -> gradient of the features
+        a part of several            forward without a graph -> loss -> gradient of the states
                                      -> forward and backward again, one micro-batch at a time
     """
 
-    def __init__(self, model: RewardModel, optimizer: AdamW, recipe: Recipe):
+    def __init__(self, model: Any, optimizer: AdamW, recipe: Recipe):
         self.model, self.optimizer, self.recipe = model, optimizer, recipe
         model.trunk.recompute = recipe.recompute
 
-    def step(
-        self, pairs: Sequence[TokenPair], source: Sequence[int], objective: RewardObjective
-    ) -> StepResult:
-        """One optimizer step on B pairs; source: (B,) the source of each.
+    def step(self, items: Sequence[Any], source: Sequence[int], objective: Objective) -> Any:
+        """One optimizer step on some items; source: the source of each. Returns the result.
 
         Raises NonFiniteLoss, or NonFiniteGradient before anything is updated.
         """
         unit = objective.unit
-        batches = micro_batches(pairs, source, self.recipe.micro_tokens, unit or 1)
+        batches = objective.batches(items, source, self.recipe.micro_tokens, unit or 1)
         parts = [batches] if unit is None else [[batch] for batch in batches]
+        whole = sum(batch.size for batch in batches)
         results = []
         for part in parts:
-            z_chosen, z_rejected = self._features(part)  # (B, D)
-            part_source = torch.cat([batch.source for batch in part]).to(z_chosen.device)
-            loss, weights = objective.loss(self.model.head, z_chosen, z_rejected, part_source)
-            share = len(part_source) / len(pairs)
+            states = self._states(part)  # (M, D)
+            loss, result = objective.loss(computed_with(self.model), states, part)
+            share = sum(batch.size for batch in part) / whole
             (loss * share).backward()
             if len(part) > 1:
-                self._carry_on(part, gradient_of(z_chosen), gradient_of(z_rejected))
-            results.append(
-                StepResult(
-                    z_chosen.detach(), z_rejected.detach(), weights * share, loss.detach() * share
-                )
-            )
+                self._carry_on(part, gradient_of(states))
+            results.append(result.times(share))
         self._update()
-        return StepResult.of_parts(results)
+        return type(results[0]).of_parts(results)
 
-    def _features(self, part: Sequence[PairBatch]) -> tuple[Tensor, Tensor]:
-        """Features of all pairs of a part: two (B, D). Several micro-batches get no graph."""
+    def _states(self, part: Sequence[Batch]) -> Tensor:
+        """States at all tokens that a part reads: (M, D). Several micro-batches get no graph."""
         if len(part) == 1:
-            return self.model.features(part[0])
+            return self._states_of(part[0])
         with torch.no_grad():
-            features = [self.model.features(batch) for batch in part]
-        z_chosen, z_rejected = (torch.cat(side).requires_grad_() for side in zip(*features))
-        return z_chosen, z_rejected
+            states = [self._states_of(batch) for batch in part]
+        return torch.cat(states).requires_grad_()
 
-    def _carry_on(self, part: Sequence[PairBatch], d_chosen: Tensor, d_rejected: Tensor) -> None:
-        """Carry the gradient of the features on to the parameters, one micro-batch at a time."""
-        sizes = [len(batch.source) for batch in part]
-        for batch, d_c, d_r in zip(part, d_chosen.split(sizes), d_rejected.split(sizes)):
-            torch.autograd.backward(self.model.features(batch), (d_c, d_r))
+    def _states_of(self, batch: Batch) -> Tensor:
+        device = self.model.top.device
+        return self.model.trunk.states_at(batch.stream.to(device), batch.reads.to(device))
+
+    def _carry_on(self, part: Sequence[Batch], d_states: Tensor) -> None:
+        """Carry the gradient of the states on to the parameters, one micro-batch at a time."""
+        for batch, d in zip(part, d_states.split([len(batch.reads) for batch in part])):
+            torch.autograd.backward(self._states_of(batch), d)
 
     def _update(self) -> None:
         """Let the optimizer change every parameter by its gradient, and drop the gradients."""
@@ -87,6 +82,11 @@ class PlainEngine:
 
     def settle(self) -> None:
         """Nothing is under way after a plain step."""
+
+
+def computed_with(model: Any) -> Tensor:
+    """The parameter on top as it is computed with: a matrix in the compute type, a vector as is."""
+    return model.top.to(model.trunk.compute_dtype) if model.top.ndim > 1 else model.top
 
 
 def gradient_of(tensor: Tensor) -> Tensor:

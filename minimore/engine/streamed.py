@@ -4,33 +4,38 @@ Each block is updated, and its gradient dropped, as soon as the gradient is know
 parameters and optimizer states are touched once forward and once backward, however many
 micro-batches a step has. This makes it cheap to keep the states in the host's memory (host.py).
 
-N tokens of a micro-batch, B pairs of a step, D width, V vocabulary.
+N tokens of a micro-batch, M tokens that are read, D width, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ..data.pairs import PairBatch, TokenPair
 from ..model.attention import Stream
 from ..model.recompute import run_block
 from ..model.trunk import Block, at_least_fp32, rotary_angles
-from ..reward import RewardModel
 from .host import Host
-from .objective import NonFiniteGradient, RewardObjective, StepResult, largest, micro_batches
+from .objective import Batch, NonFiniteGradient, Objective, largest
 from .optim import AdamW
 from .plain import PlainEngine
 from .recipe import Recipe
+
+EMBEDDINGS = ("trunk.embedding.", "trunk.position_embedding.")
 
 Gradients = dict[str, Tensor]  # parameter name -> gradient, in the compute type or at least fp32
 AModule = TypeVar("AModule", bound=nn.Module)
 
 
-def parts_of(model: RewardModel) -> list[list[str]]:
+def name_of_top(model: Any) -> str:
+    """The name of the parameter on top, such as "head"; a tied one has its name in the trunk."""
+    return next(name for name, p in model.named_parameters() if p is model.top)
+
+
+def parts_of(model: Any) -> list[list[str]]:
     """Names of the parameters, part by part in the order in which backward reaches them.
 
     The top (head and final norm), the blocks from the last to the first, the embeddings.
@@ -38,7 +43,7 @@ def parts_of(model: RewardModel) -> list[list[str]]:
     names = [name for name, _ in model.named_parameters()]
     prefixes = [f"trunk.blocks.{i}." for i in reversed(range(len(model.trunk.blocks)))]
     blocks = [[name for name in names if name.startswith(prefix)] for prefix in prefixes]
-    embeddings = [name for name in names if "embedding" in name]
+    embeddings = [name for name in names if name.startswith(EMBEDDINGS)]
     below = embeddings + [name for block in blocks for name in block]
     top = [name for name in names if name not in below]
     return [top, *blocks, embeddings]
@@ -47,13 +52,13 @@ def parts_of(model: RewardModel) -> list[list[str]]:
 class StreamedStep:
     """One training step, from the micro-batches of its pairs to the gradient of every parameter.
 
-        forward    embed -> block 0 -> block 1 -> ... -> head      keeps the input of each block
-        weights    all pairs are in view at the head: losses, their gradients, lambda, loss
-        backward   head -> ... -> block 1 -> block 0 -> embed      computes a block again, yields
+        forward    embed -> block 0 -> block 1 -> ... -> top       keeps the input of each block
+        loss       all items are in view at the top: the objective's loss and its gradient
+        backward   top -> ... -> block 1 -> block 0 -> embed       computes a block again, yields
                                                                    its gradient, and forgets it
 
-    `forward()` returns what the head saw. `backward()` is a generator: it yields the gradients of
-    one part of `parts_of` at a time. The caller may change that part's parameters before it asks
+    `forward()` returns the objective's result. `backward()` is a generator: it yields the gradients
+    of one part of `parts_of` at a time. The caller may change that part's parameters before it asks
     for the next.
 
     recompute: "full" keeps the inputs of the blocks alone, as drawn above; with a host, they are
@@ -62,9 +67,9 @@ class StreamedStep:
 
     def __init__(
         self,
-        model: RewardModel,
-        batches: Sequence[PairBatch],
-        objective: RewardObjective,
+        model: Any,
+        batches: Sequence[Batch],
+        objective: Objective,
         recompute: str = "full",
         host: Host | None = None,
     ):
@@ -77,25 +82,27 @@ class StreamedStep:
 
     # ---- forward ----
 
-    def forward(self) -> StepResult:
-        """Features, weights and loss of all pairs; keeps what backward needs."""
+    def forward(self) -> Any:
+        """The objective's result over all items; keeps what backward needs."""
         self.micro_batches = [self._micro_batch(batch) for batch in self.batches]
-        streams = [stream for stream, _ in self.micro_batches]
         with torch.no_grad():
-            activations = [self.trunk.embed(stream) for stream in streams]  # (N, D) each
+            activations = [self.trunk.embed(part.stream) for part in self.micro_batches]  # (N, D)
         for block in self.blocks:
             self._block_forward(block, activations)
-        last = [x.index_select(0, stream.last) for x, stream in zip(activations, streams)]
-        return self._head(torch.cat(last))
+        read = [x.index_select(0, part.reads) for x, part in zip(activations, self.micro_batches)]
+        return self._top(torch.cat(read))
 
-    def _micro_batch(self, batch: PairBatch) -> "MicroBatch":
-        stream = batch.stream.to(self.model.head.device)
-        return MicroBatch(stream, rotary_angles(self.trunk.c, stream.positions))
+    def _micro_batch(self, batch: Batch) -> "MicroBatch":
+        device = self.model.top.device
+        stream = batch.stream.to(device)
+        return MicroBatch(
+            stream, rotary_angles(self.trunk.c, stream.positions), batch.reads.to(device)
+        )
 
     def _block_forward(self, block: Block, activations: list[Tensor]) -> None:
         """Replace the input of a block by its output, for every micro-batch."""
         block = compute_copy(block, self.trunk.compute_dtype)
-        for i, (stream, rotation) in enumerate(self.micro_batches):
+        for i, (stream, rotation, _) in enumerate(self.micro_batches):
             x = activations[i]
             if self.recompute == "full":
                 self.inputs.push(x)
@@ -109,22 +116,22 @@ class StreamedStep:
             if self.host:
                 self.host.end_part()
 
-    def _head(self, last: Tensor) -> StepResult:
-        """Weights and loss over all pairs, and the gradient of the loss at the last tokens.
+    def _top(self, read: Tensor) -> Any:
+        """The objective's loss over all items, and its gradient at the tokens that it reads.
 
-        last: (2B, D), what the last block returned at the last token of every text. It is all that
-        the head sees.
+        read: (M, D), what the last block returned there. It is all that the objective sees.
         """
-        last = last.detach().requires_grad_()
+        read = read.detach().requires_grad_()
         norm = compute_copy(self.trunk.final_norm, torch.float32)
-        head = self.model.head.detach().requires_grad_()
-        source = torch.cat([batch.source for batch in self.batches]).to(last.device)
-        z = norm(at_least_fp32(last))  # (2B, D)
-        loss, weights = self.objective.loss(head, z[0::2], z[1::2], source)
-        self.d_last, d_head, *d_norm = torch.autograd.grad(loss, [last, head, *norm.parameters()])
+        top = compute_parameter(self.model.top, self.trunk.compute_dtype).requires_grad_()
+        loss, result = self.objective.loss(top, norm(at_least_fp32(read)), self.batches)
+        self.d_read, d_top, *d_norm = torch.autograd.grad(loss, [read, top, *norm.parameters()])
         names = [f"trunk.final_norm.{name}" for name, _ in norm.named_parameters()]
-        self.d_top = {"head": d_head} | dict(zip(names, d_norm))
-        return StepResult(z[0::2].detach(), z[1::2].detach(), weights, loss.detach())
+        self.d_top = dict(zip(names, d_norm))
+        self.d_tied = d_top if self.model.top is self.trunk.embedding.weight else None
+        if self.d_tied is None:
+            self.d_top |= {name_of_top(self.model): d_top}
+        return result
 
     # ---- backward ----
 
@@ -138,12 +145,11 @@ class StreamedStep:
         yield self._embedding_gradients(torch.cat(d_activations))
 
     def _gradient_of_output(self) -> list[Tensor]:
-        """The gradient of what the last block returned, (N, D) each: zero but at last tokens."""
-        texts = [len(stream.last) for stream, _ in self.micro_batches]
-        d_last = self.d_last.split(texts)
+        """The gradient of what the last block returned, (N, D) each: zero but at tokens read."""
+        d_read = self.d_read.split([len(part.reads) for part in self.micro_batches])
         return [
-            d.new_zeros(len(stream.tokens), d.shape[1]).index_copy_(0, stream.last, d)
-            for d, (stream, _) in zip(d_last, self.micro_batches)
+            d.new_zeros(len(part.stream.tokens), d.shape[1]).index_add_(0, part.reads, d)
+            for d, part in zip(d_read, self.micro_batches)
         ]
 
     def _block_backward(self, block: Block, d_activations: list[Tensor]) -> Gradients:
@@ -170,14 +176,13 @@ class StreamedStep:
         Every call makes a dense gradient (V, D), so several calls would need several of them.
         """
         d_activations = at_least_fp32(d_activations)
-        tokens = torch.cat([stream.tokens for stream, _ in self.micro_batches])
-        gradients = {
-            "trunk.embedding.weight": embedding_gradient(
-                d_activations, tokens, self.trunk.embedding
-            )
-        }
+        tokens = torch.cat([part.stream.tokens for part in self.micro_batches])
+        d_embedding = embedding_gradient(d_activations, tokens, self.trunk.embedding)
+        if self.d_tied is not None:
+            d_embedding += self.d_tied
+        gradients = {"trunk.embedding.weight": d_embedding}
         if self.trunk.c.learned_positions:
-            positions = torch.cat([stream.positions for stream, _ in self.micro_batches])
+            positions = torch.cat([part.stream.positions for part in self.micro_batches])
             gradients["trunk.position_embedding.weight"] = embedding_gradient(
                 d_activations,
                 positions + self.trunk.c.position_offset,
@@ -190,10 +195,11 @@ class StreamedStep:
 
 
 class MicroBatch(NamedTuple):
-    """What a block needs to know of a micro-batch besides its input."""
+    """What a block needs to know of a micro-batch besides its input; what is read of its output."""
 
     stream: Stream
     rotation: tuple[Tensor, Tensor]
+    reads: Tensor  # (M,)
 
 
 class BlockInputs:
@@ -306,29 +312,27 @@ def embedding_gradient(d_rows: Tensor, index: Tensor, table: nn.Embedding) -> Te
 class StreamedEngine:
     """Takes streamed steps, and updates every part as soon as its gradient is there."""
 
-    def __init__(self, model: RewardModel, optimizer: AdamW, recipe: Recipe):
+    def __init__(self, model: Any, optimizer: AdamW, recipe: Recipe):
         self.model, self.optimizer, self.recipe = model, optimizer, recipe
         self.parts = parts_of(model)
-        device = model.head.device
+        device = model.top.device
         self.host_of_inputs = Host(device) if "inputs" in recipe.offload else None
         self.host_of_states = Host(device) if "states" in recipe.offload else None
 
-    def step(
-        self, pairs: Sequence[TokenPair], source: Sequence[int], objective: RewardObjective
-    ) -> StepResult:
-        """One optimizer step on B pairs; source: (B,) the source of each.
+    def step(self, items: Sequence[Any], source: Sequence[int], objective: Objective) -> Any:
+        """One optimizer step on some items; source: the source of each. Returns the result.
 
         Raises NonFiniteLoss before, and NonFiniteGradient after, the parameters have changed.
         """
         step = StreamedStep(
             self.model,
-            micro_batches(pairs, source, self.recipe.micro_tokens),
+            objective.batches(items, source, self.recipe.micro_tokens),
             objective,
             self.recipe.recompute,
             self.host_of_inputs,
         )
         result = step.forward()
-        is_finite = torch.tensor(True, device=self.model.head.device)
+        is_finite = torch.tensor(True, device=self.model.top.device)
         for part, gradients in enumerate(step.backward()):
             self._fetch_states(part + 1)
             is_finite &= self._update(part, gradients)
@@ -374,9 +378,7 @@ class StreamedEngine:
                 self.host_of_states.fetch(home)
 
 
-def open_engine(
-    model: RewardModel, optimizer: AdamW, recipe: Recipe
-) -> PlainEngine | StreamedEngine:
+def open_engine(model: Any, optimizer: AdamW, recipe: Recipe) -> PlainEngine | StreamedEngine:
     """The engine that a recipe names. Raises InputError for a recipe that contradicts itself."""
     recipe.check()
     if recipe.engine == "plain":

@@ -237,7 +237,11 @@ class Trunk(nn.Module):
 
         fp32, or float64 if computing in float64.
         """
-        return self.final_norm(at_least_fp32(self.residual(stream).index_select(0, stream.last)))
+        return self.states_at(stream, stream.last)
+
+    def states_at(self, stream: Stream, places: Tensor) -> Tensor:
+        """The final hidden state at some tokens (M,) of a stream: (M, D), in the same type."""
+        return self.final_norm(at_least_fp32(self.residual(stream).index_select(0, places)))
 
     def states(self, stream: Stream) -> Tensor:
         """The final hidden state at every token: (N, D), fp32 (float64 if computing in float64)."""

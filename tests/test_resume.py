@@ -113,7 +113,7 @@ def test_a_killed_process_resumes_bitwise(world, tmp_path, number):
     assert content(tmp_path / "whole") == content(tmp_path / "cut")
 
 
-KILLS = int(os.environ.get("MINIMORE_KILLS", 5))
+KILLS = int(os.environ.get("MINIMORE_KILLS", 3))
 
 
 @pytest.mark.slow

@@ -62,6 +62,9 @@ def parse_options():
     parser.add_argument(
         "--seconds", type=float, default=290, help="stop everything after so many seconds"
     )
+    parser.add_argument(
+        "--one-process", action="store_true", help="run all stages in this process, without limits"
+    )
     parser.add_argument("--inside", choices=STAGES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -180,7 +183,10 @@ def main():
     lines.unlink(missing_ok=True)
     began = time.monotonic()
     for name in options.stages:
-        run_stage(name, options, lines, began)
+        if options.one_process:
+            run_inside(name, lines)
+        else:
+            run_stage(name, options, lines, began)
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     options.output.write_text(json.dumps(records, indent=1))
     text = markdown(records)

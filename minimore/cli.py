@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from . import __version__
+from .alignment.compare import CompareOptions, compare
 from .alignment.sample import SampleOptions, sample
 from .check import CheckOptions, check
 from .engine.plan import PlanOptions, plan
@@ -38,6 +39,11 @@ GROUPS = {"align": "from a reward model to a policy, step by step"}
 VERBS = {
     "align sample": Verb(
         SampleOptions, sample, "let a language model write responses to the prompts of a file"
+    ),
+    "align compare": Verb(
+        CompareOptions,
+        compare,
+        "which of two files of responses a reward model prefers, and how sure",
     ),
     "demo": Verb(
         DemoOptions, demo, "train uniform and MORE on a synthetic world, in about a minute"

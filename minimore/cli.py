@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from . import __version__
 from .alignment.compare import CompareOptions, compare
+from .alignment.perplexity import PerplexityOptions, perplexity
 from .alignment.sample import SampleOptions, sample
 from .check import CheckOptions, check
 from .engine.plan import PlanOptions, plan
@@ -44,6 +45,9 @@ VERBS = {
         CompareOptions,
         compare,
         "which of two files of responses a reward model prefers, and how sure",
+    ),
+    "align perplexity": Verb(
+        PerplexityOptions, perplexity, "how likely a language model finds the responses of a file"
     ),
     "demo": Verb(
         DemoOptions, demo, "train uniform and MORE on a synthetic world, in about a minute"

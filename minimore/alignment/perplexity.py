@@ -1,0 +1,117 @@
+"""How likely a policy finds the responses of a file: the step `minimore align perplexity`.
+
+    loss of a response    -Σ log p(token | everything before it), over its tokens
+    perplexity            exp(sum of the losses / number of their tokens)
+
+Both sides of every pair are measured. A policy that moved away from text that people prefer shows
+it in the perplexity of the chosen responses.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.pairs import batches_by_length, encode
+from ..data.records import Pair, read_records, record_pairs
+from ..files import refuse_existing, write_json
+from ..model.checkpoint import Checkpoint
+from ..model.tokenizer import Tokenizer
+from ..options import COUNT, InputError, check_ranges, option
+from ..reward import ModelOptions, check_length
+from ..tables import Table, number
+from .language import Responses, pack_responses
+from .policy import CHUNK, LanguageModel
+from .sample import open_policy
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityOptions(ModelOptions):
+    """What `align perplexity` takes."""
+
+    input: str = option(value="PAIRS.jsonl", help="a file of preference pairs (.gz too)")
+    max_length: int = option(512, within=COUNT, help="tokens a text, cut on the left")
+    chat: bool = option(False, help="read prompts and responses that are strings as messages")
+    json: str | None = option(None, value="FILE", help="write all figures here; must not exist")
+
+
+def perplexity(options: PerplexityOptions) -> None:
+    """Print the perplexity of the chosen and of the rejected responses."""
+    check_ranges(options)
+    refuse_existing(options.json, "--json")
+    checkpoint = Checkpoint(options.model)
+    check_length(checkpoint.config, options.max_length, checkpoint.directory)
+    items = read_responses(options, checkpoint.tokenizer)
+    model = open_policy(checkpoint, options)
+    losses = response_losses(model, items, options.micro_tokens)
+    table = Table("responses", "number", "tokens", "loss a token", "perplexity")
+    figures: dict[str, Any] = {"model": options.model, "file": options.input}
+    for side, name in enumerate(SIDES):
+        total = sum(float(row[side]) for row in losses)
+        tokens = sum(len(item.responses[side]) for item in items)
+        value = math.exp(min(total / tokens, 700))
+        figures[name] = {"number": len(items), "tokens": tokens, "loss": total, "perplexity": value}
+        table.add(name, len(items), tokens, number(total / tokens), f"{value:,.2f}")
+    print(table)
+    if options.json:
+        write_json(options.json, figures)
+
+
+def read_responses(options: PerplexityOptions, tokenizer: Tokenizer) -> list[Responses]:
+    """The prompt of every pair with its chosen and its rejected response, as ids."""
+    items = []
+    for where, record in read_records(options.input):
+        for pair in record_pairs(record, where, tokenizer, options.chat)[0]:
+            item = responses_of(pair, tokenizer, options.max_length)
+            if item is not None:
+                items.append(item)
+    if not items:
+        raise InputError(f"{options.input}: has no usable pair; expected at least one")
+    return items
+
+
+def responses_of(pair: Pair, tokenizer: Tokenizer, max_length: int) -> Responses | None:
+    """A pair as ids; None if a response has no token of its own behind a token of the prompt."""
+    texts = [pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected]
+    (prompt, *sides), _ = encode(texts, tokenizer, max_length, [pair.rendered] * 3)
+    common = min(_common_length(prompt, side) for side in sides)
+    responses = [side[common:].tolist() for side in sides]
+    return Responses(prompt[:common].tolist(), responses) if common and all(responses) else None
+
+
+def _common_length(a: Any, b: Any) -> int:
+    """How many ids two texts share at their beginning."""
+    most = min(len(a), len(b))
+    different = (a[:most] != b[:most]).nonzero()[0]
+    return int(different[0]) if len(different) else most
+
+
+@torch.no_grad()
+def response_losses(
+    model: LanguageModel, items: Sequence[Responses], micro_tokens: int = 8192
+) -> list[Tensor]:
+    """The loss of every response, summed over its tokens, in nats: of each item (responses,)."""
+    losses: list[Tensor] = [torch.empty(0)] * len(items)
+    for places in batches_by_length([item.tokens for item in items], micro_tokens):
+        part = [items[place] for place in places]
+        batch = pack_responses(part)
+        device = model.unembedding.device
+        states = model.trunk.states_at(batch.stream.to(device), batch.reads.to(device))
+        targets = batch.targets.to(device)
+        by_token = torch.cat(
+            [
+                F.cross_entropy(model.logits(s), t, reduction="none")
+                for s, t in zip(states.split(CHUNK), targets.split(CHUNK))
+            ]
+        ).cpu()
+        lengths = [len(response) for item in part for response in item.responses]
+        sums = torch.stack([tokens.sum() for tokens in by_token.split(lengths)])
+        for place, row in zip(places, sums.split([len(item.responses) for item in part])):
+            losses[place] = row
+    return losses

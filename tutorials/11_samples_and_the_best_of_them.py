@@ -1,0 +1,210 @@
+"""Tutorial 11: samples of a policy, and the best of n.
+
+Question      What is a reward model for, and how far can one trust it while it chooses?
+You will see  a small language model that learns the world's responses by the language objective;
+              its samples, token by token; the best of n by a known reward, against exact order
+              statistics; the same by reward models of few and of many labels, which promise more
+              than they keep; and that a temperature changes an ECE and no choice.
+Takes         about 20 seconds on a laptop CPU.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minimore.alignment.generate import Sampling, generate
+from minimore.alignment.language import LanguageObjective, Responses
+from minimore.alignment.policy import LanguageModel
+from minimore.calibration import pair_ece
+from minimore.data.world import WORDS, World, small_gpt_neox, train_tokenizer
+from minimore.engine.optim import AdamW
+from minimore.engine.recipe import Recipe
+from minimore.engine.streamed import open_engine
+from minimore.lab.probe import ProbeOptions, train_head
+from minimore.model.families import FAMILIES, Json
+from minimore.model.tokenizer import Tokenizer
+from minimore.model.trunk import Trunk
+from minimore.tables import Table
+
+W, LENGTH = len(WORDS), 14
+random = np.random.default_rng(0)
+
+# %% What people have written
+# In the synthetic world a response is 14 words out of 40, and Ana values it at a sum of word
+# values. We write 2,000 answers, and train a tokenizer on them. The end of a response is a token
+# of its own, id 0.
+
+world = World(annotators=("ana",), conflict=0.0)
+shared, drifts = world.values()
+values_of_words = shared + drifts[0]  # (W,)
+PROMPT = "\n\nHuman: tell me something\n\nAssistant:"
+
+
+def write(count):
+    """Responses as texts."""
+    return [" " + " ".join(random.choice(WORDS, LENGTH)) for _ in range(count)]
+
+
+texts = write(2000)
+with tempfile.TemporaryDirectory() as folder:
+    train_tokenizer([PROMPT + text for text in texts], Path(folder) / "tokenizer.json")
+    tokenizer = Tokenizer(Path(folder))
+(prompt,) = tokenizer.encode([PROMPT])
+END = 0
+responses = [ids[len(prompt) :] + [END] for ids in tokenizer.encode([PROMPT + t for t in texts])]
+print(f"{texts[0][:40]!r}... is {len(responses[0])} tokens, the end included")
+
+# %% A policy
+# A language model is a trunk with an unembedding on top. It learns by the loss of the responses'
+# tokens, given everything before them. Both engines take steps for it, as they do for rewards: what
+# stands on a trunk is an *objective*. A batch holds the prompt once, whatever stands behind it.
+
+torch.manual_seed(0)
+config = FAMILIES["gpt_neox"].config(Json(small_gpt_neox(), "config"))
+trunk = Trunk(config)
+with torch.no_grad():
+    for name, parameter in trunk.named_parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(0, 0.02)
+        else:
+            parameter.fill_(float(name.endswith("norm.weight")))
+policy = LanguageModel(trunk, torch.randn(config.vocabulary, config.width) * 0.02)
+optimizer = AdamW()
+optimizer.adopt_all(policy)
+engine = open_engine(policy, optimizer, Recipe())
+optimizer.learning_rate = 3e-3
+losses = []
+for _ in range(120):
+    some = random.integers(len(responses), size=32)
+    items = [Responses(prompt, [responses[i] for i in some])]
+    losses.append(engine.step(items, [0], LanguageObjective()).loss.item())
+# Every word is as likely as every other, so no model can do better than log 40 a word.
+print(f"\nloss of a token: {losses[0]:.2f}, after 120 steps {losses[-1]:.2f}")
+print(f"log 40 a word, and nothing for the end: {LENGTH * np.log(W) / (LENGTH + 1):.2f}")
+
+# %% Samples
+# The prompt is computed once. Every sample then goes on by itself: each block remembers the keys
+# and values of what the sample has written, so a step computes one new token a sample. A sample has
+# a seed of its own, and is the same in any company.
+
+sampling = Sampling(max_new_tokens=40, eos=frozenset({END}))
+alone = generate(policy, [prompt], [[7]], sampling)[0]
+together = generate(policy, [prompt], [list(range(64))], sampling)
+print(f"\nsample 7: {tokenizer.file.decode(alone.tokens[:-1])!r}")
+
+
+def words_of(sample):
+    """The counts (W,) of the world's words in a sample, and whether it has 14 of them only."""
+    said = tokenizer.file.decode(sample.tokens).replace("<|endoftext|>", "").split()
+    counts = np.array([said.count(word) for word in WORDS])
+    return counts, counts.sum() == len(said) == LENGTH
+
+
+N = 32
+prompts = 150
+samples = []
+for first in range(0, prompts, 30):
+    seeds = [[N * p + j + 1000 for j in range(N)] for p in range(first, first + 30)]
+    samples += generate(policy, [prompt] * 30, seeds, sampling)
+read = [words_of(sample) for sample in samples]
+whole = np.array([is_whole for _, is_whole in read])
+print(f"{whole.mean():.0%} of {len(samples):,} samples are 14 words of the world and an end")
+
+# %% The best of n, by a reward that is known
+# Take n samples of a prompt, and keep the one that Ana values most. If values are normal with
+# standard deviation σ, the best of n is on the mean σ c(n) above the others, with
+#
+#     c(n) = ∫ x d(Φ(x)ⁿ)
+#
+# which is 0.56 for two and 2.07 for 32.
+
+features = np.stack([counts for counts, _ in read]).reshape(prompts, N, W) / np.sqrt(LENGTH)
+true = features @ values_of_words  # (prompts, N)
+
+
+def best_of(n, by):
+    """The true value of the best of the first n samples of every prompt: (prompts,)."""
+    return np.take_along_axis(true[:, :n], by[:, :n].argmax(1)[:, None], 1)[:, 0]
+
+
+def expected_maximum(n):
+    """c(n) by summing over a fine grid."""
+    x = np.linspace(-8, 8, 20001)
+    cdf = np.cumsum(np.exp(-(x**2) / 2))
+    powers = (cdf / cdf[-1]) ** n
+    return float(((x[1:] + x[:-1]) / 2 * np.diff(powers)).sum())
+
+
+sigma, mean = true.std(), true.mean()
+table = Table("n", "by theory", "best of n", "± 2 standard errors")
+for n in (1, 2, 4, 8, 16, 32):
+    gained = best_of(n, true)
+    error = 2 * gained.std(ddof=1) / np.sqrt(prompts)
+    theory = mean + sigma * expected_maximum(n)
+    table.add(n, f"{theory:.2f}", f"{gained.mean():.2f}", f"{error:.2f}")
+print(f"\n{table}")
+
+# %% By a reward model, which only believes to know
+# Two reward models learn Ana's taste from labels drawn with the probability σ(2 m): one from 60
+# pairs, one from 6,000. They choose; Ana counts.
+
+
+def reward_model(pairs):
+    """Word values (W,) as a model of so many labelled pairs has them."""
+    first, second = random.multinomial(LENGTH, [1 / W] * W, (2, pairs)) / np.sqrt(LENGTH)
+    difference = first - second
+    p = 1 / (1 + np.exp(-2 * difference @ values_of_words))
+    labelled = difference * np.where(random.random(pairs) < p, 1, -1)[:, None]
+    options = ProbeOptions(features="", epochs=max(4, 24000 // pairs), learning_rate=0.05)
+    head, _ = train_head([torch.tensor(labelled, dtype=torch.float32)], "uniform", options, seed=0)
+    return head.double().numpy()
+
+
+few, many = reward_model(60), reward_model(6000)
+table = Table("n", "few labels: promised", "kept", "many labels: promised", "kept", "possible")
+kept = {}
+for n in (1, 4, 32):
+    row = [n]
+    for name, model in (("few", few), ("many", many)):
+        rewards = features @ model
+        slope = (rewards * true).mean() / (true * true).mean()  # in Ana's units
+        promised = (rewards[:, :n].max(1) - rewards.mean()).mean() / slope
+        kept[name, n] = best_of(n, rewards).mean() - mean
+        row += [f"{promised:.2f}", f"{kept[name, n]:.2f}"]
+    table.add(*row, f"{best_of(n, true).mean() - mean:.2f}")
+print(f"\ngain over a random sample, in Ana's units\n{table}")
+
+# %% A temperature changes what a model claims, and nothing of what it chooses
+# Divide a model's rewards by T. Its probabilities σ(m / T) and with them its ECE become anything;
+# the order of the samples stays. What depends on the scale would be a threshold, a mixture of
+# several models' rewards, or a penalty in the same units.
+
+first, second = random.multinomial(LENGTH, [1 / W] * W, (2, 4000)) / np.sqrt(LENGTH)
+difference = first - second
+p = 1 / (1 + np.exp(-2 * difference @ values_of_words))
+margins = difference @ many * np.where(random.random(4000) < p, 1, -1)
+eces = {T: pair_ece(margins / T) for T in (0.25, 1.0, 4.0)}
+choices = {T: (features @ many / T).argmax(1) for T in eces}
+print("\n" + ", ".join(f"T = {T:g}: ECE {ece:.3f}" for T, ece in eces.items()))
+print(f"the same choice for all prompts: {np.array_equal(choices[0.25], choices[4.0])}")
+
+# %% What was claimed
+assert losses[-1] < losses[0] - 2 and whole.mean() > 0.85
+assert together[7].tokens == alone.tokens
+for n in (2, 8, 32):
+    gained = best_of(n, true)
+    theory = mean + sigma * expected_maximum(n)
+    assert abs(gained.mean() - theory) < 4 * gained.std(ddof=1) / np.sqrt(prompts)
+assert abs(expected_maximum(2) - 1 / np.sqrt(np.pi)) < 1e-3
+assert kept["many", 32] > kept["few", 32] + 0.2  # Few labels keep less of what they promise.
+assert kept["many", 32] > 0.8 * (best_of(32, true).mean() - mean)
+assert np.array_equal(choices[0.25], choices[1.0]) and np.array_equal(choices[1.0], choices[4.0])
+assert max(eces.values()) > 3 * min(eces.values())
+
+# %% Two exercises
+# Exercise 1. Sample at `temperature=0.5` and at `1.5`. What becomes of the share of whole
+#             responses, and of the best of 32? Which of them does the standard deviation explain?
+# Exercise 2. Mix the rewards of `few` and `many`: choose by their sum, and by the sum of `few / 10`
+#             and `many`. Why does the scale matter now, and what would you divide each by?

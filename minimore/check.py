@@ -358,7 +358,7 @@ CONVERSATION = [
     {"role": "assistant", "content": "It is 4."},
 ]
 
-Ids = dict[str, list[int] | None]  # by the name of a text; None where there are none
+Ids = dict[str, list[int]]  # by the name of a text
 
 
 def our_ids(tokenizer: Tokenizer) -> Ids:
@@ -372,28 +372,25 @@ def our_ids(tokenizer: Tokenizer) -> Ids:
 
 
 def compare_ids(ours: Ids, theirs: Ids, tokenizer: Tokenizer) -> tuple[bool | None, str]:
-    """Whether two tokenizers read all texts alike, and in words where they do not.
+    """Whether two tokenizers read all texts alike (None: nothing to compare), and that in words.
 
     What theirs adds behind a text, an EOS for example, is no part of it. In front of a conversation
     transformers adds no BOS that the template does not write.
     """
-    remarks = []
-    for name, mine in ours.items():
-        other = theirs.get(name)
-        if mine is None or other is None:
-            continue
+    compared = [name for name in ours if name in theirs]
+    if not compared:
+        return None, "its tokenizer was not compared: it opens none here"
+    remarks = [f"the same token ids of {', '.join(compared)}"]
+    for name in compared:
+        mine, other = ours[name], theirs[name]
         if name == "conversation" and tokenizer.bos and mine == tokenizer.bos + other:
             remarks.append("in front of a conversation it adds no BOS, as is done here")
         elif other[: len(mine)] != mine:
             return False, f"token ids of the {name} differ{first_difference(mine, other)}"
-    compared = [name for name in ours if theirs.get(name) is not None]
-    if not compared:
-        return None, "its tokenizer was not compared: it opens none here"
-    behind = (theirs.get("paragraph") or [])[len(ours["paragraph"] or []) :]
-    if behind:
-        remarks.append(f"it adds {behind} behind a text")
-    words = f"the same token ids of {', '.join(compared)}"
-    return True, "; ".join([words, *remarks])
+    added = theirs["paragraph"][len(ours["paragraph"]) :] if "paragraph" in compared else []
+    if added:
+        remarks.append(f"it adds {added} behind a text")
+    return True, "; ".join(remarks)
 
 
 def first_difference(ours: list[int], theirs: list[int]) -> str:

@@ -54,19 +54,18 @@ def difference(margins: np.ndarray, baseline: np.ndarray, prompts: np.ndarray) -
         uncertainty.noise_floor(margins, prompts),
         uncertainty.noise_floor(baseline, prompts),
     )
-    is_miscalibrated = any(map(uncertainty.is_miscalibrated, eces, floors))
-    exceeds_noise = []
-    if accuracy.excludes_zero:
-        exceeds_noise.append("accuracy")
-    if uncertainty.may_rank(ece, eces, floors):
-        exceeds_noise.append("ece")
+    one_is_clear = any(map(uncertainty.is_miscalibrated, eces, floors))
+    exceeds_noise = {
+        "accuracy": accuracy.excludes_zero,
+        "ece": uncertainty.may_rank(ece, eces, floors),
+    }
     return {
         "pairs": len(margins),
         "accuracy": accuracy.value,
         "accuracy_interval": ends_of(accuracy),
         "ece_debiased": ece.value,
-        "ece_interval": ends_of(ece) if is_miscalibrated else None,
-        "exceeds_noise": exceeds_noise,
+        "ece_interval": ends_of(ece) if one_is_clear else None,
+        "exceeds_noise": [name for name, exceeds in exceeds_noise.items() if exceeds],
     }
 
 

@@ -65,20 +65,19 @@ def noise_floor(
     lower than `_floor_of_prompts`.
     """
     random = np.random.default_rng(seed)
-    m = np.abs(np.asarray(margins, dtype=np.float64))
-    p = probability(m)
-    index, mirrored = _bins(p, bins), _bins(1 - p, bins)
+    p = probability(np.abs(np.asarray(margins, dtype=np.float64)))  # of the side it prefers
+    N, bin_of_p, bin_of_rest = len(p), _bins(p, bins), _bins(1 - p, bins)
     eces = []
     for _ in range(replicates):
-        is_right = random.random(len(m)) < p
-        gaps = np.bincount(index, is_right - p, bins) + np.bincount(mirrored, p - is_right, bins)
-        eces.append(np.abs(gaps).sum() / (2 * len(m)))
-    floor = Floor(float(np.mean(eces)), float(np.quantile(eces, 0.95)))
+        gap = (random.random(N) < p) - p  # outcome minus probability; the other side's is -gap
+        gaps = np.bincount(bin_of_p, gap, bins) + np.bincount(bin_of_rest, -gap, bins)
+        eces.append(np.abs(gaps).sum() / (2 * N))
+    independent = Floor(float(np.mean(eces)), float(np.quantile(eces, 0.95)))
     sums = prompt_sums(margins, prompts, bins)
-    if len(sums.pairs) == len(m):
-        return floor
+    if len(sums.pairs) == N:  # every prompt has one pair
+        return independent
     clustered = _floor_of_prompts(sums, replicates, random)
-    return Floor(max(floor.mean, clustered.mean), max(floor.high, clustered.high))
+    return Floor(max(independent.mean, clustered.mean), max(independent.high, clustered.high))
 
 
 def _floor_of_prompts(sums: "Sums", replicates: int, random: np.random.Generator) -> Floor:

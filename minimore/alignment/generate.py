@@ -56,7 +56,7 @@ class Sample:
     is_finished: bool = False
 
 
-Stop = Callable[[list[int]], bool]  # whether a sample with these ids ends here
+Stop = Callable[[Sample], bool]  # whether a sample ends with the token that it got last
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def generate(
         next_tokens = draw(model.logits(states), writing, sampling)
         for sample, token in zip(writing, next_tokens):
             sample.tokens.append(token)
-            sample.is_finished = token in sampling.eos or (stop is not None and stop(sample.tokens))
+            sample.is_finished = token in sampling.eos or (stop is not None and stop(sample))
         goes_on = [
             not sample.is_finished and len(sample.tokens) < sampling.max_new_tokens
             for sample in writing
@@ -114,26 +114,28 @@ class Cache:
 
     @classmethod
     def of_prompts(
-        cls, model: LanguageModel, prompts: Sequence[Sequence[int]], rows: Sequence[int]
+        cls, model: LanguageModel, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int]
     ) -> tuple["Cache", Tensor]:
         """The cache of samples that have read their prompts, and the state of the last tokens.
 
-        rows: the prompt of every sample. The states are (S, D), after the final norm.
+        prompt_of: of every sample, the number of its prompt. Every prompt is computed once, and its
+        keys and values are copied to all of its samples. The states are (S, D), after the final
+        norm.
         """
         device = model.unembedding.device
         stream = pack([([], [prompt]) for prompt in prompts]).to(device)
-        lengths = [len(prompt) for prompt in prompts]
-        row = torch.tensor(rows, device=device)
-        cache = cls(model, torch.tensor(lengths, device=device)[row])
+        prompt_lengths = [len(prompt) for prompt in prompts]
+        of_samples = torch.tensor(prompt_of, device=device)  # (S,)
+        cache = cls(model, torch.tensor(prompt_lengths, device=device)[of_samples])
         rotation = rotary_angles(cache.c, stream.positions)
         x = model.trunk.embed(stream)
         for block in cache.blocks:
             q, k, v = block.before_attention(x, *rotation)
             x = after(block, x, attend(q, k, v, stream, block.attention.window))
-            for stored, new in ((cache.keys, k), (cache.values, v)):
-                stored.append(padded_rows(new, lengths)[row])
+            cache.keys.append(padded_rows(k, prompt_lengths)[of_samples])
+            cache.values.append(padded_rows(v, prompt_lengths)[of_samples])
         last = model.trunk.final_norm(at_least_fp32(x.index_select(0, stream.last)))
-        return cache, last[row]
+        return cache, last[of_samples]
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -206,17 +208,21 @@ def padded_rows(x: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def draw(logits: Tensor, samples: Sequence[Sample], sampling: Sampling) -> list[int]:
-    """The next token of every sample, from its logits (S, V)."""
+    """The next token of every sample, from its logits (S, V).
+
+    It is the first one whose probability, with that of all likelier ones, reaches a random share of
+    the sum. Raises FloatingPointError for logits that are not finite.
+    """
+    if not logits.isfinite().all():
+        raise FloatingPointError("a logit is not finite; try --compute-dtype float32")
     if sampling.temperature == 0:
         return logits.argmax(1).tolist()
     probabilities, tokens = kept(logits, sampling)
-    sums = probabilities.cumsum(1)
-    # In (0, 1]: a token of probability zero is never reached.
-    chance = torch.tensor(
-        [1 - uniform(sample.seed, len(sample.tokens)) for sample in samples], dtype=torch.float64
-    )
-    threshold = chance.to(sums.device)[:, None] * sums[:, -1:]
-    place = torch.searchsorted(sums, threshold)
+    cumulative = probabilities.cumsum(1)
+    # In (0, 1]: at 0, a first token of probability zero would be drawn.
+    share = [1 - uniform(sample.seed, len(sample.tokens)) for sample in samples]
+    random = torch.tensor(share, dtype=torch.float64).to(cumulative.device)
+    place = torch.searchsorted(cumulative, random[:, None] * cumulative[:, -1:])
     return tokens.gather(1, place)[:, 0].tolist()
 
 

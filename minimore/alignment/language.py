@@ -129,21 +129,23 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
         """(M, D), (V, D), (M,) -> ()."""
+        M = len(targets)
         total = states.new_zeros(())
         d_states = torch.empty_like(states)
         d_unembedding = torch.zeros_like(at_least_fp32(unembedding))
-        for part in torch.arange(len(targets), device=states.device).split(CHUNK):
-            s, target = states[part].to(unembedding.dtype), targets[part]
+        chunks = (tensor.split(CHUNK) for tensor in (states, targets, d_states))
+        for s, target, d_s in zip(*chunks):
+            s = s.to(unembedding.dtype)
             logits = at_least_fp32(s @ unembedding.T)
             total += F.cross_entropy(logits, target, reduction="sum")
             d_logits = logits.softmax(1)
-            d_logits[torch.arange(len(part), device=states.device), target] -= 1
-            d_logits = (d_logits / len(targets)).to(unembedding.dtype)
-            d_states[part] = (d_logits @ unembedding).to(states.dtype)
+            d_logits[torch.arange(len(target), device=target.device), target] -= 1  # p - onehot
+            d_logits = (d_logits / M).to(unembedding.dtype)
+            d_s.copy_(d_logits @ unembedding)  # into d_states
             d_unembedding += d_logits.T @ s
         ctx.save_for_backward(d_states, d_unembedding)
         ctx.dtype = unembedding.dtype
-        return total / len(targets)
+        return total / M
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,10 @@ from ..model.checkpoint import Checkpoint, ids_of_eos
 from ..model.tokenizer import Tokenizer
 from ..options import COUNT, InputError, Range, check_ranges, option, require
 from ..reward import ModelOptions, check_length, compute_type, device_of
-from .generate import Sampling, generate
+from .generate import Sample, Sampling, generate
 from .policy import LanguageModel
+
+LOWEST_TEMPERATURE = 1e-3  # besides 0; below it logits may become infinite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,11 @@ def sample(options: SampleOptions) -> None:
     finished: whether a response ended by itself. `minimore score` reads such files.
     """
     check_ranges(options)
+    require(all(options.stop), '--stop "": is empty; expected some text')
+    require(
+        options.temperature == 0 or options.temperature >= LOWEST_TEMPERATURE,
+        f"--temperature {options.temperature}: expected 0, or at least {LOWEST_TEMPERATURE}",
+    )
     refuse_existing(options.output)
     checkpoint = Checkpoint(options.model)
     check_length(
@@ -103,7 +111,7 @@ def sample(options: SampleOptions) -> None:
         written_whole(options.output) as unfinished,
         open(unfinished, "x", encoding="utf-8") as file,
     ):
-        for record in stored_records(work):
+        for record in islice(stored_lines(work), 1, None):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     work.unlink()
     print(f"{options.output}: {options.samples} responses to each of {len(prompts)} prompts")
@@ -184,8 +192,8 @@ def sampled(
         for i in range(len(prompts))
     ]
 
-    def stops(ids: list[int]) -> bool:
-        text = tokenizer.file.decode(ids)
+    def stops(one: Sample) -> bool:
+        text = response_text(tokenizer, prompts[one.prompt].ids, one.tokens, sampling.eos)
         return any(stop in text for stop in options.stop)
 
     samples = generate(
@@ -233,19 +241,20 @@ def identity_of(options: SampleOptions, checkpoint: Checkpoint) -> dict[str, Any
 
 def begin_or_continue(work: Path, identity: dict[str, Any], resume: bool) -> int:
     """Begin the file of what is done, or continue it; returns how many records it holds."""
-    records = list(stored_records(work, with_first=True)) if work.exists() else []
-    if not records:  # it is not there, or was cut short before its first line was on the disk
+    is_begun = work.exists() and b"\n" in work.read_bytes()
+    if not is_begun:  # it is not there, or was cut short before its first line was on the disk
         work.unlink(missing_ok=True)
         append(work, [identity])
         to_disk(work.absolute().parent)
         return 0
     require(resume, f"{work}: is unfinished; continue it with --resume, or remove it to begin anew")
+    lines = list(stored_lines(work))
     require(
-        records[0] == identity,
+        lines[:1] == [identity],
         f"{work}: was begun with other options, another model or another input;"
         " give the same command again, or remove it",
     )
-    return len(records) - 1
+    return len(lines) - 1
 
 
 def append(work: Path, records: Sequence[Record]) -> None:
@@ -258,15 +267,18 @@ def append(work: Path, records: Sequence[Record]) -> None:
         os.fsync(file.fileno())
 
 
-def stored_records(work: Path, with_first: bool = False) -> Iterator[Record]:
-    """The records that are whole; nothing behind one that is not."""
+def stored_lines(work: Path) -> Iterator[dict[str, Any]]:
+    """What `append` wrote, up to the first line that is damaged or cut short.
+
+    The first line is the identity; each of the others is a record.
+    """
     with open(work, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file):
-            stored, _, text = line.partition(" ")
-            if not text.endswith("\n") or stored != checksum(text[:-1].encode()):
+        for line in file:
+            line_checksum, _, text = line.partition(" ")
+            is_whole = text.endswith("\n") and line_checksum == checksum(text[:-1].encode())
+            if not is_whole:
                 return
-            if number or with_first:
-                yield json.loads(text)
+            yield json.loads(text)
 
 
 def keep_lines(work: Path, count: int) -> None:

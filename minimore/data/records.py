@@ -252,31 +252,39 @@ def with_prompt(record: Record, where: str, chat: bool = False) -> Record:
     A "system" text becomes the first message. Raises InputError where something that looks like a
     part of the prompt would be dropped.
     """
-    before = [key for key in BEFORE_A_PROMPT if record.get(key)]
-    named = [key for key in PROMPT_KEYS if record.get(key)]
+    in_front = [key for key in BEFORE_A_PROMPT if record.get(key)]
     if "prompt" not in record and is_whole(record):
+        has_system = begins_with_system(record["chosen"])
+        require(
+            not in_front or (in_front == ["system"] and has_system),
+            f'{where}: "{"".join(in_front[:1])}" beside whole dialogues would not be read; write it'
+            " into them, or remove it",
+        )
         return record
-    key = "prompt" if "prompt" in record else named[0] if named else None
+    keys = ["prompt"] if "prompt" in record else [key for key in PROMPT_KEYS if record.get(key)]
+    if not keys:
+        if in_front:
+            raise InputError(
+                f'{where}: "{in_front[0]}" stands in front of no "prompt"; expected one'
+            )
+        return record
     require(
-        key == "prompt" or len(named) <= 1,
-        f"{where}: the prompt may be in {' or '.join(map(repr, named))}; expected it in"
+        len(keys) == 1,
+        f"{where}: the prompt may be in {' or '.join(map(repr, keys))}; expected it in"
         ' "prompt", as a string or as messages',
     )
-    if key is None and before:
-        raise InputError(f'{where}: "{before[0]}" stands in front of no "prompt"; expected one')
-    if key is None:
-        return record
-    prompt = record[key]
-    if before:
-        can_hold = before == ["system"] and (chat or is_conversation(prompt))
-        require(
-            can_hold,
-            f'{where}: "{before[0]}" would not be read; write it into "prompt" as a message'
-            + (", or give --chat, which makes messages of both" if before == ["system"] else ""),
-        )
+    prompt = record[keys[0]]
+    if in_front == ["system"] and (chat or is_conversation(prompt)):
         if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        prompt = [{"role": "system", "content": record["system"]}, *prompt]
+            prompt = {"role": "user", "content": prompt}
+        messages = [prompt] if isinstance(prompt, dict) else prompt
+        prompt = [{"role": "system", "content": record["system"]}, *messages]
+    elif in_front:
+        advice = ", or give --chat, which makes messages of both" if in_front == ["system"] else ""
+        raise InputError(
+            f'{where}: "{in_front[0]}" would not be read; write it into "prompt" as a message'
+            + advice
+        )
     return record | {"prompt": prompt}
 
 
@@ -290,10 +298,19 @@ def is_whole(record: Record) -> bool:
     )
 
 
+def begins_with_system(conversation: Any) -> bool:
+    """Whether a conversation has a system message in front."""
+    return is_conversation(conversation) and _first_role(conversation) == "system"
+
+
+def _first_role(conversation: Any) -> Any:
+    first = conversation if isinstance(conversation, dict) else conversation[0]
+    return first.get("role", first.get("from"))
+
+
 def is_response(conversation: Any) -> bool:
     """Whether a conversation begins with what the model says."""
-    first = conversation if isinstance(conversation, dict) else conversation[0]
-    return first.get("role", first.get("from")) in ("assistant", "gpt", "chatgpt", "bot", "model")
+    return _first_role(conversation) in ("assistant", "gpt", "chatgpt", "bot", "model")
 
 
 # ---- responses with scores -----------------------------------------------------------------------
@@ -360,30 +377,26 @@ def _conversation_pair(
     where: str,
     tokenizer: Tokenizer,
 ) -> Pair:
-    """A pair of which something is a conversation.
+    """A pair as conversations; a string among the three becomes a single message.
 
     Responses that are conversations with their prompt in them are read as they are, and must agree
     with the prompt if it is given, too.
     """
-    chosen, rejected = (
-        messages_of(named.value, named.where, tokenizer, "assistant")
-        for named in (chosen_value, rejected_value)
-    )
-    if prompt is None:
-        turns = _shared_turns(chosen, rejected)
-        return _render(chosen[:turns], chosen[turns:], rejected[turns:], tokenizer)
-    messages = messages_of(prompt.value, prompt.where, tokenizer, "user")
-    begin_with_prompt = [not is_response(response) for response in (chosen, rejected)]
-    if not any(begin_with_prompt):
-        return _render(messages, chosen, rejected, tokenizer)
-    beginnings = [_beginning(messages, response) for response in (chosen, rejected)]
-    if None in beginnings:
-        raise InputError(
-            f'{where}: "chosen" and "rejected" are conversations that do not both begin with'
-            ' "prompt"; expected responses alone, or conversations that begin with it'
-        )
-    turns = min(_shared_turns(chosen, rejected), *(turns or 0 for turns in beginnings))
-    return _render(chosen[:turns], chosen[turns:], rejected[turns:], tokenizer)
+    chosen = messages_of(chosen_value.value, chosen_value.where, tokenizer, "assistant")
+    rejected = messages_of(rejected_value.value, rejected_value.where, tokenizer, "assistant")
+    prompt_turns = _shared_turns(chosen, rejected)
+    if prompt is not None:
+        given = messages_of(prompt.value, prompt.where, tokenizer, "user")
+        if is_response(chosen) and is_response(rejected):
+            return _render(given, chosen, rejected, tokenizer)
+        in_chosen, in_rejected = _beginning(given, chosen), _beginning(given, rejected)
+        if in_chosen is None or in_rejected is None:
+            raise InputError(
+                f'{where}: "chosen" and "rejected" are conversations that do not both begin with'
+                ' "prompt"; expected responses alone, or conversations that begin with it'
+            )
+        prompt_turns = min(prompt_turns, in_chosen, in_rejected)
+    return _render(chosen[:prompt_turns], chosen[prompt_turns:], rejected[prompt_turns:], tokenizer)
 
 
 def _beginning(prompt: Messages, conversation: Messages) -> int | None:

@@ -35,16 +35,17 @@ class PlainEngine:
 
         Raises NonFiniteLoss, or NonFiniteGradient before anything is updated.
         """
-        unit = objective.unit
+        self.model.zero_grad()  # of a step that could not be taken
+        unit = objective.unit  # None: no part of the step has a loss of its own
         batches = objective.batches(items, source, self.recipe.micro_tokens, unit or 1)
         parts = [batches] if unit is None else [[batch] for batch in batches]
-        whole = sum(batch.size for batch in batches)
+        step_size = sum(batch.size for batch in batches)
         results = []
         for part in parts:
             states = self._states(part)  # (M, D)
             loss, result = objective.loss(computed_with(self.model), states, part)
-            share = sum(batch.size for batch in part) / whole
-            (loss * share).backward()
+            share = sum(batch.size for batch in part) / step_size
+            (loss * share).backward()  # reaches the trunk if the part is one batch, else `states`
             if len(part) > 1:
                 self._carry_on(part, gradient_of(states))
             results.append(result.times(share))

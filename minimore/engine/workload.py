@@ -4,7 +4,7 @@ B pairs in a step.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -81,19 +81,28 @@ def workload(sources: Sequence[Source], epochs: Iterable[list[np.ndarray]]) -> W
 
 
 def workload_of(options: RunOptions, sources: Sequence[Source], batch_size: int) -> Workload:
-    """The workload of a training with these options; of many epochs the first EPOCHS are read."""
-    sizes, seen = [len(source.pairs) for source in sources], min(options.epochs, EPOCHS)
+    """The workload of a training with these options.
+
+    At most EPOCHS epochs are counted; each later one is taken to be like their mean.
+    """
+    counted = min(options.epochs, EPOCHS)
+    pairs_of_sources = [len(source.pairs) for source in sources]
     epochs = (
         epoch_steps(
-            sizes, options.sampling, options.pairs_per_source, batch_size, options.seed, epoch
+            pairs_of_sources,
+            options.sampling,
+            options.pairs_per_source,
+            batch_size,
+            options.seed,
+            epoch,
         )
-        for epoch in range(seen)
+        for epoch in range(counted)
     )
-    work = workload(sources, epochs)
-    return replace(
-        work,
-        steps=work.steps * options.epochs // seen,
-        tokens=work.tokens * options.epochs // seen,
+    of_counted = workload(sources, epochs)
+    return Workload(
+        of_counted.largest,
+        steps=of_counted.steps * options.epochs // counted,
+        tokens=of_counted.tokens * options.epochs // counted,
     )
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +124,13 @@ def weights_by_step(run: Path, paths: Paths) -> dict[str, list[float]]:
 
 def comparison(world: World, paths: Paths, reports: Mapping[str, dict[str, Any]]) -> Table:
     """Accuracy and ECE of every method and annotator, beside what is possible."""
-    headers = [f"{method}: accuracy" for method in METHODS]
-    table = Table(
-        "annotator", "best", "ECE", "single", "|", headers[0], "ECE", "|", headers[1], "ECE"
-    )
-    rows = []
+    of_method = [("|", f"{method}: accuracy", "ECE") for method in METHODS]
+    table = Table("annotator", "best", "ECE", "single", *chain(*of_method))
+    rows = []  # of three figures from `possible`, then accuracy and ECE of every method
     for k, (name, (_, test_path)) in enumerate(paths.items()):
+        reached = [reports[method]["sources"][name] for method in METHODS]
         row = possible(world, k, test_path)
-        for method in METHODS:
-            figures = reports[method]["sources"][name]
-            row += [figures["accuracy"], figures["ece"]]
+        row += [figures[key] for figures in reached for key in ("accuracy", "ece")]
         rows.append(row)
         add_row(table, name, row)
     add_row(table, "mean", np.mean(rows, 0))

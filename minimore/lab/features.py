@@ -80,6 +80,10 @@ def features(options: FeaturesOptions) -> None:
         "dtype": options.dtype,
         "sources": sources,
     }
+    stored = {part["file"] for parts in sources.values() for part in parts.values()}
+    for path in output.glob("*.safetensors"):
+        if path.name not in stored:  # of an unfinished command with more sources
+            path.unlink()
     write_checked_json(output / "features.json", description)
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     print(f"{output}: states of {len(paths)} sources, {size / 1e6:.1f} MB")

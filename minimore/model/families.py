@@ -218,18 +218,26 @@ class Json:
 
 def gpt_neox_config(j: Json) -> ModelConfig:
     """Pythia and GPT-NeoX-20B."""
-    sizes, bias = j.sizes(plain=True), j.get("attention_bias", bool, True)
+    sizes = j.sizes(plain=True)  # as many key/value heads as heads, of width / heads each
+    attention_bias = j.get("attention_bias", bool, True)
+    rope = j.rope(
+        sizes["head_width"],
+        base_key="rotary_emb_base",
+        share_key="rotary_pct",
+        share=0.25,
+        longest=2048,
+    )
     return ModelConfig(
         **sizes,
         activation=j.activation("gelu"),
         gated=False,
         norm="layer",
         norm_eps=j.get("layer_norm_eps", float, 1e-5),
-        qkv_bias=bias,
-        attention_output_bias=bias,
+        qkv_bias=attention_bias,
+        attention_output_bias=attention_bias,
         mlp_bias=True,
         parallel_residual=j.get("use_parallel_residual", bool, True),
-        **j.rope(sizes["head_width"], "rotary_emb_base", "rotary_pct", 0.25, 2048),
+        **rope,
     )
 
 

@@ -17,6 +17,15 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 LARGEST = 10**7  # characters of a text, items of a list, and numbers that ask for such
+MULTIPLYING = (
+    "replace",
+    "join",
+    "translate",
+    "indent",
+    "wordwrap",
+    "expandtabs",
+    "tojson",
+)  # by arguments
 SECONDS = 10  # for one conversation
 
 
@@ -47,9 +56,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """left operator right, if the result is not too large."""
         if operator == "%" and isinstance(left, str):
-            require_small_widths(left)
+            require_small_format(left, right)
         if operator == "**":
-            require_small(left, right * LARGEST / 1000)
+            require_small(left)
+            require_small(size(right) * (LARGEST / 1000))  # so an exponent is at most 1000
         if operator == "*":
             require_small(size(left) * size(right))
         if operator == "+":
@@ -58,7 +68,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, function: Any, /, *arguments: Any, **named: Any) -> Any:
         """Call a function or method whose arguments ask for nothing too large."""
-        owner = getattr(function, "__self__", None)  # the text whose method is called
+        method = getattr(function, "__wrapped__", function)  # jinja2 wraps str.format
+        owner = getattr(method, "__self__", None)  # the text whose method is called
         name = getattr(function, "__name__", "")
         require_bounded(name, owner, *arguments, *named.values())
         return super().call(context, function, *arguments, **named)
@@ -85,9 +96,11 @@ def bounded(name: str, function: Callable) -> Callable:
 def require_bounded(name: str, *values: Any) -> None:
     """Refuse numbers that are too large, and texts that make one text too large."""
     require_small(*(value for value in values if isinstance(value, (int, float))))
-    if name == "format" and values and isinstance(values[0], str):
-        require_small_widths(values[0])
-    if name in ("replace", "join", "translate") and values:
+    if name in ("format", "format_map") and values and isinstance(values[0], str):
+        require_small_format(values[0], *values[1:])
+    if name == "sum" and any(isinstance(value, (list, tuple)) for value in values[1:]):
+        raise SecurityError("it adds up lists")  # which takes the square of their length
+    if name in MULTIPLYING and values:
         sizes = [size(value) for value in values]
         require_small(sizes[0] * max([1, *sizes[1:]]))
 
@@ -99,9 +112,20 @@ def require_small(*numbers: Any) -> None:
             raise SecurityError(f"it asks for more than {LARGEST:,} of something")
 
 
-def require_small_widths(form: str) -> None:
-    """Refuse a format that asks for a very wide field."""
+def require_small_format(form: str, *values: Any) -> None:
+    """Refuse a format with a very wide field, or whose fields together become too long."""
+    parts = [part for value in values for part in parts_of(value)]
     require_small(*(int(digits[:12]) for digits in re.findall(r"[0-9]+", form)))
+    require_small(*(part for part in parts if isinstance(part, (int, float))))  # a width may be `*`
+    longest = max((size(part) for part in parts if not isinstance(part, (int, float))), default=0)
+    require_small(len(form) + (form.count("%") + form.count("{")) * longest)
+
+
+def parts_of(value: Any) -> list[Any]:
+    """The values in a container; a lone value is its own part."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def size(value: Any) -> float:

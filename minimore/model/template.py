@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 
 from ..files import one_line
 from ..options import InputError
-from .sandbox import LARGEST, Sandbox, within_seconds
+from .sandbox import LARGEST, Sandbox, bounded, within_seconds
 
 PLAIN_ROLES = {
     "user": "Human",
@@ -118,7 +118,7 @@ class ChatTemplate:
             lstrip_blocks=True,
             extensions=["jinja2.ext.loopcontrols", Generation],
         )
-        environment.filters["tojson"] = to_json
+        environment.filters["tojson"] = bounded("tojson", to_json)
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = strftime_now
         return environment.from_string(self.text)

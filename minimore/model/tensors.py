@@ -192,24 +192,25 @@ class Tensors:
 
 
 def require_as_written(path: Path, is_ours: bool = False) -> bool:
-    """Refuse a safetensors file whose checksum is another than the one that its header names.
+    """Refuse a safetensors file whose bytes no longer have the checksum in its header.
 
-    is_ours: a file without a checksum is refused, too. Otherwise somebody else wrote it. Returns
-    whether it has one.
+    Returns whether it has one: other programs write none. is_ours: such a file is refused, too.
     """
     with open(path, "rb") as file:
-        beginning = file.read(8)
-        beginning += file.read(min(int.from_bytes(beginning, "little"), path.stat().st_size))
-        found = re.search(rb'"%b": "([0-9a-f]{8})"' % CHECKSUM.encode(), beginning)
-        if found is None:
+        header_length = file.read(8)
+        most = path.stat().st_size  # a damaged length may be anything
+        beginning = header_length + file.read(min(int.from_bytes(header_length, "little"), most))
+        entry = re.search(rb'"%b": "([0-9a-f]{8})"' % CHECKSUM.encode(), beginning)
+        if entry is None:
             require(not is_ours, f"{path}: holds no checksum; it was damaged, or written elsewhere")
             return False
-        start, end = found.span(1)
-        total = checksum(beginning[:start] + NO_CHECKSUM.encode() + beginning[end:])
+        # It was computed with NO_CHECKSUM in its place (see write_tensors).
+        start, end = entry.span(1)
+        computed = checksum(beginning[:start] + NO_CHECKSUM.encode() + beginning[end:])
         while part := file.read(1 << 24):
-            total = checksum(part, total)
+            computed = checksum(part, computed)
     require(
-        total == found[1].decode(),
+        computed == entry[1].decode(),
         f"{path}: is not as it was written: its checksum is another; fetch it again",
     )
     return True

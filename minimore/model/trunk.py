@@ -133,11 +133,12 @@ class Attention(nn.Module):
         self.key_norm = Norm(c.head_width, "rms", c.norm_eps) if c.qk_norm else nn.Identity()
 
     def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (N, D) -> queries (N, H, C), keys and values (N, G, C)."""
-        q, k, v = (
-            product(x).view(len(x), -1, self.head_width)
-            for product in (self.query, self.key, self.value)
-        )
+        """x: (N, D) -> queries (N, H, C), keys and values (N, G, C); all but values are rotated."""
+        in_heads = (len(x), -1, self.head_width)
+        q = self.query(x).view(in_heads)
+        k = self.key(x).view(in_heads)
+        v = self.value(x).view(in_heads)
+        # `cheap`: the norm may be computed again in backward, instead of being kept.
         q = rotate(cheap(self.query_norm, q), rotation)
         k = rotate(cheap(self.key_norm, k), rotation)
         return q, k, v

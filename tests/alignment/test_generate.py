@@ -87,7 +87,7 @@ def test_finished_samples_leave_and_the_others_go_on(model):
         assert not any(ends[:-1]) and ends[-1] == sample.is_finished
         assert sample.is_finished or len(sample.tokens) == 40
     stopped = generate(
-        model, PROMPTS, [[1]] * 4, Sampling(max_new_tokens=9), lambda tokens: len(tokens) == 4
+        model, PROMPTS, [[1]] * 4, Sampling(max_new_tokens=9), lambda s: len(s.tokens) == 4
     )
     assert all(len(s.tokens) == 4 and s.is_finished for s in stopped)
 

@@ -154,6 +154,8 @@ def test_a_power_cut(policy, tmp_path, monkeypatch):
         (("--temperature", -1), "--temperature -1"),
         (("--top-p", 1.5), "--top-p"),
         (("--samples", 0), "--samples"),
+        (("--stop", ""), "--stop"),
+        (("--temperature", 1e-9), "--temperature"),
         (("--input", "nowhere.jsonl"), "nowhere.jsonl"),
     ],
 )

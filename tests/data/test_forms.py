@@ -86,6 +86,8 @@ def test_a_prompt_under_another_name_is_read(plain, key):
         (dict(instruction=Q, input="2+2"), "instruction"),
         (dict(system="Be brief.", question=Q), "system"),
         (dict(system="Be brief.", prompt=Q), "system"),
+        (dict(system="Be brief.", chosen=PLAIN[0], rejected=PLAIN[1]), "system"),
+        (dict(history=[1], chosen=[USER, GOOD], rejected=[USER, BAD]), "history"),
         (dict(history=[["hi", "hello"]], prompt=Q), "history"),
         (dict(history=[["hi", "hello"]]), "history"),
         (dict(prompt="Something else", chosen=[USER, GOOD], rejected=[USER, BAD]), "prompt"),

@@ -63,3 +63,24 @@ def test_what_templates_do_still_works():
 def test_the_plain_template_writes_what_is_written_plainly(prompt):
     rendered = ChatTemplate(Path("x"), PLAIN_TEMPLATE, {}).render(MESSAGES, prompt)
     assert rendered == render_plainly(MESSAGES, prompt)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ 2 ** ('x' * 1000) }}",
+        "{{ '{:>20000000}'.format('x') }}",
+        "{{ ('{0}' * 4000).format('x' * 4000) }}",
+        "{{ '%*d' % (20000000, 1) }}",
+        "{{ ('%(a)s' * 4000) % {'a': 'x' * 4000} }}",
+        "{{ ('\t' * 9000).expandtabs(9000) }}",
+        "{{ [1, 2]|tojson(indent=20000000) }}",
+        "{{ ([1] * 9000)|tojson(indent=9000) }}",
+        "{{ ([['a'] * 2500] * 2500)|sum(start=[]) }}",
+    ],
+)
+def test_what_got_through_once_does_not_any_more(text):
+    began = time.monotonic()
+    with pytest.raises(InputError, match="chat template refuses these messages"):
+        ChatTemplate(Path("x"), text, {}).render(MESSAGES)
+    assert time.monotonic() - began < 2

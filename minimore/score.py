@@ -101,7 +101,8 @@ def best_of_record(record: Record, where: str) -> Record:
     The margin is None where there is no second.
     """
     require(
-        "responses" in record, f'{where}: --best needs a list "responses"; this record has none'
+        "responses" in record and not {"chosen", "rejected", "response"} & set(record),
+        f'{where}: --best needs a list "responses" and no other; this record has none such',
     )
     rewards = record["rewards"]
     order = sorted(range(len(rewards)), key=rewards.__getitem__, reverse=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.records import Record, read_records
+from ..data.records import Record, read_records, with_prompt
 from ..files import refuse_existing, write_json
 from ..model.checkpoint import Checkpoint
 from ..options import InputError, check_ranges, option, require
@@ -45,7 +45,7 @@ def compare(options: CompareOptions) -> None:
     model = load_reward_model(checkpoint, options)
     first, second = (
         rewards_by_prompt(
-            path, Scorer(model, checkpoint, rules, options.micro_tokens).scored(read_records(path))
+            path, Scorer(model, checkpoint, rules, options.micro_tokens).scored(responses_in(path))
         )
         for path in (options.input, options.other)
     )
@@ -56,14 +56,22 @@ def compare(options: CompareOptions) -> None:
         write_json(options.json, figures)
 
 
+def responses_in(path: str) -> Iterator[tuple[str, Record]]:
+    """The prompts and responses of a file, without anything else, such as older rewards."""
+    for where, record in read_records(path):
+        record = with_prompt(record, where)
+        key = "responses" if "responses" in record else "response"
+        require(
+            "prompt" in record and key in record,
+            f'{where}: expected "prompt" with "response" or "responses"',
+        )
+        yield where, {"prompt": record["prompt"], key: record[key]}
+
+
 def rewards_by_prompt(path: str, scored: Iterator[tuple[str, Record]]) -> dict[str, list[float]]:
     """The rewards of the responses to every prompt."""
     rewards: dict[str, list[float]] = {}
-    for where, record in scored:
-        require(
-            "prompt" in record and ("reward" in record or "rewards" in record),
-            f'{where}: expected "prompt" with "response" or "responses"',
-        )
+    for _, record in scored:
         values = record["rewards"] if "rewards" in record else [record["reward"]]
         rewards.setdefault(json.dumps(record["prompt"]), []).extend(values)
     require(rewards, f"{path}: is empty; expected at least one line")

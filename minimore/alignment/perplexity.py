@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.pairs import batches_by_length, encode
+from ..data.pairs import batches_by_length
 from ..data.records import Pair, read_records, record_pairs
 from ..files import refuse_existing, write_json
 from ..model.checkpoint import Checkpoint
@@ -55,6 +55,8 @@ def perplexity(options: PerplexityOptions) -> None:
     for side, name in enumerate(SIDES):
         total = sum(float(row[side]) for row in losses)
         tokens = sum(len(item.responses[side]) for item in items)
+        if not math.isfinite(total):
+            raise FloatingPointError(f"{options.model}: a loss is not finite; is it damaged?")
         value = math.exp(min(total / tokens, 700))
         figures[name] = {"number": len(items), "tokens": tokens, "loss": total, "perplexity": value}
         table.add(name, len(items), tokens, number(total / tokens), f"{value:,.2f}")
@@ -65,31 +67,41 @@ def perplexity(options: PerplexityOptions) -> None:
 
 def read_responses(options: PerplexityOptions, tokenizer: Tokenizer) -> list[Responses]:
     """The prompt of every pair with its chosen and its rejected response, as ids."""
-    items = []
+    items, dropped = [], 0
     for where, record in read_records(options.input):
         for pair in record_pairs(record, where, tokenizer, options.chat)[0]:
             item = responses_of(pair, tokenizer, options.max_length)
-            if item is not None:
+            if item is None:
+                dropped += 1
+            else:
                 items.append(item)
     if not items:
         raise InputError(f"{options.input}: has no usable pair; expected at least one")
+    if dropped:
+        print(f"{dropped} pairs left out: a response has no token of its own, or no prompt")
     return items
 
 
 def responses_of(pair: Pair, tokenizer: Tokenizer, max_length: int) -> Responses | None:
-    """A pair as ids; None if a response has no token of its own behind a token of the prompt."""
+    """A pair as ids; None if a response has no token of its own behind a token of the prompt.
+
+    A prompt is cut on the left, and a response that is longer than all that on the right.
+    """
     texts = [pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected]
-    (prompt, *sides), _ = encode(texts, tokenizer, max_length, [pair.rendered] * 3)
+    prompt, *sides = tokenizer.encode(texts, pair.rendered)
     common = min(_common_length(prompt, side) for side in sides)
-    responses = [side[common:].tolist() for side in sides]
-    return Responses(prompt[:common].tolist(), responses) if common and all(responses) else None
+    bos = min(common, len(tokenizer.bos))
+    room = max_length - bos - 1  # for a response, behind a BOS and a token of the prompt
+    responses = [side[common:][: max(1, room)] for side in sides]
+    keep = max_length - max(map(len, responses)) - bos
+    cut = prompt[:bos] + prompt[bos:common][-max(0, keep) :] if keep > 0 else prompt[:bos]
+    return Responses(cut, responses) if cut and all(responses) else None
 
 
-def _common_length(a: Any, b: Any) -> int:
+def _common_length(a: list[int], b: list[int]) -> int:
     """How many ids two texts share at their beginning."""
-    most = min(len(a), len(b))
-    different = (a[:most] != b[:most]).nonzero()[0]
-    return int(different[0]) if len(different) else most
+    different = [i for i, (x, y) in enumerate(zip(a, b)) if x != y]
+    return different[0] if different else min(len(a), len(b))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ..checksums import checksum, file_checksum
 from ..data.messages import is_conversation, messages_of, string_of
 from ..data.pairs import encode, refuse_doubled_bos
-from ..data.records import Record, prompt_end, read_records, with_prompt
+from ..data.records import MOST_RESPONSES, Record, prompt_end, read_records, with_prompt
 from ..files import refuse_existing, to_disk, written_whole
 from ..model.checkpoint import Checkpoint, ids_of_eos
 from ..model.tokenizer import Tokenizer
@@ -40,7 +40,9 @@ class SampleOptions(ModelOptions):
         "each prompt is taken once",
     )
     output: str = option(value="OUT.jsonl", help="JSON lines file to write; must not exist")
-    samples: int = option(4, within=COUNT, help="responses to every prompt")
+    samples: int = option(
+        4, within=Range(least=1, most=MOST_RESPONSES), help="responses to every prompt"
+    )
     temperature: float = option(
         1.0, within=Range(least=0), help="the logits are divided by it; 0 takes the likeliest token"
     )
@@ -258,24 +260,31 @@ def begin_or_continue(work: Path, identity: dict[str, Any], resume: bool) -> int
 
 
 def append(work: Path, records: Sequence[Record]) -> None:
-    """Add records, each with its checksum, and bring them to the disk."""
+    """Add records, each with the checksum of all so far, and bring them to the disk."""
+    so_far = checksum(b"")
+    if work.exists():
+        *_, last = [b"", *work.read_bytes().splitlines()]
+        so_far = last.decode("utf-8", "replace")[:8] or so_far
     with open(work, "a", encoding="utf-8") as file:
         for record in records:
             text = json.dumps(record)
-            file.write(f"{checksum(text.encode())} {text}\n")
+            so_far = checksum(text.encode(), so_far)
+            file.write(f"{so_far} {text}\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def stored_lines(work: Path) -> Iterator[dict[str, Any]]:
-    """What `append` wrote, up to the first line that is damaged or cut short.
+    """What `append` wrote, up to the first line that is damaged, cut short or in another place.
 
     The first line is the identity; each of the others is a record.
     """
     with open(work, encoding="utf-8", errors="replace") as file:
+        so_far = checksum(b"")
         for line in file:
             line_checksum, _, text = line.partition(" ")
-            is_whole = text.endswith("\n") and line_checksum == checksum(text[:-1].encode())
+            so_far = checksum(text[:-1].encode(), so_far)
+            is_whole = text.endswith("\n") and line_checksum == so_far
             if not is_whole:
                 return
             yield json.loads(text)

@@ -78,8 +78,9 @@ def _message(message: Any, where: str, tokenizer: Tokenizer) -> Message:
     if not isinstance(message, dict):
         raise InputError(f"{where} is {shown(message)}; expected a message with role and content")
     if "from" in message and "role" not in message:
-        role = message["from"]
-        message = {"role": ROLES.get(role, role), "content": message.get("value")}
+        role = string_of(message["from"], f'{where}: "from"')
+        content = message.get("value", message.get("content"))
+        message = {"role": ROLES.get(role, role), "content": content}
     for key in ("role", "content"):
         require(
             key in message,

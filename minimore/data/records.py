@@ -261,7 +261,11 @@ def with_prompt(record: Record, where: str, chat: bool = False) -> Record:
             " into them, or remove it",
         )
         return record
-    keys = ["prompt"] if "prompt" in record else [key for key in PROMPT_KEYS if record.get(key)]
+    keys = [key for key in PROMPT_KEYS if record.get(key)]
+    if "prompt" in record and (record["prompt"] or not keys):
+        for key in keys:
+            _require_part_of_prompt(record, key, where)
+        keys = ["prompt"]
     if not keys:
         if in_front:
             raise InputError(
@@ -286,6 +290,16 @@ def with_prompt(record: Record, where: str, chat: bool = False) -> Record:
             + advice
         )
     return record | {"prompt": prompt}
+
+
+def _require_part_of_prompt(record: Record, key: str, where: str) -> None:
+    """Refuse a text beside "prompt" that it does not hold, since it would be dropped."""
+    prompt, value = record["prompt"], record[key]
+    are_texts = isinstance(prompt, str) and isinstance(value, str)
+    require(
+        not are_texts or value.strip() in prompt,
+        f'{where}: "{key}" beside "prompt" would not be read; write it into "prompt", or remove it',
+    )
 
 
 def is_whole(record: Record) -> bool:
@@ -335,6 +349,7 @@ def _scored_responses(
             f'{where}: "responses" is {shown(responses)}; expected a list of two or more'
             f" responses, at most {MOST_RESPONSES}"
         )
+    record = with_prompt(record, where, chat)
     require("prompt" in record, f'{where}: "responses" without "prompt"; expected both')
     ordered, ties = _ordered(_scores(record, "scores", len(responses), where))
     pairs = []
@@ -385,8 +400,25 @@ def _conversation_pair(
     chosen = messages_of(chosen_value.value, chosen_value.where, tokenizer, "assistant")
     rejected = messages_of(rejected_value.value, rejected_value.where, tokenizer, "assistant")
     prompt_turns = _shared_turns(chosen, rejected)
+    for messages, named in ((chosen, chosen_value), (rejected, rejected_value)):
+        are_several = len(messages) > 1 and all(m["role"] == "assistant" for m in messages)
+        require(
+            not are_several,
+            f"{named.where}: {len(messages)} messages of the assistant; expected one response, or"
+            " several as a list of strings or of lists",
+        )
+    if prompt is None and not (is_response(chosen) and is_response(rejected)):
+        require(
+            prompt_turns > 0,
+            f'{where}: "chosen" and "rejected" do not begin with the same turn; expected two'
+            " answers to the same prompt",
+        )
     if prompt is not None:
         given = messages_of(prompt.value, prompt.where, tokenizer, "user")
+        require(
+            given[-1]["role"] != "assistant",
+            f"{prompt.where}: ends with a turn of the assistant; expected the turn before it",
+        )
         if is_response(chosen) and is_response(rejected):
             return _render(given, chosen, rejected, tokenizer)
         in_chosen, in_rejected = _beginning(given, chosen), _beginning(given, rejected)

@@ -17,15 +17,12 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 LARGEST = 10**7  # characters of a text, items of a list, and numbers that ask for such
-MULTIPLYING = (
-    "replace",
-    "join",
-    "translate",
-    "indent",
-    "wordwrap",
-    "expandtabs",
-    "tojson",
-)  # by arguments
+MULTIPLYING = ("translate", "indent", "wordwrap", "expandtabs", "tojson")  # by an argument
+WIDE = (  # whose numbers are lengths
+    *("center", "ljust", "rjust", "zfill", "indent", "wordwrap", "expandtabs", "truncate"),
+    *("tojson", "slice", "batch"),
+)
+WIDEST = 10**4  # characters of a field, or spaces of an indentation
 SECONDS = 10  # for one conversation
 
 
@@ -60,9 +57,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if operator == "**":
             require_small(left)
             require_small(size(right) * (LARGEST / 1000))  # so an exponent is at most 1000
-        if operator == "*":
+        are_numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
+        if operator == "*" and not are_numbers:
             require_small(size(left) * size(right))
-        if operator == "+":
+        if operator == "*" and are_numbers and max(abs(left), abs(right)) > 2.0**1000:
+            raise SecurityError("it multiplies numbers of more than 300 digits")
+        if operator == "+" and not are_numbers:
             require_small(size(left) + size(right))
         return super().call_binop(context, operator, left, right)
 
@@ -94,13 +94,25 @@ def bounded(name: str, function: Callable) -> Callable:
 
 
 def require_bounded(name: str, *values: Any) -> None:
-    """Refuse numbers that are too large, and texts that make one text too large."""
-    require_small(*(value for value in values if isinstance(value, (int, float))))
+    """Refuse what makes a text or a list too large: a wide field, many repetitions."""
+    if name in WIDE:
+        widths = [value for value in values[1:] if isinstance(value, (int, float))]
+        require_small(*(width * (LARGEST / WIDEST) for width in widths))
+    if name == "range":
+        require_small(*values)
     if name in ("format", "format_map") and values and isinstance(values[0], str):
         require_small_format(values[0], *values[1:])
     if name == "sum" and any(isinstance(value, (list, tuple)) for value in values[1:]):
         raise SecurityError("it adds up lists")  # which takes the square of their length
-    if name in MULTIPLYING and values:
+    if name == "replace" and all(isinstance(value, str) for value in values[:3]):
+        text, old, new = (*values, "", "", "")[:3]
+        require_small(len(text) + text.count(old) * len(new))
+    elif name == "join" and values:
+        parts = [value for value in values if isinstance(value, (list, tuple))]
+        count = max([1, *map(len, parts)])
+        between = max([0, *(len(value) for value in values if isinstance(value, str))])
+        require_small(sum(size(part) for part in parts) + count * between)
+    elif name in MULTIPLYING and values:
         sizes = [size(value) for value in values]
         require_small(sizes[0] * max([1, *sizes[1:]]))
 
@@ -115,8 +127,10 @@ def require_small(*numbers: Any) -> None:
 def require_small_format(form: str, *values: Any) -> None:
     """Refuse a format with a very wide field, or whose fields together become too long."""
     parts = [part for value in values for part in parts_of(value)]
-    require_small(*(int(digits[:12]) for digits in re.findall(r"[0-9]+", form)))
-    require_small(*(part for part in parts if isinstance(part, (int, float))))  # a width may be `*`
+    widths = re.findall(r"(?:%[^a-zA-Z%]*?|:[^{}]*?)([0-9]+)", form)
+    require_small(*(int(digits[:12]) for digits in widths))
+    if "*" in form:  # a width may be a value
+        require_small(*(part for part in parts if isinstance(part, (int, float))))
     longest = max((size(part) for part in parts if not isinstance(part, (int, float))), default=0)
     require_small(len(form) + (form.count("%") + form.count("{")) * longest)
 

@@ -94,12 +94,15 @@ class ChatTemplate:
         names: dict[str, Any] = {"tools": None, "documents": None, **self.special}
         try:
             with within_seconds():
-                text = self._compiled.render(
+                pieces, written = [], 0
+                for piece in self._compiled.generate(
                     messages=messages, add_generation_prompt=prompt, **names
-                )
-            if len(text) > LARGEST:
-                raise ValueError(f"it wrote {len(text):,} characters")
-            return text
+                ):
+                    pieces.append(piece)
+                    written += len(piece)
+                    if written > LARGEST:
+                        raise ValueError(f"it writes more than {LARGEST:,} characters")
+                return "".join(pieces)
         except Exception as error:  # whatever a template's own code runs into
             raise InputError(
                 f"{self.directory}: the chat template refuses these messages ({one_line(error)})"

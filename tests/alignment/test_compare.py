@@ -69,6 +69,14 @@ def test_the_order_of_a_file_does_not_matter(judge, tmp_path):
     assert found["mean_difference"] == pytest.approx(other["mean_difference"], rel=1e-5)
 
 
+def test_older_rewards_in_a_file_are_no_evidence(judge, tmp_path):
+    lines = [json.loads(line) for line in (judge / "bad").read_text().splitlines()]
+    bought = [line | {"reward": 1e3, "rewards": [1e3]} for line in lines]
+    (tmp_path / "bought").write_text("".join(json.dumps(line) + "\n" for line in bought))
+    found = compared(judge, tmp_path, tmp_path / "bought", judge / "bad")
+    assert found["verdict"] == "tie" and found["mean_difference"] == 0
+
+
 def test_intervals_are_over_prompts():
     """Ten copies of every response are no more evidence than one."""
     random = np.random.default_rng(0)

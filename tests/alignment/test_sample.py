@@ -128,6 +128,29 @@ def test_a_killed_command_goes_on_and_ends_the_same(policy, tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda lines: [*lines[:2], *lines[3:]],
+        lambda lines: [*lines[:2], *lines[1:]],
+        lambda lines: [lines[0], lines[2], lines[1], *lines[3:]],
+        lambda lines: [*lines, *lines[1:]],
+    ],
+    ids=["a line is gone", "a line stands twice", "two are swapped", "all stand twice"],
+)
+def test_an_edited_file_of_what_is_done_changes_nothing(policy, tmp_path, monkeypatch, edit):
+    assert main(command(policy, tmp_path / "whole")) == 0
+    work = tmp_path / "out.unfinished"
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "written_whole", lambda path: 1 / 0)
+        patch.setattr(sampling, "keep_lines", lambda *_: None)
+        with pytest.raises(ZeroDivisionError):
+            main(command(policy, tmp_path / "out"))
+    work.write_text("".join(edit(work.read_text().splitlines(keepends=True))))
+    assert main(command(policy, tmp_path / "out", "--resume")) == 0
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 @pytest.mark.slow
 def test_a_power_cut(policy, tmp_path, monkeypatch):
     root = tmp_path / "disk"

@@ -97,6 +97,12 @@ def test_a_prompt_under_another_name_is_read(plain, key):
         (dict(chosen=["a", 5], prompt=Q), "messages"),
         (dict(chosen=5, prompt=Q), "messages"),
         (dict(prompt=Q, chosen=["a"] * 101), "101"),
+        (dict(prompt="Summarise:", input="a long text"), "input"),
+        (dict(prompt=[USER], chosen=[GOOD, GOOD], rejected=[BAD]), "one response"),
+        (dict(prompt=[USER, GOOD], chosen=[GOOD], rejected=[BAD]), "turn of the assistant"),
+        (dict(chosen=[USER, GOOD], rejected=[BAD]), "same turn"),
+        (dict(chosen=[USER, GOOD], rejected=[USER | {"content": "other"}, BAD]), "same turn"),
+        (dict(conversations=[{"from": ["human"], "value": Q}], chosen="a"), "from"),
     ],
     ids=str,
 )
@@ -108,6 +114,13 @@ def test_what_would_be_dropped_or_misread_is_refused_by_name(plain, record, word
 def test_whole_dialogues_keep_their_own_prompt_whatever_stands_beside_them(plain):
     record = dict(chosen=PLAIN[0], rejected=PLAIN[1], question="another", messages=[USER])
     assert texts(record, plain) == [PLAIN]
+
+
+def test_an_empty_prompt_gives_way_to_one_under_another_name(plain):
+    record = dict(prompt="", question=Q + " ", chosen=A, rejected=B)
+    assert texts(record, plain) == [(f"{Q} {A}", f"{Q} {B}")]
+    scored = dict(question="P", responses=["a", "b"], scores=[0, 1])
+    assert texts(scored, plain) == [("Pb", "Pa")]
 
 
 def test_several_chosen_and_several_rejected_make_all_their_pairs(plain):

@@ -34,6 +34,8 @@ BOMBS = [
     "{%- set n = namespace(s='ab') -%}"
     "{%- for i in range(60) -%}{%- set n.s = n.s + n.s -%}{%- endfor -%}{{ n.s }}",
     "{%- for i in range(99999) -%}{%- for j in range(99999) -%}{%- endfor -%}{%- endfor -%}",
+    "{%- set n = namespace(n=9) -%}"
+    "{%- for i in range(60) -%}{%- set n.n = n.n * n.n -%}{%- endfor -%}{{ n.n }}",
     "{{ lipsum(1000) }}",
     "{{ messages|random }}",
 ]
@@ -46,6 +48,22 @@ def test_bombs_and_dice_are_refused(text, monkeypatch):
     with pytest.raises(InputError, match="chat template refuses these messages") as error:
         ChatTemplate(Path("x"), text, {}).render(MESSAGES)
     assert time.monotonic() - began < 5 and str(error.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("{{ 20000000 + 1 }}{{ 20000000 * 3 }}", "2000000160000000"),
+        ("{{ 1735689600|string }}{{ 'v%d'|format(20241231) }}", "1735689600v20241231"),
+        ("{{ '<|id_20241231|>%s' % 'a' }}", "<|id_20241231|>a"),
+        ("{{ ('a' * 200000).replace('a' * 5000, '')|length }}", "0"),
+        ("{{ ('SYSTEM' ~ ' ' * 80).replace('SYSTEM', 'b' * 200000)|length }}", "200080"),
+        ("{{ (['ab'] * 100000)|join(', ' * 17)|length }}", "3599966"),
+        ("{{ ['b', 'a']|sort|join }}{{ [1, 2]|sum }}", "ab3"),
+    ],
+)
+def test_large_values_are_no_bombs(text, expected):
+    assert ChatTemplate(Path("x"), text, {}).render(MESSAGES) == expected
 
 
 def test_what_templates_do_still_works():
@@ -69,6 +87,10 @@ def test_the_plain_template_writes_what_is_written_plainly(prompt):
     "text",
     [
         "{{ 2 ** ('x' * 1000) }}",
+        "{%- set x = 'a' * 9999999 -%}{% for i in range(1000) %}{{ x }}{% endfor %}",
+        "{{ range(1000)|map('string')|map('center', 9999999)|join }}",
+        "{{ ('a\n' * 100000)|indent(1000000) }}",
+        "{{ ('{0}' * 1000).format('a' * 9999999) }}",
         "{{ '{:>20000000}'.format('x') }}",
         "{{ ('{0}' * 4000).format('x' * 4000) }}",
         "{{ '%*d' % (20000000, 1) }}",

@@ -27,6 +27,7 @@ from .data.records import (
     record_pairs,
     text_of,
     texts_of,
+    whole_conversation,
     with_prompt,
 )
 from .files import refuse_existing, written_whole
@@ -161,8 +162,8 @@ def _response(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> T
     prompt, response = record.get("prompt"), record["response"]
     if chat or is_conversation(prompt) or is_conversation(response):
         turns = messages_of(prompt, f'{where}: "prompt"', tokenizer, "user")
-        turns += messages_of(response, f'{where}: "response"', tokenizer, "assistant")
-        return _conversation(turns, tokenizer)
+        answer = messages_of(response, f'{where}: "response"', tokenizer, "assistant")
+        return _conversation(whole_conversation(turns, answer, where), tokenizer)
     prompt, response = text_of(record, "prompt", where), text_of(record, "response", where)
     return Texts("response", [prompt + response], False, not response.strip())
 

@@ -93,6 +93,13 @@ def test_several_responses_are_scored_as_each_alone_and_the_best_is_kept(run, tm
     options = ("--model", run, "--input", path, "--output", out)
     path.write_text(json.dumps(single[0]))
     assert "this record has none" in refused(capsys, "score", *options, "--best")
+    answer = {"role": "assistant", "content": "yes"}
+    whole = {"prompt": turns, "responses": [[*turns, answer], [answer]]}
+    (record,) = scored([whole])
+    assert record["rewards"][0] == pytest.approx(record["rewards"][1], abs=1e-5)
+    other = [{"role": "user", "content": "no"}, answer]
+    path.write_text(json.dumps({"prompt": turns, "response": other}))
+    assert "does not begin with" in refused(capsys, "score", *options)
     path.write_text(json.dumps(many | {"responses": []}))
     assert '"responses" is []' in refused(capsys, "score", *options)
 

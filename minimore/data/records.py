@@ -431,6 +431,21 @@ def _conversation_pair(
     return _render(chosen[:prompt_turns], chosen[prompt_turns:], rejected[prompt_turns:], tokenizer)
 
 
+def whole_conversation(prompt: Messages, response: Messages, where: str) -> Messages:
+    """A prompt with its response, or a response that is a conversation and begins with the prompt.
+
+    Raises InputError if it begins with another.
+    """
+    if is_response(response):
+        return prompt + response
+    require(
+        _beginning(prompt, response) is not None,
+        f'{where}: the response is a conversation that does not begin with "prompt"; expected the'
+        " response alone, or a conversation that begins with it",
+    )
+    return response
+
+
 def _beginning(prompt: Messages, conversation: Messages) -> int | None:
     """How many messages of a conversation are its prompt; None if it begins with another.
 

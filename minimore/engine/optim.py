@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..files import one_line
 from ..model.trunk import replace_parameter
 from .storage import (
     ROUNDED,
@@ -275,7 +276,7 @@ def compiled_update(parameters: str, moments: str) -> Callable | None:
     except Exception as error:  # whatever a compiler raises
         print(
             "the optimizer runs unfused, which is slower: torch cannot compile it here "
-            f"({type(error).__name__})",
+            f"({type(error).__name__}: {one_line(error)})",
             file=sys.stderr,
         )
         return None

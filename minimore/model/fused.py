@@ -14,18 +14,24 @@ bf16, and a sum may be taken in another order.
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..files import one_line
+
 DEVICES = {"cuda"}  # kinds of devices for which functions are compiled
 BACKEND = "inductor"  # of torch.compile
 
 # How many versions of one function may be compiled: for every type, with and without gradients.
 VERSIONS = 64
+
+_as_written = ContextVar("_as_written", default=False)
 
 Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
@@ -43,7 +49,7 @@ def fused(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
     def call(*inputs: Inputs.args, **named: Inputs.kwargs) -> Result:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         device = tensors[0].device.type
-        if device not in DEVICES:
+        if device not in DEVICES or _as_written.get():
             return function(*inputs, **named)
         for tensor in tensors:
             if tensor.ndim > 1:
@@ -54,12 +60,22 @@ def fused(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
             DEVICES.discard(device)  # no other function is tried
             print(
                 "blocks run uncompiled, which is slower: torch cannot compile them here "
-                f"({type(error).__name__})",
+                f"({type(error).__name__}: {one_line(error)})",
                 file=sys.stderr,
             )
             return function(*inputs, **named)
 
     return call
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Within, functions run as they are written on every device."""
+    token = _as_written.set(True)
+    try:
+        yield
+    finally:
+        _as_written.reset(token)
 
 
 @cache

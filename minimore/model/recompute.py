@@ -20,9 +20,9 @@ residual between attention and MLP (a parallel block has none), u enters the act
 (gate and up where it is gated), and h leaves it. `none` also keeps what norms need inside, and h
 alone where the activation is relu.
 
-On a CPU the numbers that come out are the same to the bit, since the same operations run on the
-same inputs. On a GPU blocks are compiled (fused.py). There `none` and `selective` are one: the
-compiler keeps what products and attention need, and computes the rest again.
+The numbers that come out are the same to the bit on a CPU, since the same operations run on the
+same inputs. On a GPU blocks are compiled (fused.py) and the last bits may differ. Not so under
+`selective`: a compiler would decide by itself what is kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,6 +35,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Stream
+from .fused import as_written
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -95,7 +96,7 @@ def selective() -> Iterator[None]:
     """Inside, `cheap` functions are computed again in backward, and their results are not kept."""
     token = _is_selective.set(True)
     try:
-        with saved_tensors_hooks(save, load):
+        with saved_tensors_hooks(save, load), as_written():
             yield
     finally:
         _is_selective.reset(token)
@@ -109,8 +110,10 @@ def cheap(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     Second, its result, which the matrix products behind it would keep as their input: the result
     carries a `Recomputed`, and `save` gives this to the graph instead.
     """
-    if torch.compiler.is_compiling():
-        return function(*inputs)  # a compiler finds by itself what is cheap to compute again
+    if (
+        torch.compiler.is_compiling()
+    ):  # never under `selective`; a compiler cannot read the variable
+        return function(*inputs)
     if not _is_selective.get() or isinstance(function, nn.Identity):
         return function(*inputs)
     result = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

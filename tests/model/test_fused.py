@@ -8,7 +8,6 @@ from torch._dynamo.utils import counters
 
 from minimore.data.pairs import TokenPair, pack_pairs
 from minimore.model import fused
-from minimore.model.recompute import RECOMPUTE
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def gradients(model, batch, recompute):
 def test_a_compiled_block_is_the_block(golden, pairs, on_cpu, monkeypatch):
     model = open_model(golden)
     batches = [pack_pairs(pairs[:n]) for n in (2, 3, 5)]
-    for recompute in RECOMPUTE:
+    for recompute in ("none", "full"):
         for batch in batches:
             compiled = gradients(model, batch, recompute)
             with monkeypatch.context() as patch:
@@ -56,6 +55,13 @@ def test_a_compiled_block_is_the_block(golden, pairs, on_cpu, monkeypatch):
                 expected = gradients(model, batch, recompute)
             torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2  # the halves of a block
+
+
+def test_selective_is_not_compiled_since_a_compiler_would_decide_what_is_kept(
+    golden, pairs, on_cpu
+):
+    gradients(open_model(golden), pack_pairs(pairs[:2]), "selective")
+    assert counters["stats"]["unique_graphs"] == 0
 
 
 def test_without_gradients_there_is_a_version_of_its_own(pairs, on_cpu):

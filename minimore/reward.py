@@ -181,11 +181,12 @@ class ReadingOptions(ModelOptions):
         run = directory.parent if directory.name.startswith("checkpoint-") else directory
         path = run / "options.json"
         stored = read_json(path) if path.is_file() else {}
+        if CHECKSUM in stored:  # runs of before there were checksums have none
+            stored = read_checked_json(path)
         max_length = stored.get("max_length", DEFAULT_MAX_LENGTH)
         truncate = stored.get("truncate", "each")
-        is_ours = type(max_length) is int and max_length >= 1 and truncate in TRUNCATE
         require(
-            is_ours and (CHECKSUM not in stored or read_checked_json(path)),
+            type(max_length) is int and max_length >= 1 and truncate in TRUNCATE,
             f'{path}: "max_length" or "truncate" is not that of a run; restore it, or give'
             " --max-length and --truncate in a directory without it",
         )

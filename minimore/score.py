@@ -17,19 +17,18 @@ from typing import NamedTuple
 import numpy as np
 
 from .calibration import probability
-from .data.messages import Messages, is_conversation, messages_of, shown
-from .data.pairs import TextRules, encode, refuse_doubled_bos
-from .data.records import (
+from .data.forms import (
     MOST_RESPONSES,
-    Record,
     prompt_end,
-    read_records,
     record_pairs,
     text_of,
     texts_of,
     whole_conversation,
     with_prompt,
 )
+from .data.messages import Messages, is_conversation, messages_of, shown
+from .data.pairs import TextRules, encode, refuse_doubled_bos
+from .data.records import Record, read_records
 from .files import refuse_existing, written_whole
 from .model.checkpoint import Checkpoint
 from .model.tokenizer import Tokenizer

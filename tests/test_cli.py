@@ -20,6 +20,7 @@ from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
 
 from minimore import calibration
+from minimore.checksums import CHECKSUM
 from minimore.cli import VERBS, main
 from minimore.data.world import World
 from minimore.model.checkpoint import Checkpoint
@@ -136,8 +137,13 @@ def test_a_run_is_read_as_it_was_trained_under_every_name(world, run, tmp_path, 
         options = ReadingOptions(model=name)
         assert options.rules(Checkpoint(name)).max_length == 9
     stored = json.loads((out / "options.json").read_text())
-    (out / "options.json").write_text(json.dumps(stored | {"max_length": "9"}))
-    with pytest.raises(InputError, match="max_length"):
+    stored["max_length"] = "9"
+    (out / "options.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="not as it was written"):
+        ReadingOptions(model=str(out)).rules(Checkpoint(str(out)))
+    del stored[CHECKSUM]  # as in a run of before there were checksums
+    (out / "options.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match='"max_length" or "truncate" is not that of a run'):
         ReadingOptions(model=str(out)).rules(Checkpoint(str(out)))
 
 

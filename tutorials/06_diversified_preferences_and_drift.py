@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from minimore.calibration import accuracy
-from minimore.data.records import Pair
+from minimore.data.forms import Pair
 from minimore.data.world import WORDS, World
 from minimore.lab.probe import ProbeOptions, train_head
 from minimore.tables import Table

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.records import Record, read_records, with_prompt
+from ..data.forms import with_prompt
+from ..data.records import Record, read_records
 from ..files import refuse_existing, write_json
 from ..model.checkpoint import Checkpoint
 from ..options import InputError, check_ranges, option, require

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.forms import Pair, record_pairs
 from ..data.pairs import batches_by_length
-from ..data.records import Pair, read_records, record_pairs
+from ..data.records import read_records
 from ..files import refuse_existing, write_json
 from ..model.checkpoint import Checkpoint
 from ..model.tokenizer import Tokenizer

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checksums import checksum, file_checksum
+from ..data.forms import MOST_RESPONSES, prompt_end, with_prompt
 from ..data.messages import is_conversation, messages_of, string_of
 from ..data.pairs import encode, refuse_doubled_bos
-from ..data.records import MOST_RESPONSES, Record, prompt_end, read_records, with_prompt
+from ..data.records import Record, read_records
 from ..files import refuse_existing, to_disk, written_whole
 from ..model.checkpoint import Checkpoint, ids_of_eos
 from ..model.tokenizer import Tokenizer

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..model.attention import Stream, pack
 from ..model.tokenizer import Tokenizer
 from ..options import InputError
-from .records import Pair, read_records, record_pairs
+from .forms import Pair, record_pairs
+from .records import read_records
 
 TRUNCATE = ("each", "together")
 TOKENISED_AT_ONCE = 512  # pairs

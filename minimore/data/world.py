@@ -30,7 +30,7 @@ from ..checksums import file_checksum, write_checksums
 from ..files import make_directory, write_bytes, written_whole
 from ..model.checkpoint import random_checkpoint
 from ..options import require
-from .records import Pair
+from .forms import Pair
 
 WORDS = [
     *("amber", "anchor", "basil", "bridge", "candle", "canyon", "cedar", "copper"),

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..data.forms import Pair, record_pairs
 from ..data.pairs import Source, load_source
-from ..data.records import Pair, read_records, record_pairs
+from ..data.records import read_records
 from ..data.world import World
 from ..model.checkpoint import Checkpoint
 from ..report import source_margins

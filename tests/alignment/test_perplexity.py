@@ -13,7 +13,7 @@ from minimore.alignment.language import Responses
 from minimore.alignment.perplexity import response_losses, responses_of
 from minimore.alignment.policy import LanguageModel
 from minimore.cli import main
-from minimore.data.records import Pair
+from minimore.data.forms import Pair
 
 ITEMS = [
     Responses([5, 6, 7], [[8, 9, 10, 2], [3]]),

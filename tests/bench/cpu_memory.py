@@ -11,11 +11,12 @@ import argparse
 import json
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
-from models import random_model
+from models import NEOX, random_model
 
 from minimore.data.pairs import TokenPair
 from minimore.engine.cost import memory_of, parameter_bytes, parameter_shapes, state_bytes
@@ -24,7 +25,6 @@ from minimore.engine.optim import AdamW
 from minimore.engine.recipe import Recipe
 from minimore.engine.streamed import open_engine
 from minimore.engine.workload import Workload, shape_of, tokens_of
-from minimore.model.trunk import ModelConfig
 from minimore.more import more_weights
 
 SOURCES, STEPS = 5, 2
@@ -70,7 +70,8 @@ def parse_options():
 
 
 def config_of(options):
-    return ModelConfig(
+    return replace(
+        NEOX,
         vocabulary=options.vocabulary,
         width=options.width,
         blocks=options.blocks,
@@ -78,16 +79,7 @@ def config_of(options):
         kv_heads=options.width // 64,
         head_width=64,
         mlp_width=4 * options.width,
-        activation="gelu",
-        gated=False,
-        norm="layer",
-        norm_eps=1e-5,
-        parallel_residual=True,
-        qkv_bias=True,
-        attention_output_bias=True,
-        mlp_bias=True,
         rotary_width=16,
-        rope_base=1e4,
     )
 
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from models import NEOX
 
 from minimore.data.pairs import TokenPair
 from minimore.engine.cost import GPUS
@@ -12,7 +13,6 @@ from minimore.engine.host import pinned
 from minimore.engine.objective import RewardObjective
 from minimore.engine.optim import where_it_is
 from minimore.engine.recipe import Recipe
-from minimore.model.trunk import ModelConfig
 from minimore.more import more_weights
 
 CUDA = torch.cuda.is_available()
@@ -22,25 +22,6 @@ NAME = torch.cuda.get_device_name() if CUDA else "CPU, tiny shapes"
 PEAK = next((gpu.flops for name, gpu in GPUS.items() if name in NAME), GPUS["H200"].flops)
 SOURCES = 5
 
-NEOX = ModelConfig(
-    vocabulary=50304,
-    width=2048,
-    blocks=24,
-    heads=16,
-    kv_heads=16,
-    head_width=128,
-    mlp_width=8192,
-    activation="gelu",
-    gated=False,
-    norm="layer",
-    norm_eps=1e-5,
-    parallel_residual=True,
-    qkv_bias=True,
-    attention_output_bias=True,
-    mlp_bias=True,
-    rotary_width=32,
-    rope_base=10000.0,
-)
 LLAMA = replace(
     NEOX,
     vocabulary=32000,

@@ -1,10 +1,34 @@
-"""Models with random weights for benchmarks. No more is held than what is measured."""
+"""Models with random weights for benchmarks: one shape, and how it is filled.
+
+No more is held than what is measured.
+"""
 
 import torch
 
 from minimore.engine.optim import replace_parameter, where_it_is
-from minimore.model.trunk import Trunk
+from minimore.model.trunk import ModelConfig, Trunk
 from minimore.reward import RewardModel, fresh_head
+
+# Pythia-1.4B; other shapes replace some of these numbers.
+NEOX = ModelConfig(
+    vocabulary=50304,
+    width=2048,
+    blocks=24,
+    heads=16,
+    kv_heads=16,
+    head_width=128,
+    mlp_width=8192,
+    activation="gelu",
+    gated=False,
+    norm="layer",
+    norm_eps=1e-5,
+    parallel_residual=True,
+    qkv_bias=True,
+    attention_output_bias=True,
+    mlp_bias=True,
+    rotary_width=32,
+    rope_base=10000.0,
+)
 
 
 def random_model(config, optimizer, device="cpu", home=where_it_is):

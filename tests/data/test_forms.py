@@ -8,8 +8,8 @@ import json
 import pytest
 from conftest import GOLDENS
 
+from minimore.data.forms import record_pairs
 from minimore.data.pairs import load_source
-from minimore.data.records import record_pairs
 from minimore.model.tokenizer import Tokenizer
 from minimore.options import InputError
 

@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from minimore.data.forms import Pair, prompt_end, record_pairs
 from minimore.data.pairs import encode, load_source, pack_pairs, shared_length, split_by_tokens
-from minimore.data.records import Pair, prompt_end, read_records, record_pairs
+from minimore.data.records import read_records
 from minimore.data.sampling import epoch_steps
 from minimore.data.world import train_tokenizer
 from minimore.model.tokenizer import Tokenizer

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from minimore.data.forms import record_pairs
 from minimore.data.pairs import load_source
-from minimore.data.records import read_records, record_pairs
+from minimore.data.records import read_records
 from minimore.data.world import small_gpt_neox
 from minimore.model.checkpoint import Checkpoint, random_checkpoint
 from minimore.model.tokenizer import Tokenizer

@@ -101,7 +101,7 @@ def test_no_linear_reward_beats_the_single_rule():
 
 
 def _pairs(n):
-    from minimore.data.records import Pair
+    from minimore.data.forms import Pair
     from minimore.data.world import WORDS
 
     rng = np.random.default_rng(5)

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from conftest import GOLDENS, edit_json
 
+from minimore.data.forms import record_pairs
 from minimore.data.pairs import load_source
-from minimore.data.records import record_pairs
 from minimore.model.tokenizer import Tokenizer
 from minimore.options import InputError
 

@@ -1,0 +1,401 @@
+"""Forms: what a record of preferences looks like, and the texts and pairs that come of it.
+
+A record is one of
+
+    {"prompt": ..., "chosen": ..., "rejected": ...}
+    {"chosen": ..., "rejected": ...}        whole dialogues; their prompt is what they share up to
+                                            the last assistant mark, as in Anthropic HH
+    {"prompt": ..., "responses": [...], "scores": [...]}
+    {"text": [...], "score": [...]}         k responses with scores: every ordered pair of unequal
+                                            scores
+
+`prompt`, `chosen` and `rejected` may be strings or messages (messages.py). `chosen` and `rejected`
+may be lists of several responses, which make all their pairs. A prompt under another name
+(PROMPT_KEYS) is read where its meaning is plain, and refused where it is not. Other keys are
+tolerated. Every error names the file, the line and what was found there.
+"""
+
+import os
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from ..model.tokenizer import Tokenizer
+from ..options import InputError, require
+from .messages import Messages, is_conversation, messages_of, shown, string_of
+from .records import Record
+
+ASSISTANT = ("\n\nAssistant:", "## Assistant:")  # ends the prompt of a dialogue that is given whole
+MOST_RESPONSES = 100  # to one prompt: they make up to 4,950 pairs
+
+# Other names under which data keep a prompt; what stands in front of one.
+PROMPT_KEYS = ("question", "query", "instruction", "input", "conversations", "messages")
+BEFORE_A_PROMPT = ("system", "history")
+
+
+class Pair(NamedTuple):
+    """One preference as texts; the model reads prompt + response, joined with nothing between.
+
+    rendered: the texts were written by a chat template, so the markers in them are special tokens.
+    blank: a response has no visible character; None means that one has to look.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    rendered: bool = False
+    blank: bool | None = None
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether a response has no visible character."""
+        if self.blank is not None:
+            return self.blank
+        return not (self.chosen.strip() and self.rejected.strip())
+
+
+class Named(NamedTuple):
+    """A value of a record, and what an error calls it."""
+
+    where: str
+    value: Any
+
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+
+def text_of(record: Record, key: str, where: str) -> str:
+    """record[key] as a string that can be encoded, or an InputError that shows the keys found."""
+    if key not in record:
+        keys = ", ".join(map(str, record)) or "none"
+        raise InputError(f'{where}: "{key}" is missing; found keys: {keys}')
+    return string_of(record[key], f'{where}: "{key}"', "a string, or messages")
+
+
+def texts_of(record: Record, where: str) -> list[str]:
+    """record["text"]: two or more whole texts."""
+    texts = record["text"]
+    if not isinstance(texts, list) or not 2 <= len(texts) <= MOST_RESPONSES:
+        raise InputError(
+            f'{where}: "text" is {shown(texts)}; expected a list of two or more strings,'
+            f" at most {MOST_RESPONSES}"
+        )
+    return [string_of(text, f'{where}: "text"[{i}]') for i, text in enumerate(texts)]
+
+
+def prompt_end(texts: Sequence[str]) -> int:
+    """Where the shared prompt of whole dialogues ends.
+
+    It ends after the last assistant mark inside their common beginning. Without such a mark the
+    whole texts are responses. (Which tokens are shared is found later, from the tokens.)
+
+    >>> prompt_end(["\\n\\nHuman: hi\\n\\nAssistant: yes", "\\n\\nHuman: hi\\n\\nAssistant: yo"])
+    23
+    """
+    common = os.path.commonprefix(list(texts))
+    return max((common.rfind(mark) + len(mark) for mark in ASSISTANT if mark in common), default=0)
+
+
+# ---- pairs of a record ---------------------------------------------------------------------------
+
+
+def record_pairs(
+    record: Record, where: str, tokenizer: Tokenizer | None = None, chat: bool = False
+) -> tuple[list[Pair], int]:
+    """The pairs of one line, and how many it would have had but for equal scores: label ties.
+
+    tokenizer: needed for messages only. chat: prompts and responses that are strings are messages,
+    too. Raises InputError for a record of no known form.
+    """
+    if "text" in record and "chosen" not in record:  # beside "chosen" it is a key like any other
+        return _scored_texts(record, where)
+    if "responses" in record and "chosen" not in record:
+        return _scored_responses(record, where, tokenizer, chat)
+    record = with_prompt(record, where, chat)
+    chosen, rejected = (_responses(record, key, where) for key in ("chosen", "rejected"))
+    prompt = Named(f'{where}: "prompt"', record["prompt"]) if "prompt" in record else None
+    values = [named.value for named in (*chosen, *rejected)]
+    are_messages = any(map(is_conversation, [record.get("prompt"), *values]))
+    pairs: list[Pair] = []
+    for one, other in product(chosen, rejected):
+        if tokenizer is not None and (chat or are_messages):
+            pairs.append(_conversation_pair(prompt, one, other, where, tokenizer))
+        else:
+            pairs.append(_text_pair(prompt, one, other))
+    return pairs, 0
+
+
+def _responses(record: Record, key: str, where: str) -> list[Named]:
+    """The responses under a key, of which each is a string or a conversation."""
+    if key not in record:
+        text_of(record, key, where)  # says that it is missing
+    value = record[key]
+    are_several = isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
+    if not are_several:
+        return [Named(f'{where}: "{key}"', value)]
+    require(
+        len(value) <= MOST_RESPONSES,
+        f'{where}: "{key}" holds {len(value)} responses; expected at most {MOST_RESPONSES}',
+    )
+    return [Named(f'{where}: "{key}"[{i}]', response) for i, response in enumerate(value)]
+
+
+def _text_pair(prompt: Named | None, chosen_value: Named, rejected_value: Named) -> Pair:
+    """A pair of strings: two responses to a prompt, or whole dialogues."""
+    chosen, rejected = (
+        string_of(named.value, named.where, "a string, or messages")
+        for named in (chosen_value, rejected_value)
+    )
+    if prompt is not None:
+        return Pair(string_of(prompt.value, prompt.where), chosen, rejected)
+    end = prompt_end([chosen, rejected])  # whole dialogues begin with their prompt
+    return Pair(chosen[:end], chosen[end:], rejected[end:])
+
+
+# ---- a prompt under another name -----------------------------------------------------------------
+
+
+def with_prompt(record: Record, where: str, chat: bool = False) -> Record:
+    """The record with its prompt under "prompt", also where it has it under another name.
+
+    A "system" text becomes the first message. Raises InputError where something that looks like a
+    part of the prompt would be dropped.
+    """
+    in_front = [key for key in BEFORE_A_PROMPT if record.get(key)]
+    if "prompt" not in record and is_whole(record):
+        has_system = begins_with_system(record["chosen"])
+        require(
+            not in_front or (in_front == ["system"] and has_system),
+            f'{where}: "{"".join(in_front[:1])}" beside whole dialogues would not be read; write it'
+            " into them, or remove it",
+        )
+        return record
+    keys = [key for key in PROMPT_KEYS if record.get(key)]
+    if "prompt" in record and (record["prompt"] or not keys):
+        for key in keys:
+            _require_part_of_prompt(record, key, where)
+        keys = ["prompt"]
+    if not keys:
+        if in_front:
+            raise InputError(
+                f'{where}: "{in_front[0]}" stands in front of no "prompt"; expected one'
+            )
+        return record
+    require(
+        len(keys) == 1,
+        f"{where}: the prompt may be in {' or '.join(map(repr, keys))}; expected it in"
+        ' "prompt", as a string or as messages',
+    )
+    prompt = record[keys[0]]
+    if in_front == ["system"] and (chat or is_conversation(prompt)):
+        if isinstance(prompt, str):
+            prompt = {"role": "user", "content": prompt}
+        messages = [prompt] if isinstance(prompt, dict) else prompt
+        prompt = [{"role": "system", "content": record["system"]}, *messages]
+    elif in_front:
+        advice = ", or give --chat, which makes messages of both" if in_front == ["system"] else ""
+        raise InputError(
+            f'{where}: "{in_front[0]}" would not be read; write it into "prompt" as a message'
+            + advice
+        )
+    return record | {"prompt": prompt}
+
+
+def _require_part_of_prompt(record: Record, key: str, where: str) -> None:
+    """Refuse a text beside "prompt" that it does not hold, since it would be dropped."""
+    prompt, value = record["prompt"], record[key]
+    are_texts = isinstance(prompt, str) and isinstance(value, str)
+    require(
+        not are_texts or value.strip() in prompt,
+        f'{where}: "{key}" beside "prompt" would not be read; write it into "prompt", or remove it',
+    )
+
+
+def is_whole(record: Record) -> bool:
+    """Whether "chosen" is a whole dialogue, which has its prompt in it."""
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if is_conversation(chosen):
+        return not is_response(chosen)
+    return (
+        isinstance(chosen, str) and isinstance(rejected, str) and prompt_end([chosen, rejected]) > 0
+    )
+
+
+def begins_with_system(conversation: Any) -> bool:
+    """Whether a conversation has a system message in front."""
+    return is_conversation(conversation) and _first_role(conversation) == "system"
+
+
+def _first_role(conversation: Any) -> Any:
+    first = conversation if isinstance(conversation, dict) else conversation[0]
+    return first.get("role", first.get("from"))
+
+
+def is_response(conversation: Any) -> bool:
+    """Whether a conversation begins with what the model says."""
+    return _first_role(conversation) in ("assistant", "gpt", "chatgpt", "bot", "model")
+
+
+# ---- responses with scores -----------------------------------------------------------------------
+
+
+def _scored_texts(record: Record, where: str) -> tuple[list[Pair], int]:
+    """Every ordered pair of unequal scores; pairs of equal scores are label ties."""
+    texts = texts_of(record, where)
+    ordered, ties = _ordered(_scores(record, "score", len(texts), where))
+    end = prompt_end(texts)
+    pairs = [Pair(texts[0][:end], texts[i][end:], texts[j][end:]) for i, j in ordered]
+    return pairs, ties
+
+
+def _scored_responses(
+    record: Record, where: str, tokenizer: Tokenizer | None, chat: bool
+) -> tuple[list[Pair], int]:
+    """The same for several responses to one prompt."""
+    responses = record["responses"]
+    if not isinstance(responses, list) or not 2 <= len(responses) <= MOST_RESPONSES:
+        raise InputError(
+            f'{where}: "responses" is {shown(responses)}; expected a list of two or more'
+            f" responses, at most {MOST_RESPONSES}"
+        )
+    record = with_prompt(record, where, chat)
+    require("prompt" in record, f'{where}: "responses" without "prompt"; expected both')
+    ordered, ties = _ordered(_scores(record, "scores", len(responses), where))
+    pairs = []
+    for i, j in ordered:
+        single = record | {"chosen": responses[i], "rejected": responses[j]}
+        pairs += record_pairs(single, where, tokenizer, chat)[0]
+    return pairs, ties
+
+
+def _scores(record: Record, key: str, count: int, where: str) -> list[float]:
+    """As many numbers as there are responses."""
+    scores = record.get(key)
+    if (
+        not isinstance(scores, list)
+        or len(scores) != count
+        or not all(type(score) in (int, float) and abs(score) < 1e300 for score in scores)
+    ):
+        what = f"is {shown(scores)}" if key in record else "is missing"
+        raise InputError(
+            f'{where}: "{key}" {what}; expected a list of {count} numbers, one a response'
+        )
+    return scores
+
+
+def _ordered(scores: Sequence[float]) -> tuple[list[tuple[int, int]], int]:
+    """All (i, j) of which i has the higher score, and how many pairs have equal ones."""
+    places = range(len(scores))
+    ordered = [(i, j) for i in places for j in places if scores[i] > scores[j]]
+    ties = sum(scores[i] == scores[j] for i in places for j in places if i < j)
+    return ordered, ties
+
+
+# ---- conversations -------------------------------------------------------------------------------
+
+
+def _conversation_pair(
+    prompt: Named | None,
+    chosen_value: Named,
+    rejected_value: Named,
+    where: str,
+    tokenizer: Tokenizer,
+) -> Pair:
+    """A pair as conversations; a string among the three becomes a single message.
+
+    Responses that are conversations with their prompt in them are read as they are, and must agree
+    with the prompt if it is given, too.
+    """
+    chosen = messages_of(chosen_value.value, chosen_value.where, tokenizer, "assistant")
+    rejected = messages_of(rejected_value.value, rejected_value.where, tokenizer, "assistant")
+    prompt_turns = _shared_turns(chosen, rejected)
+    for messages, named in ((chosen, chosen_value), (rejected, rejected_value)):
+        are_several = len(messages) > 1 and all(m["role"] == "assistant" for m in messages)
+        require(
+            not are_several,
+            f"{named.where}: {len(messages)} messages of the assistant; expected one response, or"
+            " several as a list of strings or of lists",
+        )
+    if prompt is None and not (is_response(chosen) and is_response(rejected)):
+        require(
+            prompt_turns > 0,
+            f'{where}: "chosen" and "rejected" do not begin with the same turn; expected two'
+            " answers to the same prompt",
+        )
+    if prompt is not None:
+        given = messages_of(prompt.value, prompt.where, tokenizer, "user")
+        require(
+            given[-1]["role"] != "assistant",
+            f"{prompt.where}: ends with a turn of the assistant; expected the turn before it",
+        )
+        if is_response(chosen) and is_response(rejected):
+            return _render(given, chosen, rejected, tokenizer)
+        in_chosen, in_rejected = _beginning(given, chosen), _beginning(given, rejected)
+        if in_chosen is None or in_rejected is None:
+            raise InputError(
+                f'{where}: "chosen" and "rejected" are conversations that do not both begin with'
+                ' "prompt"; expected responses alone, or conversations that begin with it'
+            )
+        prompt_turns = min(prompt_turns, in_chosen, in_rejected)
+    return _render(chosen[:prompt_turns], chosen[prompt_turns:], rejected[prompt_turns:], tokenizer)
+
+
+def whole_conversation(prompt: Messages, response: Messages, where: str) -> Messages:
+    """A prompt with its response, or a response that is a conversation and begins with the prompt.
+
+    Raises InputError if it begins with another.
+    """
+    if is_response(response):
+        return prompt + response
+    require(
+        _beginning(prompt, response) is not None,
+        f'{where}: the response is a conversation that does not begin with "prompt"; expected the'
+        " response alone, or a conversation that begins with it",
+    )
+    return response
+
+
+def _beginning(prompt: Messages, conversation: Messages) -> int | None:
+    """How many messages of a conversation are its prompt; None if it begins with another.
+
+    A system message may stand in front of it, and white space around a text does not count.
+    """
+    for start in (0, 1):
+        if start == 1 and conversation[0]["role"] != "system":
+            continue
+        end = start + len(prompt)
+        said = [(m["role"], m["content"].strip()) for m in conversation[start:end]]
+        if said == [(m["role"], m["content"].strip()) for m in prompt] and end < len(conversation):
+            return end
+    return None
+
+
+def _shared_turns(chosen: Messages, rejected: Messages) -> int:
+    """How many messages two dialogues share at their beginning; each keeps at least its last."""
+    shortest = min(len(chosen), len(rejected))
+    for i in range(shortest):
+        if chosen[i] != rejected[i]:
+            return i
+    return shortest - 1
+
+
+def _render(prompt: Messages, chosen: Messages, rejected: Messages, tokenizer: Tokenizer) -> Pair:
+    """Messages as a Pair.
+
+    Where its prompt ends matters for counts only, since tokens are shared by what they are.
+    """
+    texts = [tokenizer.render(prompt + response) for response in (chosen, rejected)]
+    beginning = tokenizer.render(prompt, prompt=True) if prompt else ""
+    if not all(text.startswith(beginning) for text in texts):
+        beginning = os.path.commonprefix(texts)
+    end = len(beginning)
+    has_text = [
+        any(message["content"].strip() for message in response) for response in (chosen, rejected)
+    ]
+    return Pair(
+        prompt=texts[0][:end],
+        chosen=texts[0][end:],
+        rejected=texts[1][end:],
+        rendered=tokenizer.template is not None,
+        blank=not all(has_text),
+    )

@@ -70,7 +70,7 @@ def fused(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
 
 @contextmanager
 def as_written() -> Iterator[None]:
-    """Within, functions run as they are written on every device."""
+    """Within, functions that this thread calls run as they are written on every device."""
     token = _as_written.set(True)
     try:
         yield

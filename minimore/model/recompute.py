@@ -110,9 +110,7 @@ def cheap(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     Second, its result, which the matrix products behind it would keep as their input: the result
     carries a `Recomputed`, and `save` gives this to the graph instead.
     """
-    if (
-        torch.compiler.is_compiling()
-    ):  # never under `selective`; a compiler cannot read the variable
+    if torch.compiler.is_compiling():  # which is never under `selective`, and cannot read it
         return function(*inputs)
     if not _is_selective.get() or isinstance(function, nn.Identity):
         return function(*inputs)

@@ -107,7 +107,7 @@ def facts():
 
 @contextmanager
 def uncompiled():
-    """Blocks as PyTorch's own operations, one after the other."""
+    """Blocks as PyTorch's own operations, one after the other, in autograd's threads, too."""
     devices, fused.DEVICES = fused.DEVICES, set()
     try:
         yield

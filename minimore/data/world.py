@@ -11,14 +11,14 @@ annotators: they are the corners of a regular simplex. Labels are drawn:
 
 Everything is written as real files: JSON lines, a tokenizer trained here, a checkpoint directory.
 
-W words, K annotators, N pairs.
+W words, K annotators, N pairs or responses.
 """
 
 import gzip
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +26,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..calibration import probability
-from ..checksums import file_checksum, write_checksums
+from ..checksums import file_checksum, read_checked_json, write_checked_json, write_checksums
 from ..files import make_directory, write_bytes, written_whole
 from ..model.checkpoint import random_checkpoint
-from ..options import require
+from ..options import InputError, require
 from .forms import Pair
 
 WORDS = [
@@ -130,6 +130,18 @@ class World:
         shared, drifts = self.values()
         return _count_differences(pairs) @ (shared + drifts).T / math.sqrt(self.response_words)
 
+    def true_rewards(self, responses: Sequence[str]) -> "TrueRewards":
+        """The true rewards of responses, whoever wrote them: what a policy is judged by.
+
+        A response is worth what its first n words are worth. Words that the world does not know
+        have no value, though they take a place.
+        """
+        shared, drifts = self.values()
+        n = self.response_words
+        counts = np.array([_counts(" ".join(text.split()[:n])) for text in responses])  # (N, W)
+        counts = counts.reshape(-1, len(WORDS)) / math.sqrt(n)
+        return TrueRewards(counts @ shared, counts @ (shared + drifts).T)
+
     def decompose(self, margins: np.ndarray, pairs: list[Pair]) -> "Decomposition":
         """What a model's margins m on these pairs consist of: shared reward, drift, and neither.
 
@@ -176,6 +188,21 @@ class World:
 
     # ---- files ----
 
+    @classmethod
+    def read(cls, directory: Path) -> "World":
+        """The world that `write` wrote into a directory. Raises InputError if there is none."""
+        path = directory / "world.json"
+        require(path.is_file(), f"{path}: no such file; expected the directory of a world")
+        values = read_checked_json(path)
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        try:
+            return cls(**fields)
+        except TypeError:
+            raise InputError(f"{path}: is not that of a world of this version") from None
+
     def paths(self, directory: Path) -> Paths:
         """Where `write` puts the training and the test file of each annotator."""
         paths = {}
@@ -186,7 +213,7 @@ class World:
         return paths
 
     def write(self, directory: Path) -> Paths:
-        """Write NAME.train.jsonl and NAME.test.jsonl of each annotator, and a checkpoint.
+        """Write NAME.train.jsonl, NAME.test.jsonl of each annotator, a checkpoint, and world.json.
 
         The annotators use different line formats, and one is zipped, so that everything comes
         through the doors that real data comes through. Returns the paths by name.
@@ -210,6 +237,7 @@ class World:
             directory, {str(path.relative_to(directory)): file_checksum(path) for path in files}
         )
         random_checkpoint(directory / "model", small_gpt_neox(), tokenizer, self.seed)
+        write_checked_json(directory / "world.json", asdict(self))
         return paths
 
     def _line(self, k: int, random: np.random.Generator, prompts: set[str]) -> Line:
@@ -291,6 +319,13 @@ class LineFormat(NamedTuple):
         return formats[k % len(formats)]
 
 
+class TrueRewards(NamedTuple):
+    """Of N responses: r* (N,), and what every annotator values them at (N, K)."""
+
+    shared: np.ndarray
+    annotators: np.ndarray
+
+
 class Decomposition(NamedTuple):
     """What margins consist of: see `World.decompose`.
 
@@ -324,9 +359,10 @@ def _count_differences(pairs: list[Pair]) -> np.ndarray:
 
 
 def _counts(response: str) -> np.ndarray:
-    """How often each word occurs: (W,)."""
+    """How often each word of the world occurs: (W,)."""
     index = {word: i for i, word in enumerate(WORDS)}
-    return np.bincount([index[word] for word in response.split()], minlength=len(WORDS))
+    places = [index[word] for word in response.split() if word in index]
+    return np.bincount(np.array(places, dtype=int), minlength=len(WORDS))
 
 
 def _draw_words(random: np.random.Generator, count: int) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minimore.cli import main
+from minimore.data.forms import Pair
 from minimore.data.world import ANNOTATORS, World, _counts
 from minimore.lab.drift import true_pairs
 from minimore.options import InputError
@@ -48,6 +49,31 @@ def test_labels_are_drawn_with_the_probability_on_file(tmp_path):
         )
         said, came_true = np.maximum(p, 1 - p).mean(), (p > 0.5).mean()
         assert said == pytest.approx(came_true, abs=4 * (said * (1 - said) / len(p)) ** 0.5)
+
+
+def test_true_rewards_are_sums_of_word_values():
+    """Their differences are the true margins; unknown and late words are worth nothing."""
+    world = World(conflict=0.4, response_words=3)
+    shared, drifts = world.values()
+    amber, anchor = (shared[i] / 3**0.5 for i in (0, 1))
+    responses = [" amber anchor", " anchor amber olives", "amber amber amber amber", ""]
+    rewards = world.true_rewards(responses)
+    assert np.allclose(rewards.shared, [amber + anchor, amber + anchor, 3 * amber, 0])
+    pair = Pair("", responses[0], "amber amber amber")
+    assert np.allclose(rewards.annotators[0] - rewards.annotators[2], world.true_margins([pair])[0])
+    assert world.true_rewards([]).annotators.shape == (0, 5)
+
+
+def test_a_world_is_read_back(tmp_path):
+    world = World(conflict=0.3, decisiveness=(1.0, 2.0, 3.0, 4.0, 5.0), train_pairs=(4,), seed=3)
+    world.write(tmp_path)
+    assert World.read(tmp_path) == world
+    with pytest.raises(InputError, match="no such file; expected the directory of a world"):
+        World.read(tmp_path / "model")
+    path = tmp_path / "world.json"
+    path.write_text(path.read_text().replace("0.3", "0.4"))
+    with pytest.raises(InputError, match="not as it was written"):
+        World.read(tmp_path)
 
 
 def test_a_model_is_taken_apart():

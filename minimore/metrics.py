@@ -25,16 +25,14 @@ from .options import InputError
 
 
 @torch.no_grad()
-def step_metrics(
-    head: Tensor, result: StepResult, source: Tensor, names: Sequence[str]
-) -> dict[str, Any]:
+def step_metrics(result: StepResult, source: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """What metrics.jsonl says of one step.
 
-    head: (D,) as it was before the update; source: (B,) integers in [0, K); names: of the sources.
-    Per source: pairs, loss (without label smoothing), accuracy, weight and the norm of the head
-    gradient; the cosines between the sources' head gradients. None where a source has no pair.
+    source: (B,) integers in [0, K); names: of the sources. Per source: pairs, loss (without label
+    smoothing), accuracy, weight and the norm of the head gradient; the cosines between the sources'
+    head gradients. None where a source has no pair.
     """
-    K = len(names)
+    K, head = len(names), result.head
     margins = (result.z_chosen - result.z_rejected) @ head  # (B,)
     is_right = (margins > 0).double() + 0.5 * (margins == 0)  # a reward tie is half right
     losses = bradley_terry_losses(head, result.z_chosen, result.z_rejected, source, K)

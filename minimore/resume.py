@@ -29,7 +29,6 @@ from .files import blame, directory_written_whole, one_line, read_json, to_disk
 from .model.checkpoint import Checkpoint, model_tensors, write_model
 from .model.tensors import Lazy, write_tensors
 from .options import InputError
-from .reward import RewardModel
 
 # What may go wrong when a checkpoint is not what it should be.
 UNREADABLE = (OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError)
@@ -45,6 +44,7 @@ class Snapshot:
     A tensor is a copy, or a `Lazy` one that is made when it is written.
     """
 
+    kind: str  # of model
     model: dict[str, Lazy | Tensor]
     state: dict[str, Lazy | Tensor]
     facts: dict[str, Any]
@@ -66,14 +66,15 @@ class Saver:
 
     def save(
         self,
-        model: RewardModel,
+        model: Any,
         optimizer: AdamW,
         weighting_state: Mapping[str, Tensor],
         log: str,
     ) -> None:
         """Save the state after step `optimizer.steps`; log: the checksum of the log so far.
 
-        An error of the thread is raised by the next `save` or `wait`.
+        model: a RewardModel or a LanguageModel. An error of the thread is raised by the next `save`
+        or `wait`.
         """
         self.wait()
         has_room = available_memory() > 1.2 * bytes_to_copy(model, optimizer)
@@ -108,18 +109,14 @@ class Saver:
 
     def _snapshot(
         self,
-        model: RewardModel,
+        model: Any,
         optimizer: AdamW,
         weighting_state: Mapping[str, Tensor],
         log: str,
         copy: bool,
     ) -> Snapshot:
-        parts = model_tensors(
-            self.origin,
-            model.trunk,
-            model.head,
-            value=lambda name, p: optimizer.value(f"trunk.{name}", p),
-        )
+        top = model.saved_top(self.origin.family)
+        parts = model_tensors(self.origin, model.trunk, top, value=optimizer.value)
         tensors: dict[str, Lazy | Tensor] = {
             key: lazy.make().clone() if copy else lazy for key, lazy in parts.items()
         }
@@ -140,7 +137,7 @@ class Saver:
             "log": log,
             "weighting": sorted(weighting_state),
         }
-        return Snapshot(tensors, state, facts)
+        return Snapshot(model.kind, tensors, state, facts)
 
     def _write_in_thread(self, snapshot: Snapshot) -> None:
         try:
@@ -164,7 +161,7 @@ class Saver:
             remove(old)
 
     def _write_into(self, directory: Path, snapshot: Snapshot) -> None:
-        write_model(directory, self.origin, snapshot.model, "float32")
+        write_model(directory, self.origin, snapshot.model, snapshot.kind, "float32")
         write_tensors(directory / "state.safetensors", snapshot.state)
         files = {path.name: file_checksum(path) for path in sorted(directory.iterdir())}
         write_checked_json(directory / "state.json", snapshot.facts | {"files": files})
@@ -183,7 +180,7 @@ def moments_of(optimizer: AdamW) -> list[tuple[str, Tensor]]:
     ]
 
 
-def bytes_to_copy(model: RewardModel, optimizer: AdamW) -> int:
+def bytes_to_copy(model: Any, optimizer: AdamW) -> int:
     """Bytes of a saved state: fp32 parameters, and moments as they are stored."""
     parameters = sum(4 * p.numel() for p in model.parameters())
     return parameters + sum(moment.nbytes for _, moment in moments_of(optimizer))
@@ -345,7 +342,7 @@ def load_state(
     for name, digest in digests.items():
         if saved_digests.get(name) != digest:
             raise InputError(
-                f"{checkpoint}: source {name!r} has other pairs than when this run began;"
+                f"{checkpoint}: source {name!r} has other texts than when this run began;"
                 " restore the file or start a new run"
             )
     weighting_state.update(saved_weighting)

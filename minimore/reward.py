@@ -26,7 +26,8 @@ from .data.pairs import (
 )
 from .files import read_json
 from .model.attention import Stream, pack
-from .model.checkpoint import Checkpoint
+from .model.checkpoint import Checkpoint, Top, reward_top
+from .model.families import Family
 from .model.trunk import ModelConfig, Trunk
 from .options import Range, check_ranges, option, require
 
@@ -69,6 +70,8 @@ class RewardModel(nn.Module):
     trunk: tokens -> z (S, D). head: (D,) fp32. No EOS is appended, and no token is padding.
     """
 
+    kind = "reward"  # of model/checkpoint.py's KINDS
+
     def __init__(self, trunk: Trunk, head: Tensor):
         super().__init__()
         self.trunk = trunk
@@ -78,6 +81,10 @@ class RewardModel(nn.Module):
     def top(self) -> Tensor:
         """The parameter on top of the trunk."""
         return self.head
+
+    def saved_top(self, family: Family) -> Top:
+        """What a checkpoint of this model holds besides the trunk."""
+        return reward_top(self.head)
 
     def features(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Last hidden states of the chosen and of the rejected texts: two (B, D), fp32."""

@@ -10,7 +10,7 @@ import shutil
 import pytest
 from runs import content, options
 
-import minimore.train as training
+import minimore.training as training
 from minimore.cli import main
 from minimore.lab.features import load_features
 from minimore.options import InputError

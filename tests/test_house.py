@@ -15,7 +15,7 @@ data.messages data.records data.forms data.pairs data.sampling data.world
 reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
 engine.workload engine.cost engine.choose engine.plan
-metrics resume run train
+metrics resume run training train
 alignment.policy alignment.generate alignment.sample alignment.compare alignment.language
 alignment.perplexity
 lab.features lab.probe lab.published lab.grid lab.drift lab.cells lab.estimate lab.statistics

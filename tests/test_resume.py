@@ -15,7 +15,7 @@ import torch
 from runs import RECIPES, command, content, options, run_command
 from safetensors.torch import load_file, save_file
 
-import minimore.train as training
+import minimore.training as training
 from minimore.checksums import file_checksum, write_checked_json
 from minimore.engine.optim import AdamW
 from minimore.options import InputError
@@ -192,7 +192,7 @@ def test_a_continued_run_is_the_whole_run_and_nothing_less(world, half, tmp_path
     assert continued(world, half) == 0
     assert content(half) == content(tmp_path / "whole")
 
-    def forgetful(continued_training, checkpoint, facts):
+    def forgetful(continued_training, facts):
         continued_training.first_step = facts["step"] + 1
         continued_training.optimizer.steps = facts["step"]
 
@@ -279,7 +279,7 @@ def test_no_memory_on_resume_blames_no_checkpoint(world, half, monkeypatch):
 
 def test_changed_options_and_changed_data_are_refused(world, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    monkeypatch.setattr(training, "finish", lambda *a: None)
+    monkeypatch.setattr("minimore.train.finish", lambda *a: None)
     train(options(world, run, save_steps=2))
     with pytest.raises(InputError, match=r"--learning-rate is 0\.002 but the run in .* has 0\.001"):
         train(options(world, run, save_steps=2, resume=True, learning_rate=0.002))
@@ -289,7 +289,7 @@ def test_changed_options_and_changed_data_are_refused(world, tmp_path, monkeypat
     moved.write_text(original)
     try:
         Path(train_path).write_text("\n".join(original.splitlines()[::-1]) + "\n")
-        with pytest.raises(InputError, match="source 'ana' has other pairs"):
+        with pytest.raises(InputError, match="source 'ana' has other texts"):
             train(options(world, run, save_steps=2, resume=True))
     finally:
         Path(train_path).write_text(original)
@@ -383,7 +383,7 @@ def test_a_damaged_run_is_refused_in_one_line(world, halted, tmp_path, name):
 def test_several_checkpoints_are_kept_and_the_last_good_one_is_named(world, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "finish", lambda *a: None)
+        patch.setattr("minimore.train.finish", lambda *a: None)
         train(options(world, run, save_steps=2, keep=3))
     assert [p.name for p in training.checkpoints(run)] == [
         "checkpoint-8",
@@ -418,7 +418,7 @@ def test_a_run_is_not_continued_with_another_recipe_model_or_data(
 ):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "finish", lambda *a: None)
+        patch.setattr("minimore.train.finish", lambda *a: None)
         train(options(world, run, **RECIPES["lossy"]))
     with pytest.raises(InputError, match=said):
         train(options(world, run, resume=True, **RECIPES["lossy"] | OTHERS[said]))
@@ -497,7 +497,7 @@ def test_a_run_may_go_on_with_another_engine(world, tmp_path, monkeypatch, capsy
         ("b", RECIPES["lossy"], {"memory": "1GB", "recompute": "full"}),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(training, "finish", lambda *a: None)
+            patch.setattr("minimore.train.finish", lambda *a: None)
             train(options(world, tmp_path / name, **first))
         capsys.readouterr()
         assert train(options(world, tmp_path / name, resume=True, **then)) == 0
@@ -542,7 +542,7 @@ def test_saving_with_and_without_room_for_a_copy_is_the_same(world, tmp_path, mo
 
 def test_a_step_may_be_cut_finer_when_memory_runs_out(world, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(training, "finish", lambda *a: None)
+        patch.setattr("minimore.train.finish", lambda *a: None)
         train(options(world, tmp_path / "run"))
     assert train(options(world, tmp_path / "run", resume=True, micro_tokens=100)) == 0
     assert "--micro-tokens is 100" in capsys.readouterr().out
@@ -553,7 +553,7 @@ def test_a_stop_after_the_last_step_saves_before_the_evaluation(world, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate_sources", stop)
+        patch.setattr("minimore.train.evaluate_sources", stop)
         with pytest.raises(KeyboardInterrupt):
             train(options(world, tmp_path / "cut"))
     assert [p.name for p in training.checkpoints(tmp_path / "cut")] == ["checkpoint-11"]

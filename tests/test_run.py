@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs import command, content, options, unfinished
 
-import minimore.train as training
+import minimore.training as training
 from minimore.cli import main
 from minimore.options import InputError
 from minimore.run import Lock

@@ -6,13 +6,14 @@ import torch
 from runs import RECIPES, content, options
 from safetensors.torch import load_file
 
-import minimore.train as training
+import minimore.training as training
 from minimore.data.pairs import load_source
 from minimore.data.sampling import epoch_steps
 from minimore.metrics import what_is_wrong
 from minimore.report import evaluate_sources
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
-from minimore.train import Schedule, TrainOptions, learning_rate_at, train
+from minimore.train import TrainOptions, train
+from minimore.training import Schedule, learning_rate_at
 
 
 def test_learning_rate():
@@ -47,7 +48,7 @@ def test_the_loop_applies_learning_rate_and_weight_decay(world, tmp_path):
 
 def test_every_epoch_has_an_order_of_its_own():
     options = TrainOptions(model="m", output="o", source=("a=x", "b=y"), epochs=3, seed=4)
-    schedule = Schedule(options, sizes=(10, 6), batch_size=4)
+    schedule = Schedule(options, sizes=(10, 6), batch_size=4, sampling="equal")
     expected = [
         sampled.tolist()
         for epoch in range(3)

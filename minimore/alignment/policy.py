@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.attention import pack
+from ..model.checkpoint import Top
+from ..model.families import Family
 from ..model.trunk import Trunk
 
 # So many positions have logits at a time: 1024 of them, times Qwen's 152k tokens, are 0.6 GB.
@@ -20,6 +22,8 @@ class LanguageModel(nn.Module):
     output: the unembedding if it is a parameter of its own; None if it is tied, which means that it
     is the trunk's embedding.
     """
+
+    kind = "language"  # of model/checkpoint.py's KINDS
 
     def __init__(self, trunk: Trunk, unembedding: Tensor):
         super().__init__()
@@ -36,6 +40,10 @@ class LanguageModel(nn.Module):
     def top(self) -> Tensor:
         """The parameter on top of the trunk."""
         return self.unembedding
+
+    def saved_top(self, family: Family) -> Top:
+        """What a checkpoint of this model holds besides the trunk."""
+        return {} if self.output is None else {family.language_head: ("output", self.output)}
 
     def logits(self, states: Tensor) -> Tensor:
         """Final hidden states (..., D) -> (..., V), in their type."""

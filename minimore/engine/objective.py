@@ -73,10 +73,11 @@ class Objective(Protocol):
 class StepResult(NamedTuple):
     """What a step saw at the head, before its update.
 
-    z_chosen, z_rejected: (B, D) features; weights: (K,) lambda, the mean over groups under scope
-    `group`; loss: ().
+    head: (D,); z_chosen, z_rejected: (B, D) features; weights: (K,) lambda, the mean over groups
+    under scope `group`; loss: ().
     """
 
+    head: Tensor
     z_chosen: Tensor
     z_rejected: Tensor
     weights: Tensor
@@ -89,8 +90,8 @@ class StepResult(NamedTuple):
     @classmethod
     def of_parts(cls, parts: Sequence["StepResult"]) -> "StepResult":
         """The result of a step from those of its parts, each with its share of weights and loss."""
-        z_chosen, z_rejected, weights, loss = zip(*parts)
-        return cls(torch.cat(z_chosen), torch.cat(z_rejected), sum(weights), sum(loss))
+        (head, *_), z_chosen, z_rejected, weights, loss = zip(*parts)
+        return cls(head, torch.cat(z_chosen), torch.cat(z_rejected), sum(weights), sum(loss))
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,11 @@ class RewardObjective:
             mean_loss = mean_loss + loss * share
             mean_weights = mean_weights + weights * share
         result = StepResult(
-            z_chosen.detach(), z_rejected.detach(), mean_weights.detach(), mean_loss.detach()
+            head.detach().clone(),
+            z_chosen.detach(),
+            z_rejected.detach(),
+            mean_weights.detach(),
+            mean_loss.detach(),
         )
         return mean_loss, result
 

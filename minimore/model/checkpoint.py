@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ HUB_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")  # besides th
 NOT_SAVED = ("auto_map", "num_labels")  # keys of config.json
 
 Hold = Callable[[str, Tensor], Tensor]  # name and value of a parameter -> what is held of it
+Top = dict[str, tuple[str, Tensor]]  # key in the file -> a parameter's name, and its tensor
 
 
 # ---- opening -------------------------------------------------------------------------------------
@@ -156,20 +157,46 @@ class Checkpoint:
                     f" {self.json['model_type']} with {self.config.blocks} blocks"
                 )
 
-    def unembedding(self, trunk: Trunk) -> Tensor | None:
-        """The language-model head (V, D) in the type of the embedding; None if there is none.
+    @cached_property
+    def is_tied(self) -> bool:
+        """Whether the language-model head is the embedding itself.
 
-        It is the embedding itself if the two are tied. What is stored wins, as in transformers 5.
+        config.json says so, and a head that is stored all the same must be equal. What is stored
+        wins, as in transformers 5.
+        """
+        config = Json(self.json, str(self.directory / "config.json"))
+        if not config.get("tie_word_embeddings", bool, self.family.tied):
+            return False
+        if self.language_head is None:
+            return True
+        embedding = next(k for k, v in self.family.names.items() if v == "embedding.weight")
+        shape = (self.config.vocabulary, self.config.width)
+        stored, embedding_stored = (
+            self.tensors.read(key, shape, torch.float32)
+            for key in (self.language_head, self.prefix + embedding)
+        )
+        return torch.equal(stored, embedding_stored)
+
+    @property
+    def language_head(self) -> str | None:
+        """The key of the language-model head that is stored; None if there is none."""
+        return next((key for key in LANGUAGE_HEADS if key in self.tensors.files), None)
+
+    def unembedding(self, trunk: Trunk, hold: Hold | None = None) -> Tensor | None:
+        """The language-model head (V, D); None if there is none.
+
+        It is the trunk's embedding itself if the two are tied. Any other one is read in the type of
+        the embedding; with `hold` in fp32, and what is held of it is returned.
         """
         embedding = trunk.embedding.weight
-        config = Json(self.json, str(self.directory / "config.json"))
-        is_tied = config.get("tie_word_embeddings", bool, self.family.tied)
-        keys = [key for key in LANGUAGE_HEADS if key in self.tensors.files]
-        if not keys:
-            return embedding if is_tied else None
-        stored = self.tensors.read(keys[0], tuple(embedding.shape), embedding.dtype)
+        if self.is_tied:
+            return embedding
+        if self.language_head is None:
+            return None
+        dtype = torch.float32 if hold else embedding.dtype
+        stored = self.tensors.read(self.language_head, tuple(embedding.shape), dtype)
         stored = stored.to(embedding.device)
-        return embedding if is_tied and torch.equal(stored, embedding) else stored
+        return hold("output", stored) if hold else stored
 
 
 def read_config(directory: Path) -> tuple[dict[str, Any], Family, ModelConfig]:
@@ -238,30 +265,40 @@ def save_checkpoint(
     directory must exist; config.json comes last. Weights are stored as `dtype`, a key of STORAGE.
     Raises FloatingPointError, and writes nothing, if a number is not finite.
     """
-    write_model(directory, origin, model_tensors(origin, trunk, head, dtype), dtype)
+    tensors = model_tensors(origin, trunk, reward_top(head), dtype)
+    write_model(directory, origin, tensors, "reward", dtype)
+
+
+def reward_top(head: Tensor) -> Top:
+    """What stands on the trunk of a saved reward model: its head (D,), as a matrix of one row."""
+    return {HEAD: ("head", head.detach()[None])}
 
 
 def model_tensors(
     origin: Checkpoint,
     trunk: Trunk,
-    head: Tensor,
+    top: Top,
     dtype: str = "float32",
     value: Hold | None = None,
 ) -> dict[str, Lazy]:
-    """What `save_checkpoint` writes, by the family's names, made when it is written.
+    """The tensors of a saved model, by the family's names, made when they are written.
 
-    value: name of a trunk's parameter and what the trunk holds -> the number that it stands for.
+    top: what stands on the trunk, by its key in the file. value: name of a parameter and what the
+    model holds of it -> the number that it stands for.
     """
 
+    def value_of(name: str, p: Tensor) -> Tensor:
+        return value(name, p) if value else p.detach()
+
     def make(names: Sequence[str]) -> Tensor:
-        parts = []
-        for name in names:
-            p = trunk.get_parameter(name)
-            parts.append(value(name, p) if value else p.detach())
+        parts = [value_of(f"trunk.{name}", trunk.get_parameter(name)) for name in names]
         return parts[0] if len(parts) == 1 else fuse_heads(parts, origin.config.heads)
 
     storage = STORAGE[dtype]
-    tensors = {HEAD: Lazy((1, len(head)), storage, lambda: head.detach()[None])}
+    tensors = {
+        key: Lazy(tuple(p.shape), storage, partial(value_of, name, p))
+        for key, (name, p) in top.items()
+    }
     for theirs, ours in name_table(origin.family, trunk).items():
         shapes = [trunk.get_parameter(name).shape for name in ours]
         shape = (sum(s[0] for s in shapes), *shapes[0][1:])
@@ -278,15 +315,15 @@ def _checked(key: str, lazy: Lazy) -> Tensor:
     return tensor
 
 
-def write_model(directory: Path, origin: Checkpoint, tensors: Named, dtype: str) -> None:
-    """Write weights, then what makes a model of them."""
+def write_model(directory: Path, origin: Checkpoint, tensors: Named, kind: str, dtype: str) -> None:
+    """Write weights, then what makes a model of them; kind: one of KINDS."""
     write_sharded(directory, tensors)
-    write_config(directory, origin, dtype)
+    write_config(directory, origin, kind, dtype)
 
 
-def write_config(directory: Path, origin: Checkpoint, dtype: str) -> None:
+def write_config(directory: Path, origin: Checkpoint, kind: str, dtype: str) -> None:
     """Write the tokenizer files, checksums.json, and config.json, which comes last."""
-    files = files_to_save(origin, dtype)
+    files = files_to_save(origin, kind, dtype)
     checksums = {name: checksum(content) for name, content in files.items()}
     for index in directory.glob("*.index.json"):
         checksums[index.name] = file_checksum(index)
@@ -295,26 +332,22 @@ def write_config(directory: Path, origin: Checkpoint, dtype: str) -> None:
         write_bytes(directory / name, content)
 
 
-def files_to_save(origin: Checkpoint, dtype: str = "float32") -> dict[str, bytes]:
-    """The files of a reward model made from this checkpoint, but its weights; config.json is last.
+def files_to_save(
+    origin: Checkpoint, kind: str = "reward", dtype: str = "float32"
+) -> dict[str, bytes]:
+    """The files of a model made from this checkpoint, but its weights; config.json is last.
 
     Raises InputError if they cannot be written, so ask before training.
     """
-    files = origin.tokenizer.files_to_save(pad_id(origin))
-    return files | {"config.json": as_text(saved_config(origin, dtype)).encode()}
+    files = origin.tokenizer.files_to_save(pad_id(origin) if kind == "reward" else None)
+    return files | {"config.json": as_text(saved_config(origin, kind, dtype)).encode()}
 
 
-def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict[str, Any]:
-    """config.json of a reward model made from this checkpoint. Raises InputError if none can be."""
-    ours = {
-        "architectures": [origin.family.reward_class],
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-        "problem_type": "regression",  # so that others apply no sigmoid to the reward
-        "pad_token_id": pad_id(origin),
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
+def saved_config(
+    origin: Checkpoint, kind: str = "reward", dtype: str = "float32"
+) -> dict[str, Any]:
+    """config.json of a model made from this checkpoint. Raises InputError if none can be."""
+    ours = KINDS[kind](origin) | {"dtype": dtype, "torch_dtype": dtype}
     # Ours come last, so that a config that was saved before is saved with the same bytes again.
     theirs = {
         key: value for key, value in origin.json.items() if key not in ours and key not in NOT_SAVED
@@ -328,6 +361,28 @@ def saved_config(origin: Checkpoint, dtype: str = "float32") -> dict[str, Any]:
             f" ({one_line(error)}); mend or remove that key"
         ) from None
     return config
+
+
+def keys_of_reward_model(origin: Checkpoint) -> dict[str, Any]:
+    """What config.json says of a reward model."""
+    return {
+        "architectures": [origin.family.reward_class],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "problem_type": "regression",  # so that others apply no sigmoid to the reward
+        "pad_token_id": pad_id(origin),
+    }
+
+
+def keys_of_language_model(origin: Checkpoint) -> dict[str, Any]:
+    """What config.json says of a language model."""
+    return {
+        "architectures": [origin.family.language_class],
+        "tie_word_embeddings": origin.is_tied,
+    }
+
+
+KINDS = {"reward": keys_of_reward_model, "language": keys_of_language_model}
 
 
 # ---- the pad token of a saved model --------------------------------------------------------------

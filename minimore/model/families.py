@@ -348,6 +348,7 @@ class Family:
     prefix: in front of every key of the trunk. reward_class: transformers' class for a trunk with a
     scalar head. names: a tuple on the right is one fused tensor, its parts interleaved head by
     head. tied: the embedding is the language-model head, too, unless config.json says otherwise.
+    language_head: the key of a language-model head of its own.
     """
 
     config: Callable[[Json], ModelConfig]
@@ -355,6 +356,12 @@ class Family:
     reward_class: str
     names: Mapping[str, str | tuple[str, ...]]
     tied: bool = False
+    language_head: str = "lm_head.weight"
+
+    @property
+    def language_class(self) -> str:
+        """transformers' class for a language model on the same trunk."""
+        return self.reward_class.replace("ForSequenceClassification", "ForCausalLM")
 
 
 LLAMA_NAMES = {
@@ -388,6 +395,7 @@ FAMILIES = {
             "layers.{}.mlp.dense_4h_to_h.*": "blocks.{}.mlp.down.*",
             "final_layer_norm.*": "final_norm.*",
         },
+        language_head="embed_out.weight",
     ),
     "llama": Family(llama_config, "model.", "LlamaForSequenceClassification", LLAMA_NAMES),
     "mistral": Family(mistral_config, "model.", "MistralForSequenceClassification", LLAMA_NAMES),
@@ -423,7 +431,7 @@ FAMILIES = {
     ),
 }
 
-LANGUAGE_HEADS = ("lm_head.weight", "embed_out.weight")
+LANGUAGE_HEADS = tuple({family.language_head for family in FAMILIES.values()})
 
 # Constants that a checkpoint may hold and that follow from config.json.
 IGNORED = re.compile(

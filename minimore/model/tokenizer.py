@@ -245,27 +245,31 @@ class Tokenizer:
 
     # ---- saving ----
 
-    def files_to_save(self, pad: int) -> dict[str, bytes]:
+    def files_to_save(self, pad: int | None) -> dict[str, bytes]:
         """The files, changed where another reader would not see the texts as this model does.
 
         The token of id `pad` becomes the pad token; an id without a token (the first free one) gets
-        one. What stands around a text is `bos` in front and nothing behind, around a conversation,
-        too. tokenizer.json is read as it is, whatever class the model had. A model without a chat
-        template gets one that writes what `render_plainly` writes.
+        one. With None the pad token stays as it is. What stands around a text is `bos` in front and
+        nothing behind, around a conversation, too. tokenizer.json is read as it is, whatever class
+        the model had. A model without a chat template gets one that writes what `render_plainly`
+        writes.
         """
-        files, pad_text = dict(self.files), self.file.id_to_token(pad)
+        files = dict(self.files)
         files["chat_template.jinja"] = self._template_to_save().encode("utf-8", "surrogatepass")
-        if pad_text is None or self._adds_something_else():
-            file = self._as_it_reads(adds_pad=pad_text is None)
+        adds_pad = pad is not None and self.file.id_to_token(pad) is None
+        if adds_pad or self._adds_something_else():
+            file = self._as_it_reads(adds_pad)
             files["tokenizer.json"] = file.to_str(pretty=True).encode("utf-8")
-        pad_text = PAD if pad_text is None else pad_text
         config = self.config or dict(self.special)
         config = {key: value for key, value in config.items() if key != "chat_template"}
         if "tokenizer.json" in files:
             config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-        files["tokenizer_config.json"] = json_bytes(config | {"pad_token": pad_text})
-        if self.mapped and content_of(self.mapped.get("pad_token")) != pad_text:
-            files["special_tokens_map.json"] = json_bytes(self.mapped | {"pad_token": pad_text})
+        if pad is not None:
+            pad_text = PAD if adds_pad else self.file.id_to_token(pad)
+            config |= {"pad_token": pad_text}
+            if self.mapped and content_of(self.mapped.get("pad_token")) != pad_text:
+                files["special_tokens_map.json"] = json_bytes(self.mapped | {"pad_token": pad_text})
+        files["tokenizer_config.json"] = json_bytes(config)
         return files
 
     def _template_to_save(self) -> str:

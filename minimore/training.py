@@ -1,0 +1,433 @@
+"""Any training: which items a step sees, the loop over the steps, and what a kill leaves whole.
+
+train.py trains a reward model, alignment/finetune.py a policy. Each prepares a `Training` of its
+own kind; what is here is the same for both.
+
+    begin    the directory is taken; a run that is continued is put back as it was
+    loop     step after step, logged, saved, stopped on request
+    finish   what was trained becomes an ordinary checkpoint
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checksums import checksum
+from .data.sampling import epoch_steps
+from .engine.choose import choose, parse_memory
+from .engine.host import available_memory, pinned
+from .engine.objective import NonFiniteGradient, NonFiniteLoss, Objective
+from .engine.optim import AdamW
+from .engine.plain import PlainEngine
+from .engine.recipe import Recipe
+from .engine.streamed import StreamedEngine
+from .engine.workload import Workload
+from .metrics import Log, cut_log
+from .model.checkpoint import Checkpoint, model_tensors, write_config
+from .model.tensors import STORAGE, write_sharded
+from .model.trunk import replace_parameter
+from .options import COUNT, Range, option, require
+from .resume import Saver, check_whole, checkpoints, load_state, remove
+from .reward import compute_type, device_of
+from .run import Lock, start_run, stored_recipe
+
+Watch = Callable[[int, int, Any], None]  # (step, number of steps, model), after every step
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    """What every training takes, whatever it trains."""
+
+    output: str = option(
+        value="RUN", help="run directory to make; must not exist, except with --resume"
+    )
+    resume: bool = option(
+        False, help="continue the run in --output: the same command again, plus this"
+    )
+    learning_rate: float = option(1e-6, within=Range(above=0), help="peak learning rate")
+    warmup: float = option(
+        0.0,
+        within=Range(least=0, most=1),
+        help="share of the steps in which the learning rate rises linearly from 0",
+    )
+    schedule: str = option(
+        "linear",
+        choices=("linear", "cosine", "constant"),
+        help="learning rate after warmup",
+    )
+    weight_decay: float = option(0.0, within=Range(least=0), help="AdamW's decoupled weight decay")
+    save_steps: int = option(500, within=COUNT, help="steps between checkpoints")
+    keep: int = option(1, within=COUNT, help="checkpoints to keep, the newest ones")
+    log_steps: int = option(
+        1, within=COUNT, help="steps between printed lines; metrics.jsonl has every step"
+    )
+    save_dtype: str = option(
+        "float32",
+        choices=tuple(STORAGE),
+        help="type in which the finished model is stored",
+    )
+
+
+# ---- what a training consists of -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which items a step sees, and its learning rate: all of it known before the first step.
+
+    Steps are numbered from 1. options: LoopOptions with `epochs` and `seed`. sizes: items of each
+    source. sampling, per_source: see `epoch_steps`.
+    """
+
+    options: Any
+    sizes: tuple[int, ...]
+    batch_size: int
+    sampling: str = "proportional"
+    per_source: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return self._steps_per_epoch * self.options.epochs
+
+    def sampled_at(self, step: int) -> np.ndarray:
+        """The items of a step: (B, 2), a source and an item in it."""
+        epoch, place = divmod(step - 1, self._steps_per_epoch)
+        return self._epoch(epoch)[place]
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate_at(step - 1, self.steps, self.options)
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return len(self._epoch(0))
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        return _cached_epoch_steps(
+            self.sizes, self.sampling, self.per_source, self.batch_size, self.options.seed, epoch
+        )
+
+
+_cached_epoch_steps = lru_cache(maxsize=2)(epoch_steps)  # the first epoch, and the present one
+
+
+def learning_rate_at(step: int, steps: int, options: LoopOptions) -> float:
+    """Learning rate of step 0, 1, ..., steps - 1.
+
+    It rises linearly during the warmup, then follows the schedule, which would reach 0 at `steps`.
+    """
+    warmup_steps = math.ceil(options.warmup * steps)
+    if step < warmup_steps:
+        return options.learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    factors = {
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "constant": 1.0,
+    }
+    return options.learning_rate * factors[options.schedule]
+
+
+@dataclass(kw_only=True)
+class Training:
+    """All that the loop needs: what is trained on, what is trained, and how.
+
+    origin: what the model was opened from. model: a RewardModel or a LanguageModel. digests: of the
+    texts of every source. weighting_state: what a weighting of the sources keeps from step to step.
+    """
+
+    options: Any  # LoopOptions, and those of its kind
+    run: Path
+    origin: Checkpoint
+    schedule: Schedule
+    objective: Objective
+    model: Any
+    optimizer: AdamW
+    engine: PlainEngine | StreamedEngine
+    digests: dict[str, str]
+    weighting_state: dict[str, Tensor] = field(default_factory=dict)
+    first_step: int = 1
+
+    def batch_at(self, step: int) -> tuple[list[Any], list[int]]:
+        """The items of a step, and the source of each."""
+        raise NotImplementedError
+
+    def record_of(
+        self, step: int, items: Sequence[Any], source: list[int], result: Any
+    ) -> dict[str, Any]:
+        """What metrics.jsonl says of a step: things as they were before its update."""
+        raise NotImplementedError
+
+    def progress_line(self, record: dict[str, Any], seconds_left: float) -> str:
+        """The line of a step on the screen."""
+        raise NotImplementedError
+
+    def what_begins(self) -> str:
+        """What is trained, in a few words, for the first line."""
+        raise NotImplementedError
+
+    def what_is_wrong(self, record: dict[str, Any]) -> str | None:
+        """What the first step shows that keeps a model from learning; None if it shows nothing."""
+        return None
+
+    def name_of_loss(self, source: int) -> str:
+        """The loss of a source, in words."""
+        return "the loss"
+
+
+# ---- begin ---------------------------------------------------------------------------------------
+
+
+def open_origin(options: Any, run: Path) -> tuple[Checkpoint, dict[str, Any] | None]:
+    """What a training opens: its model, or its last checkpoint, and what that says of itself.
+
+    Raises InputError for a checkpoint that is not whole.
+    """
+    last = checkpoints(run)[-1:]
+    if not last:
+        return Checkpoint(options.model), None
+    facts = check_whole(last[0])
+    return Checkpoint(str(last[0])), facts
+
+
+def begin(training: Training, recipe: Recipe, facts: dict[str, Any] | None, lock: Lock) -> None:
+    """Take the directory, and put a run that is continued back as it was.
+
+    Nothing is written before. facts: of the checkpoint that the training was opened from.
+    """
+    lock.take()
+    start_run(training.run, training.options, recipe)
+    if facts:
+        restore(training, facts)
+    total = facts["log"] if facts else checksum(b"")
+    cut_log(training.run / "metrics.jsonl", training.first_step - 1, total)
+
+
+def restore(training: Training, facts: dict[str, Any]) -> None:
+    """Put everything back as it was when the checkpoint was saved; the model is loaded already."""
+    checkpoint = training.origin.directory
+    step = load_state(
+        checkpoint,
+        facts,
+        training.optimizer,
+        training.weighting_state,
+        training.digests,
+        training.model.top.device,
+    )
+    steps = training.schedule.steps
+    require(
+        step <= steps,
+        f"{checkpoint}: comes after the last of this run's {steps} steps;"
+        " remove it to start again from step 0",
+    )
+    training.first_step = step + 1
+
+
+def check_recipe_options(options: Any) -> None:
+    """Refuse a recipe that contradicts itself, and a --memory that is none (InputError)."""
+    if options.memory is None:
+        Recipe(**options.chosen_recipe(options.micro_tokens)).check()
+    else:
+        parse_memory(options.memory)
+
+
+def choose_recipe(options: Any, checkpoint: Checkpoint, work: Callable[[], Workload]) -> Recipe:
+    """The recipe that was asked for. With --memory the rest is chosen, so that the work fits.
+
+    A run that is continued keeps the storage of numbers that it began with.
+    """
+    stored = stored_recipe(Path(options.output)) if options.resume else {}
+    chosen = options.chosen_recipe(options.micro_tokens, stored)
+    if options.memory is None:
+        return Recipe(**chosen)
+    return choose(
+        checkpoint.config,
+        work(),
+        chosen,
+        parse_memory(options.memory),
+        device_of(options),
+        compute_type(options),
+        available_memory() or math.inf,
+    )
+
+
+def open_optimizer(options: Any, recipe: Recipe) -> tuple[AdamW, Callable[[str, Tensor], Tensor]]:
+    """The optimizer of a recipe, and the function that gives it every parameter as it is loaded."""
+    optimizer = AdamW(recipe.parameters, recipe.moments, options.weight_decay, seed=options.seed)
+
+    def adopt(name: str, value: Tensor) -> Tensor:
+        if "states" in recipe.offload:
+            return optimizer.adopt(name, value, pinned)
+        return optimizer.adopt(name, value)
+
+    return optimizer, adopt
+
+
+# ---- loop ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Give a list that holds a signal's number once Ctrl-C or SIGTERM has asked for a stop.
+
+    The loop looks at it after each step. A second Ctrl-C interrupts at once.
+    """
+    received: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+
+    handlers_before = {
+        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler_before in handlers_before.items():
+            signal.signal(number, handler_before)
+
+
+def loop(training: Training, signals: list[int], watch: Watch | None = None) -> int:
+    """Take every step that is left; return 0, or 128 + the number of the signal that stopped it.
+
+    signals: the list of `stop_requests`, which may be filled while a step runs.
+    """
+    options, steps = training.options, training.schedule.steps
+    print_what_begins(training)
+    saver = Saver(training.run, training.origin, training.digests, options.keep)
+    with Log(training.run / "metrics.jsonl") as log, saver:
+        clock = Clock(training.first_step, steps)
+        for step in range(training.first_step, steps + 1):
+            items, source = training.batch_at(step)
+            training.optimizer.learning_rate = training.schedule.learning_rate_at(step)
+            try:
+                result = training.engine.step(items, source, training.objective)
+            except (NonFiniteLoss, NonFiniteGradient) as error:
+                stop_at(step, error, training, saver)  # raises
+            if watch:
+                watch(step, steps, training.model)
+
+            record = training.record_of(step, items, source, result)
+            record["seconds"] = round(clock.seconds, 3)
+            log.append(record)
+            wrong = training.what_is_wrong(record) if step == training.first_step else None
+            if wrong:
+                print(f"step {step}: {wrong}", flush=True)
+            if step % options.log_steps == 0 or step == steps:
+                seconds_left = clock.seconds_left_after(step)
+                print(training.progress_line(record, seconds_left), flush=True)
+
+            saver.raise_error()  # of the thread that writes the checkpoint before
+            if step % options.save_steps == 0 or step == steps or signals:
+                training.engine.settle()  # the optimizer's states may be on their way to the host
+                saver.save(
+                    training.model, training.optimizer, training.weighting_state, log.to_disk()
+                )
+            if signals:
+                saver.wait()
+                print(
+                    f"stopped after step {step} of {steps}, saved;"
+                    " the same command with --resume continues"
+                )
+                return 128 + signals[0]
+    return 0
+
+
+class Clock:
+    """Seconds since the first step began, and how many are left."""
+
+    def __init__(self, first_step: int, steps: int):
+        self.began, self.first_step, self.steps = time.monotonic(), first_step, steps
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.monotonic() - self.began
+
+    def seconds_left_after(self, step: int) -> float:
+        """Seconds left after a step, if the other steps take as long as those so far."""
+        return self.seconds / (step - self.first_step + 1) * (self.steps - step)
+
+
+def stop_at(
+    step: int, error: NonFiniteLoss | NonFiniteGradient, training: Training, saver: Saver
+) -> NoReturn:
+    """Raise FloatingPointError for a step that cannot be taken; what was saved before is kept."""
+    training.engine.settle()
+    saver.wait()
+    what = "a gradient"
+    if isinstance(error, NonFiniteLoss):
+        what = training.name_of_loss(error.source)
+    last = checkpoints(training.run)[-1:]
+    remaining = last[0] if last else "no checkpoint"
+    raise FloatingPointError(
+        f"step {step}: {what} is not finite; {remaining} is kept; try a smaller --learning-rate"
+    ) from None
+
+
+def print_what_begins(training: Training) -> None:
+    """One line: steps, what is trained, size and device."""
+    parameters = sum(p.numel() for p in training.model.parameters())
+    is_continued = training.first_step > 1
+    print(
+        f"{training.schedule.steps} steps of {training.what_begins()}, {parameters:,} parameters on"
+        f" {training.model.top.device}"
+        + (f", continuing after step {training.first_step - 1}" if is_continued else ""),
+        flush=True,
+    )
+
+
+# ---- finish --------------------------------------------------------------------------------------
+
+
+def write_weights(training: Training) -> None:
+    """Write the weights: the fp32 number behind each parameter, rounded once, to --save-dtype.
+
+    Of a split parameter the model holds one half and the optimizer the other.
+    """
+    model, origin, save_dtype = training.model, training.origin, training.options.save_dtype
+    top = model.saved_top(origin.family)
+    tensors = model_tensors(origin, model.trunk, top, save_dtype, training.optimizer.value)
+    write_sharded(training.run, tensors)
+
+
+def hold_as_stored(training: Training) -> None:
+    """Let the model hold what was stored, in the types in which `evaluate` would hold it.
+
+    What is evaluated is then what was stored. One parameter at a time takes the place of its
+    optimizer's states, so that no second model is ever in memory.
+    """
+    model, optimizer = training.model, training.optimizer
+    stored_type = STORAGE[training.options.save_dtype]
+    for name in list(optimizer.state):
+        parameter = model.get_parameter(name)
+        value = optimizer.value(name, parameter).to(stored_type)
+        del optimizer.state[name]
+        is_matrix = parameter.ndim > 1
+        held_type = model.trunk.compute_dtype if is_matrix else torch.float32
+        replace_parameter(model, name, value.to(held_type))
+
+
+def write_finished(training: Training) -> None:
+    """Make the run an ordinary checkpoint, and remove its saved states.
+
+    config.json is written last: its presence means finished.
+    """
+    write_config(training.run, training.origin, training.model.kind, training.options.save_dtype)
+    for old in checkpoints(training.run):
+        remove(old)
+    print(f"finished: {training.run}")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from . import __version__
 from .alignment.compare import CompareOptions, compare
+from .alignment.finetune import FinetuneOptions, finetune
 from .alignment.perplexity import PerplexityOptions, perplexity
 from .alignment.sample import SampleOptions, sample
 from .check import CheckOptions, check
@@ -40,6 +41,9 @@ GROUPS = {"align": "from a reward model to a policy, step by step"}
 VERBS = {
     "align sample": Verb(
         SampleOptions, sample, "let a language model write responses to the prompts of a file"
+    ),
+    "align finetune": Verb(
+        FinetuneOptions, finetune, "train a language model on responses: the best ones, say"
     ),
     "align compare": Verb(
         CompareOptions,

@@ -5,7 +5,7 @@ S texts, B pairs, D width.
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .data.pairs import (
 )
 from .files import read_json
 from .model.attention import Stream, pack
-from .model.checkpoint import Checkpoint, Top, reward_top
+from .model.checkpoint import Checkpoint, Hold, Top, reward_top
 from .model.families import Family
 from .model.trunk import ModelConfig, Trunk
 from .options import Range, check_ranges, option, require
@@ -110,9 +110,6 @@ def open_reward_model(options: ModelOptions) -> tuple[RewardModel, Checkpoint]:
     return load_reward_model(checkpoint, options), checkpoint
 
 
-Hold = Callable[[str, Tensor], Tensor]  # name and value of a parameter -> what the model holds
-
-
 def load_reward_model(
     checkpoint: Checkpoint, options: ModelOptions, hold: Hold | None = None
 ) -> RewardModel:
@@ -124,11 +121,7 @@ def load_reward_model(
     """
     check_ranges(options)
     device, compute = device_of(options), compute_type(options)
-
-    def in_compute_type(name: str, value: Tensor) -> Tensor:
-        return value.to(compute) if value.ndim > 1 else value
-
-    hold = hold or in_compute_type
+    hold = hold or held_in(compute)
     trunk, head = checkpoint.load(
         device=device, hold=lambda name, value: hold(f"trunk.{name}", value)
     )
@@ -136,6 +129,18 @@ def load_reward_model(
         head = fresh_head(checkpoint.config.width, options.seed).to(device)
     trunk.compute_dtype = compute
     return RewardModel(trunk, hold("head", head))
+
+
+def held_in(compute: torch.dtype) -> Hold:
+    """Holds matrices in the compute type, in which they would be used anyway; vectors as they are.
+
+    It is what a model holds that is not trained.
+    """
+
+    def hold(name: str, value: Tensor) -> Tensor:
+        return value.to(compute) if value.ndim > 1 else value
+
+    return hold
 
 
 def device_of(options: Any) -> str:

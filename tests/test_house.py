@@ -17,7 +17,7 @@ engine.recipe engine.objective engine.storage engine.optim engine.plain engine.h
 engine.workload engine.cost engine.choose engine.plan
 metrics resume run training train
 alignment.policy alignment.generate alignment.sample alignment.compare alignment.language
-alignment.perplexity
+alignment.responses alignment.perplexity alignment.finetune
 lab.features lab.probe lab.published lab.grid lab.drift lab.cells lab.estimate lab.statistics
 lab.scheme_tables lab.experiments lab.reproduce lab.demo
 check cli

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.pairs import split_by_tokens
+from ..engine.objective import NonFiniteLoss
 from ..model.attention import Stream, pack
 from ..model.trunk import at_least_fp32
 from .policy import CHUNK
@@ -112,9 +113,14 @@ class LanguageObjective:
     def loss(
         self, unembedding: Tensor, states: Tensor, batches: Sequence[LanguageBatch]
     ) -> tuple[Tensor, LanguageResult]:
-        """The mean loss () of all targets of these batches; unembedding: (V, D); states: (M, D)."""
+        """The mean loss () of all targets of these batches; unembedding: (V, D); states: (M, D).
+
+        Raises NonFiniteLoss.
+        """
         targets = torch.cat([batch.targets for batch in batches]).to(states.device)
         loss = TokenLoss.apply(states, unembedding, targets)
+        if not loss.isfinite():
+            raise NonFiniteLoss(0)
         return loss, LanguageResult(loss.detach(), len(targets))
 
 
@@ -143,12 +149,13 @@ class TokenLoss(torch.autograd.Function):
             d_logits = (d_logits / M).to(unembedding.dtype)
             d_s.copy_(d_logits @ unembedding)  # into d_states
             d_unembedding += d_logits.T @ s
-        ctx.save_for_backward(d_states, d_unembedding)
+        ctx.gradients = d_states, d_unembedding  # neither input nor output, so not saved as such
         ctx.dtype = unembedding.dtype
         return total / M
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor, Tensor, None]:
         """() -> (M, D), (V, D)."""
-        d_states, d_unembedding = ctx.saved_tensors
-        return d_states * d_loss[0], (d_unembedding * d_loss[0]).to(ctx.dtype), None
+        d_states, d_unembedding = (gradient.mul_(d_loss[0]) for gradient in ctx.gradients)
+        ctx.gradients = None
+        return d_states, d_unembedding.to(ctx.dtype), None

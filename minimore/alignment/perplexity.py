@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.forms import Pair, record_pairs
+from ..data.forms import record_pairs
 from ..data.pairs import batches_by_length
 from ..data.records import read_records
 from ..files import refuse_existing, write_json
@@ -26,8 +26,8 @@ from ..options import COUNT, InputError, check_ranges, option
 from ..reward import ModelOptions, check_length
 from ..tables import Table, number
 from .language import Responses, pack_responses
-from .policy import CHUNK, LanguageModel
-from .sample import open_policy
+from .policy import CHUNK, LanguageModel, open_policy
+from .responses import Answers, encoded, fitted
 
 SIDES = ("chosen", "rejected")
 
@@ -48,7 +48,7 @@ def perplexity(options: PerplexityOptions) -> None:
     refuse_existing(options.json, "--json")
     checkpoint = Checkpoint(options.model)
     check_length(checkpoint.config, options.max_length, checkpoint.directory)
-    items = read_responses(options, checkpoint.tokenizer)
+    items = read_sides(options, checkpoint.tokenizer)
     model = open_policy(checkpoint, options)
     losses = response_losses(model, items, options.micro_tokens)
     table = Table("responses", "number", "tokens", "loss a token", "perplexity")
@@ -66,43 +66,25 @@ def perplexity(options: PerplexityOptions) -> None:
         write_json(options.json, figures)
 
 
-def read_responses(options: PerplexityOptions, tokenizer: Tokenizer) -> list[Responses]:
-    """The prompt of every pair with its chosen and its rejected response, as ids."""
-    items, dropped = [], 0
-    for where, record in read_records(options.input):
-        for pair in record_pairs(record, where, tokenizer, options.chat)[0]:
-            item = responses_of(pair, tokenizer, options.max_length)
-            if item is None:
-                dropped += 1
-            else:
-                items.append(item)
+def read_sides(options: PerplexityOptions, tokenizer: Tokenizer) -> list[Responses]:
+    """The prompt of every pair with its chosen and its rejected response, as ids without an end."""
+    answers = [
+        Answers(pair.prompt, [pair.chosen, pair.rejected], pair.rendered, [False, False])
+        for where, record in read_records(options.input)
+        for pair in record_pairs(record, where, tokenizer, options.chat)[0]
+    ]
+    bos = len(tokenizer.bos)
+    read = [
+        fitted(prompt, sides, [None, None], bos, options.max_length)[0]
+        for prompt, *sides in encoded(answers, tokenizer)
+    ]
+    items = [item for item in read if item is not None]
     if not items:
         raise InputError(f"{options.input}: has no usable pair; expected at least one")
-    if dropped:
+    if len(items) < len(read):
+        dropped = len(read) - len(items)
         print(f"{dropped} pairs left out: a response has no token of its own, or no prompt")
     return items
-
-
-def responses_of(pair: Pair, tokenizer: Tokenizer, max_length: int) -> Responses | None:
-    """A pair as ids; None if a response has no token of its own behind a token of the prompt.
-
-    A prompt is cut on the left, and a response that is longer than all that on the right.
-    """
-    texts = [pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected]
-    prompt, *sides = tokenizer.encode(texts, pair.rendered)
-    common = min(_common_length(prompt, side) for side in sides)
-    bos = min(common, len(tokenizer.bos))
-    room = max_length - bos - 1  # for a response, behind a BOS and a token of the prompt
-    responses = [side[common:][: max(1, room)] for side in sides]
-    keep = max_length - max(map(len, responses)) - bos
-    cut = prompt[:bos] + prompt[bos:common][-max(0, keep) :] if keep > 0 else prompt[:bos]
-    return Responses(cut, responses) if cut and all(responses) else None
-
-
-def _common_length(a: list[int], b: list[int]) -> int:
-    """How many ids two texts share at their beginning."""
-    different = [i for i, (x, y) in enumerate(zip(a, b)) if x != y]
-    return different[0] if different else min(len(a), len(b))
 
 
 @torch.no_grad()

@@ -7,13 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..engine.cost import LOGITS_AT_ONCE
 from ..model.attention import pack
-from ..model.checkpoint import Top
+from ..model.checkpoint import Checkpoint, Hold, Top
 from ..model.families import Family
 from ..model.trunk import Trunk
+from ..options import require
+from ..reward import ModelOptions, compute_type, device_of, held_in
 
 # So many positions have logits at a time: 1024 of them, times Qwen's 152k tokens, are 0.6 GB.
-CHUNK = 1024
+CHUNK = LOGITS_AT_ONCE
 
 
 class LanguageModel(nn.Module):
@@ -48,6 +51,35 @@ class LanguageModel(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """Final hidden states (..., D) -> (..., V), in their type."""
         return F.linear(states, self.unembedding.to(states.dtype))
+
+
+def open_policy(
+    checkpoint: Checkpoint, options: ModelOptions, hold: Hold | None = None
+) -> LanguageModel:
+    """The language model of a checkpoint, on the device and in the compute type asked for.
+
+    hold: what the model is to hold of each parameter as it is loaded; by default matrices in the
+    compute type. Raises InputError if the checkpoint has no language-model head.
+    """
+    require_language_model(checkpoint)
+    compute = compute_type(options)
+    held = hold or held_in(compute)
+    trunk, _ = checkpoint.load(
+        device=device_of(options), hold=lambda name, value: held(f"trunk.{name}", value)
+    )
+    trunk.compute_dtype = compute
+    unembedding = checkpoint.unembedding(trunk, held)
+    assert unembedding is not None, "asked above"
+    return LanguageModel(trunk, unembedding).eval()
+
+
+def require_language_model(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint without a language-model head (InputError)."""
+    require(
+        checkpoint.is_tied or checkpoint.language_head,
+        f"{checkpoint.directory}: has no language-model head, so it cannot write; expected the"
+        " checkpoint of a causal language model",
+    )
 
 
 def token_losses(model: LanguageModel, tokens: list[int]) -> Tensor:

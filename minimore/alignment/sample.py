@@ -23,10 +23,10 @@ from ..data.records import Record, read_records
 from ..files import refuse_existing, to_disk, written_whole
 from ..model.checkpoint import Checkpoint, ids_of_eos
 from ..model.tokenizer import Tokenizer
-from ..options import COUNT, InputError, Range, check_ranges, option, require
-from ..reward import ModelOptions, check_length, compute_type, device_of
+from ..options import COUNT, Range, check_ranges, option, require
+from ..reward import ModelOptions, check_length
 from .generate import Sample, Sampling, generate
-from .policy import LanguageModel
+from .policy import LanguageModel, open_policy
 
 LOWEST_TEMPERATURE = 1e-3  # besides 0; below it logits may become infinite
 
@@ -118,19 +118,6 @@ def sample(options: SampleOptions) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     work.unlink()
     print(f"{options.output}: {options.samples} responses to each of {len(prompts)} prompts")
-
-
-def open_policy(checkpoint: Checkpoint, options: ModelOptions) -> LanguageModel:
-    """The language model of a checkpoint; InputError if it has none."""
-    trunk, _ = checkpoint.load(device=device_of(options))
-    trunk.compute_dtype = compute_type(options)
-    unembedding = checkpoint.unembedding(trunk)
-    if unembedding is None:
-        raise InputError(
-            f"{options.model}: has no language-model head, so it cannot write; expected the"
-            " checkpoint of a causal language model"
-        )
-    return LanguageModel(trunk, unembedding).eval()
 
 
 # ---- prompts -------------------------------------------------------------------------------------

@@ -181,10 +181,10 @@ def best_for(job: Job, fixed: Mapping[str, Any], limit: float, host: float = mat
 def reason(job: Job, best: Candidate, fixed: Mapping[str, Any], limit: float) -> str:
     """One line that says what the chosen recipe takes, and why the simplest one was not chosen."""
     recipe, memory = best
-    pairs, tokens = len(job.work.largest), job.work.largest_tokens
+    items, tokens = len(job.work.largest), job.work.largest_tokens
     parts = [
         f"--memory: {in_bytes(memory.peak)} of {in_bytes(limit)} in the largest step, "
-        f"{pairs} pairs of {tokens:,} unique tokens"
+        f"{items} {job.work.unit} of {tokens:,} unique tokens"
     ]
     if memory.host:
         parts.append(f", and {in_bytes(memory.offloaded)} of the host's")
@@ -209,7 +209,7 @@ def refusal(job: Job, fixed: Mapping[str, Any], limit: float, host: float) -> st
             f"memory, but {host_has}; offload less"
         )
     lossy = leanest(job, recipes(fixed), host)
-    shapes = parameter_shapes(job.config)
+    shapes = parameter_shapes(job.config, job.work.top)
     parameters = sum(parameter_bytes(part, exact.recipe) for part in shapes.parts)
     if lossy is not None and lossy.memory.peak < exact.memory.peak:
         remedy = f"{in_bytes(lossy.memory.peak)} with {lossy.recipe}, which rounds at random"

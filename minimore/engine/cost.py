@@ -7,7 +7,7 @@ What it has beyond that, 7% of 24 GiB, is left to CUDA itself and to gaps betwee
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -19,10 +19,11 @@ from ..model.attention import Segment, tile_shapes
 from ..model.trunk import ModelConfig, Trunk
 from .recipe import Recipe
 from .storage import SCALE_BLOCK, SCALES
-from .workload import Pairs, PairShape, Workload, tokens_of
+from .workload import Items, ItemShape, Workload, tokens_of
 
 MATRIX_ITEMSIZE = {"float32": 4, "split": 2, "bfloat16": 2}  # of what the model holds of a matrix
 EFFICIENCY = 0.5  # share of its peak that a GPU is taken to reach
+LOGITS_AT_ONCE = 1024  # targets whose logits a language model has at a time; policy.py's CHUNK
 
 Shape = tuple[int, ...]
 
@@ -66,20 +67,23 @@ class ParameterShapes:
 
 
 @lru_cache(maxsize=8)
-def parameter_shapes(config: ModelConfig) -> ParameterShapes:
-    """The shapes of a reward model, read from a trunk that has no memory."""
+def parameter_shapes(config: ModelConfig, top: str = "head") -> ParameterShapes:
+    """The shapes of a model, read from a trunk that has no memory; top: see `Workload`."""
     with torch.device("meta"):
         trunk = Trunk(replace(config, blocks=1, windows=config.windows[:1]))
-    block, embeddings, top = [], [], []
+    block, embeddings, above = [], [], []
     for name, parameter in trunk.named_parameters():
         if name.startswith("blocks."):
             block.append(tuple(parameter.shape))
         elif "embedding" in name:
             embeddings.append(tuple(parameter.shape))
         else:
-            top.append(tuple(parameter.shape))
-    head = (config.width,)
-    return ParameterShapes(tuple(block), tuple(embeddings), (*top, head), config.blocks)
+            above.append(tuple(parameter.shape))
+    if top == "head":
+        above.append((config.width,))
+    elif top == "untied":
+        above.append((config.vocabulary, config.width))
+    return ParameterShapes(tuple(block), tuple(embeddings), tuple(above), config.blocks)
 
 
 def count(shapes: Iterable[Shape]) -> int:
@@ -136,30 +140,32 @@ def bytes_held(shapes: ParameterShapes, recipe: Recipe) -> int:
 # ---- activations of one block --------------------------------------------------------------------
 
 
-def segments_of(pairs: Iterable[PairShape]) -> list[Segment]:
+def segments_of(items: Iterable[ItemShape]) -> list[Segment]:
     """The attention segments of a packed batch, as attention.pack lays them out."""
     segments, start = [], 0
-    for shared, chosen, rejected in pairs:
-        first = start + shared + chosen
-        segments.append(Segment(start, first, start, start))
-        segments.append(Segment(first, first + rejected, start, start + shared))
-        start = first + rejected
+    for shared, first_rest, *rests in items:
+        end = start + shared + first_rest
+        segments.append(Segment(start, end, start, start))
+        for rest in rests:
+            segments.append(Segment(end, end + rest, start, start + shared))
+            end += rest
+        start = end
     return segments
 
 
 @lru_cache(maxsize=4096)
 def block_activations(
-    config: ModelConfig, pairs: Pairs, itemsize: int, recompute: str, flash: bool
+    config: ModelConfig, items: Items, itemsize: int, recompute: str, flash: bool
 ) -> int:
     """Bytes that autograd saves of one block's forward pass, its input included.
 
     Parameters and their casts are not counted. flash: attention over one stream, as on CUDA in
     bf16.
     """
-    tokens = tokens_of(pairs)
+    tokens = tokens_of(items)
     if recompute == "full":
         return tokens * config.width * itemsize  # the block's input alone
-    attention = attention_activations(config, pairs, itemsize, flash)
+    attention = attention_activations(config, items, itemsize, flash)
     if recompute == "selective":
         return attention + tokens * bytes_saved_selectively(config, itemsize)
     return attention + tokens * bytes_saved_entirely(config, itemsize)
@@ -218,17 +224,17 @@ def mlp_tensors(config: ModelConfig) -> int:
     return 2  # input and result of the activation
 
 
-def attention_activations(config: ModelConfig, pairs: Pairs, itemsize: int, flash: bool) -> int:
+def attention_activations(config: ModelConfig, items: Items, itemsize: int, flash: bool) -> int:
     """Bytes of queries, keys, values, results, and what the softmax saves, of one block."""
     if flash:
-        return flash_activations(config, pairs, itemsize)
-    return tile_activations(config, pairs, itemsize)
+        return flash_activations(config, items, itemsize)
+    return tile_activations(config, items, itemsize)
 
 
-def flash_activations(config: ModelConfig, pairs: Pairs, itemsize: int) -> int:
+def flash_activations(config: ModelConfig, items: Items, itemsize: int) -> int:
     """As one stream, with the keys of a shared prompt gathered for both of its responses."""
-    tokens = tokens_of(pairs)
-    keys = sum(segment.keys for segment in segments_of(pairs))
+    tokens = tokens_of(items)
+    keys = sum(segment.keys for segment in segments_of(items))
     width = config.heads * config.head_width  # keys of grouped heads are repeated
     queries_and_results = 2 * tokens * width * itemsize
     keys_and_values = 2 * keys * width * itemsize
@@ -236,12 +242,12 @@ def flash_activations(config: ModelConfig, pairs: Pairs, itemsize: int) -> int:
     return queries_and_results + keys_and_values + logsumexp
 
 
-def tile_activations(config: ModelConfig, pairs: Pairs, itemsize: int) -> int:
+def tile_activations(config: ModelConfig, items: Items, itemsize: int) -> int:
     """As padded tiles of T segments with Q queries and L keys, and their masks."""
     query_width = config.heads * config.head_width
     key_width = config.kv_heads * config.head_width
-    total = tokens_of(pairs) * query_width * itemsize  # the results in the order of the stream
-    for T, Q, L in tile_shapes(segments_of(pairs)):
+    total = tokens_of(items) * query_width * itemsize  # the results in the order of the stream
+    for T, Q, L in tile_shapes(segments_of(items)):
         queries_and_results = 2 * Q * query_width * itemsize
         keys_and_values = 2 * L * key_width * itemsize
         mask = Q * L * itemsize
@@ -274,18 +280,19 @@ class Memory:
 
 @dataclass(frozen=True)
 class StepShape:
-    """All that the bytes of a step depend on."""
+    """All that the bytes of a step depend on; top: see `Workload`."""
 
     config: ModelConfig
-    micro_batches: tuple[Pairs, ...]
+    micro_batches: tuple[Items, ...]
     recipe: Recipe
     itemsize: int
     flash: bool
+    top: str = "head"
 
     @property
     def shapes(self) -> ParameterShapes:
         """Shapes of the parameters."""
-        return parameter_shapes(self.config)
+        return parameter_shapes(self.config, self.top)
 
     @property
     def several(self) -> bool:
@@ -295,24 +302,24 @@ class StepShape:
     @cached_property
     def tokens(self) -> int:
         """Unique tokens of the step."""
-        return sum(tokens_of(pairs) for pairs in self.micro_batches)
+        return sum(tokens_of(items) for items in self.micro_batches)
 
     @cached_property
     def most_tokens(self) -> int:
         """Unique tokens of the largest micro-batch."""
-        return max(tokens_of(pairs) for pairs in self.micro_batches)
+        return max(tokens_of(items) for items in self.micro_batches)
 
     @cached_property
     def saved(self) -> list[int]:
         """Of each micro-batch, the bytes of activations that are saved of one block."""
-        return [self._activations(pairs, self.recipe.recompute) for pairs in self.micro_batches]
+        return [self._activations(items, self.recipe.recompute) for items in self.micro_batches]
 
     @cached_property
     def recomputed(self) -> int:
         """Bytes of one block's activations that backward computes again, of the fullest one."""
         if self.recipe.recompute == "none":
             return 0
-        entire = [self._activations(pairs, "none") for pairs in self.micro_batches]
+        entire = [self._activations(items, "none") for items in self.micro_batches]
         return max(total - saved for total, saved in zip(entire, self.saved))
 
     @property
@@ -333,8 +340,39 @@ class StepShape:
         residual_and_attention = 2 * self.config.width
         return self.most_tokens * self.itemsize * (mlp + residual_and_attention)
 
-    def _activations(self, pairs: Pairs, recompute: str) -> int:
-        return block_activations(self.config, pairs, self.itemsize, recompute, self.flash)
+    def _activations(self, items: Items, recompute: str) -> int:
+        return block_activations(self.config, items, self.itemsize, recompute, self.flash)
+
+    # ---- the top of a language model ----
+
+    @property
+    def unembedding(self) -> int:
+        """Numbers of the unembedding; 0 for a reward model."""
+        return 0 if self.top == "head" else self.config.vocabulary * self.config.width
+
+    @property
+    def tied_gradient(self) -> int:
+        """Bytes of the unembedding's gradient, which waits for that of the embedding."""
+        return self.itemsize * self.unembedding if self.top == "tied" else 0
+
+    def language_loss(self, micro_batches: Sequence[Items]) -> dict[str, int]:
+        """Bytes of the loss of these micro-batches, and of its gradients.
+
+        The logits of a chunk of targets, their softmax and its gradient are fp32; the gradient of
+        the unembedding is summed in fp32, and then in the compute type. Of every target there are
+        the state, what the final norm made of it, and the gradients of both.
+        """
+        targets = sum(sum(item[1:]) for items in micro_batches for item in items)
+        vocabulary, wide = self.config.vocabulary, max(4, self.itemsize)
+        narrow = self.itemsize if self.itemsize < wide else 0
+        chunk = min(targets, LOGITS_AT_ONCE) * vocabulary
+        is_cast = MATRIX_ITEMSIZE[self.recipe.parameters] != self.itemsize
+        return {
+            "gradients": (wide + self.itemsize) * self.unembedding,
+            "casts": self.itemsize * self.unembedding if is_cast else 0,
+            "logits": 3 * wide * chunk + narrow * chunk,
+            "scratch": (5 * wide + self.itemsize) * targets * self.config.width,
+        }
 
 
 Phases = dict[str, dict[str, int]]  # name -> bytes by kind, beside parameters and states
@@ -367,7 +405,18 @@ def plain_phases(step: StepShape) -> Phases:
         "recomputed": step.recomputed,
         "scratch": table_gradients + residual_gradients,
     }
-    return {"backward, last block": start, "backward, embedding": end}
+    phases = {"backward, last block": start, "backward, embedding": end}
+    if step.top != "head":
+        # Every micro-batch has a loss of its own. The casts of its graph are there already.
+        top = max((step.language_loss([items]) for items in step.micro_batches), key=total_of)
+        phases["loss"] = {
+            "gradients": (all_gradients if step.several else 0) + top["gradients"],
+            "saved activations": blocks * saved,
+            "casts": casts + top["casts"],
+            "logits": top["logits"],
+            "scratch": top["scratch"] + step.residual(step.most_tokens),
+        }
+    return phases
 
 
 def streamed_phases(step: StepShape) -> Phases:
@@ -383,7 +432,8 @@ def streamed_phases(step: StepShape) -> Phases:
     # Over several micro-batches: the gradient of one, beside the sum, which is at least fp32.
     gradient_itemsize = max(4, itemsize) + itemsize if step.several else itemsize
     backward = {
-        "gradients": gradient_itemsize * count(shapes.block),  # of the last block alone
+        # Of the last block alone, and a tied unembedding's.
+        "gradients": gradient_itemsize * count(shapes.block) + step.tied_gradient,
         "saved activations": saved,
         "recomputed": step.recomputed,
         "casts": casts,
@@ -392,14 +442,29 @@ def streamed_phases(step: StepShape) -> Phases:
     # The gradient of the embedded tokens by micro-batch, joined, and as fp32 if it is not.
     as_fp32 = 4 * step.tokens * step.config.width if itemsize < 4 else 0
     embedding = {
-        "gradients": 4 * count(shapes.embeddings),
+        "gradients": 4 * count(shapes.embeddings) + step.tied_gradient,
         "scratch": 2 * step.residual(step.tokens) + as_fp32,
     }
-    return {
+    phases = {
         "forward, last block": forward,
         "backward, last block": backward,
         "backward, embedding": embedding,
     }
+    if step.top != "head":
+        top = step.language_loss(step.micro_batches)
+        phases["loss"] = {
+            "gradients": top["gradients"],
+            "saved activations": saved,
+            "casts": casts + top["casts"],
+            "logits": top["logits"],
+            "scratch": top["scratch"] + step.residual(step.tokens),
+        }
+    return phases
+
+
+def total_of(kinds: dict[str, int]) -> int:
+    """Bytes of all kinds."""
+    return sum(kinds.values())
 
 
 def memory_of(
@@ -410,13 +475,13 @@ def memory_of(
     flash: attention over one stream, as on CUDA in bf16. A window that is shorter than the longest
     text takes the other route.
     """
-    longest = max(pair.shared + max(pair.chosen, pair.rejected) for pair in work.largest)
+    longest = max(shared + max(rests) for shared, *rests in work.largest)
     is_cut = any(window is not None and window < longest for window in config.windows)
-    ranges = split_by_tokens([pair.tokens for pair in work.largest], recipe.micro_tokens)
+    ranges = split_by_tokens([sum(item) for item in work.largest], recipe.micro_tokens)
     micro_batches = tuple(work.largest[part.start : part.stop] for part in ranges)
-    step = StepShape(config, micro_batches, recipe, itemsize, flash and not is_cut)
+    step = StepShape(config, micro_batches, recipe, itemsize, flash and not is_cut, work.top)
     phases = plain_phases(step) if recipe.engine == "plain" else streamed_phases(step)
-    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    phase = max(phases, key=lambda name: total_of(phases[name]))
     device = always_on_device(step.shapes, recipe) | phases[phase]
     return Memory(phase, {kind: n for kind, n in device.items() if n}, always_on_host(step))
 
@@ -439,7 +504,7 @@ def always_on_host(step: StepShape) -> dict[str, int]:
         parts = step.shapes.parts
         host["optimizer states"] = sum(state_bytes(part, step.recipe) for part in parts)
     if "inputs" in step.recipe.offload:
-        inputs = [step.residual(tokens_of(pairs)) for pairs in step.micro_batches]
+        inputs = [step.residual(tokens_of(items)) for items in step.micro_batches]
         # torch's pinned memory comes in powers of two.
         host["block inputs"] = step.config.blocks * sum(next_power_of_two(n) for n in inputs)
     return host
@@ -458,17 +523,17 @@ def next_power_of_two(number: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def forward_flops(config: ModelConfig, pairs: Pairs) -> float:
+def forward_flops(config: ModelConfig, items: Items) -> float:
     """FLOPs of the blocks' matrices and attention: 2 for a multiplication with its addition.
 
     Each token meets every matrix, and each query the keys that it sees. Embeddings are not counted.
     """
     weights = count(matrices(parameter_shapes(config).block))
     visible = 0.0  # pairs of a query and a key
-    for pair in pairs:
-        within = sum(n * (n + 1) / 2 for n in pair)  # each text's own tokens, causally
-        visible += within + pair.shared * (pair.chosen + pair.rejected)
-    products = 2.0 * weights * tokens_of(pairs)
+    for shared, *rests in items:
+        within = sum(n * (n + 1) / 2 for n in (shared, *rests))  # each text's own, causally
+        visible += within + shared * sum(rests)
+    products = 2.0 * weights * tokens_of(items)
     attention = 4.0 * config.heads * config.head_width * visible
     return config.blocks * (products + attention)
 
@@ -477,14 +542,17 @@ def step_flops(config: ModelConfig, work: Workload, recipe: Recipe) -> tuple[flo
     """Useful and executed FLOPs of the largest step.
 
     One forward pass and a backward pass that costs two are useful. Full recomputation adds a
-    forward pass, less the last product of each block's MLP, whose value backward does not need.
+    forward pass, less the last product of each block's MLP, whose value backward does not need. The
+    logits of a language model are computed once, and their two gradients.
     """
     forward = forward_flops(config, work.largest)
     last_products = 2.0 * config.blocks * config.width * config.mlp_width * work.largest_tokens
-    useful = executed = 3 * forward
+    logits = 3 * 2.0 * work.largest_targets * config.vocabulary * config.width
+    useful = executed = 3 * forward + logits
     if recipe.recompute == "full":
         executed += forward - last_products
-    if recipe.engine == "plain" and work.largest_tokens > recipe.micro_tokens:
+    is_cut = work.largest_tokens > recipe.micro_tokens
+    if recipe.engine == "plain" and is_cut and work.top == "head":
         executed += forward  # whole-step weights over several micro-batches
     return useful, executed
 
@@ -494,7 +562,7 @@ def step_seconds(config: ModelConfig, work: Workload, recipe: Recipe, gpu: Gpu) 
 
     Copies to the host and back run beside the computation, except those of the first and last part.
     """
-    shapes = parameter_shapes(config)
+    shapes = parameter_shapes(config, work.top)
     parameters = sum(parameter_bytes(part, recipe) for part in shapes.parts)
     states = sum(state_bytes(part, recipe) for part in shapes.parts)
     gradients = 4 * shapes.parameters

@@ -66,6 +66,12 @@ class PlanOptions(RunOptions):
         within=Range(least=1, most=MOST),
         help="without --source: pairs of the whole run",
     )
+    objective: str = option(
+        "reward",
+        choices=("reward", "language"),
+        help="what is trained: a reward model on pairs, or a policy on responses (a pair is then a "
+        "prompt with one response)",
+    )
     json: str | None = option(None, value="OUT.json", help="write all figures here; must not exist")
 
 
@@ -95,12 +101,21 @@ def plan(options: PlanOptions) -> None:
 def open_job(options: PlanOptions) -> tuple[str, Job]:
     """The model's type, and what is to be computed with it, as on a GPU."""
     directory = find(options.model, config_only=True)
-    values, _, config = read_config(directory)
+    values, family, config = read_config(directory)
     check_length(config, options.max_length, directory)
+    is_policy = options.objective == "language"
+    require(
+        not (is_policy and options.source),
+        "--objective language: takes --tokens and --pairs, not --source; `align finetune --memory`"
+        " plans with the real texts",
+    )
     if options.source:
         work = real_workload(options, Tokenizer(directory))
     else:
         work = workload_without_data(options)
+    if is_policy:
+        is_tied = values.get("tie_word_embeddings", family.tied)
+        work = work.of_language_model("tied" if is_tied else "untied")
     itemsize = 4 if options.compute_dtype == "float32" else 2
     return values["model_type"], Job(config, work, itemsize, flash=itemsize == 2)
 
@@ -159,7 +174,7 @@ class RecipeRow(NamedTuple):
 
 def recipe_rows(job: Job, micro_tokens: int) -> dict[str, RecipeRow]:
     """The rows of the table, by name."""
-    shapes = parameter_shapes(job.config)
+    shapes = parameter_shapes(job.config, job.work.top)
     rows = {}
     for name, recipe in RECIPES.items():
         recipe = replace(recipe, recompute="full", micro_tokens=micro_tokens)
@@ -176,12 +191,17 @@ def seconds_by_gpu(job: Job, recipe: Recipe) -> dict[str, float]:
 
 def heading(model_type: str, job: Job) -> str:
     """The model, the data, the FLOPs of its largest step, and what the table's columns mean."""
-    work, parameters = job.work, parameter_shapes(job.config).parameters
+    work, parameters = job.work, parameter_shapes(job.config, job.work.top).parameters
     useful, _ = step_flops(job.config, work, Recipe())
+    tops = {
+        "head": "the reward head, without a language-model head",
+        "tied": "a tied language-model head",
+        "untied": "the language-model head",
+    }
     lines = {
-        "model": f"{model_type}, {parameters:,} parameters with the reward head, without a "
-        "language-model head",
-        "data": f"largest step {len(work.largest)} pairs, {work.largest_tokens:,} unique tokens; "
+        "model": f"{model_type}, {parameters:,} parameters with {tops[work.top]}",
+        "data": f"largest step {len(work.largest)} {work.unit}, {work.largest_tokens:,} unique "
+        f"tokens; "
         f"{work.steps:,} steps, {work.tokens / 1e6:,.1f} million unique tokens",
         "flops": f"{in_flops(useful)} useful in the largest step",
         "times": f"of the whole run, at {EFFICIENCY:.0%} of a GPU's peak (assumed)",
@@ -273,7 +293,7 @@ def figures(
     """All numbers of the page, for --json."""
     useful, executed = step_flops(job.config, job.work, recipe)
     return {
-        "parameters": parameter_shapes(job.config).parameters,
+        "parameters": parameter_shapes(job.config, job.work.top).parameters,
         "workload": asdict(job.work),
         "recipes": {
             name: {

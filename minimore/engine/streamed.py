@@ -137,12 +137,17 @@ class StreamedStep:
 
     def backward(self) -> Iterator[Gradients]:
         """The gradients of every part of `parts_of`, one part at a time; once, after forward."""
-        yield self.d_top
+        yield self._take_gradient_of_top()
         d_activations = self._gradient_of_output()
         for i in reversed(range(len(self.blocks))):
             gradients = self._block_backward(self.blocks[i], d_activations)
             yield {f"trunk.blocks.{i}.{name}": gradients.pop(name) for name in list(gradients)}
         yield self._embedding_gradients(torch.cat(d_activations))
+
+    def _take_gradient_of_top(self) -> Gradients:
+        """The gradients of the top, which are not kept here: an unembedding is large."""
+        gradients, self.d_top = self.d_top, {}
+        return gradients
 
     def _gradient_of_output(self) -> list[Tensor]:
         """The gradient of what the last block returned, (N, D) each: zero but at tokens read."""

@@ -1,10 +1,14 @@
 """What a training has to compute: the shapes of its largest step, and how many steps there are.
 
+An item of a step is a pair, or a prompt with responses that a policy learns. Its shape is
+
+    (tokens that its texts share, the rest of the first text, the rest of the second, ...)
+
 B pairs in a step.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,32 +34,48 @@ class PairShape(NamedTuple):
     chosen: int
     rejected: int
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that are computed: the shared ones count once."""
-        return sum(self)
+
+ItemShape = tuple[int, ...]
+Items = tuple[ItemShape, ...]
 
 
-Pairs = tuple[PairShape, ...]
-
-
-def tokens_of(pairs: Iterable[PairShape]) -> int:
-    """Unique tokens of these pairs."""
-    return sum(pair.tokens for pair in pairs)
+def tokens_of(items: Iterable[ItemShape]) -> int:
+    """Unique tokens of these items."""
+    return sum(sum(item) for item in items)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The pairs of the largest step, and how many steps and unique tokens there are in all."""
+    """The items of the largest step, and how many steps and unique tokens there are in all.
 
-    largest: Pairs
+    top: what stands on the trunk: the reward "head", or the unembedding of a language model, which
+    is "tied" to the embedding or "untied". A language model learns every token that is not shared.
+    """
+
+    largest: Items
     steps: int
     tokens: int
+    top: str = "head"
 
     @property
     def largest_tokens(self) -> int:
         """Unique tokens of the largest step."""
         return tokens_of(self.largest)
+
+    @property
+    def unit(self) -> str:
+        """What an item is, in a word."""
+        return "pairs" if self.top == "head" else "prompts"
+
+    def of_language_model(self, top: str) -> "Workload":
+        """The work of learning the same tokens as one response to each prompt."""
+        items = tuple((shared, sum(rests)) for shared, *rests in self.largest)
+        return replace(self, largest=items, top=top)
+
+    @property
+    def largest_targets(self) -> int:
+        """Tokens of the largest step that a language model learns."""
+        return 0 if self.top == "head" else sum(sum(item[1:]) for item in self.largest)
 
 
 def shape_of(pair: TokenPair) -> PairShape:

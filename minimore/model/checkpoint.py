@@ -454,7 +454,8 @@ def random_checkpoint(
     """Write a checkpoint of a language model with random weights.
 
     Matrices are normal(0, std), biases 0, norms 1. config: the content of config.json, of a known
-    model_type. tokenizer: a tokenizer.json to copy.
+    model_type; unless it says that embeddings are tied, there is a language-model head, too.
+    tokenizer: a tokenizer.json to copy.
     """
     family = FAMILIES[config["model_type"]]
     generator = torch.Generator().manual_seed(seed)
@@ -471,6 +472,9 @@ def random_checkpoint(
         parts = [trunk.get_parameter(name).detach() for name in ours]
         fused = parts[0] if len(parts) == 1 else fuse_heads(parts, trunk.c.heads)
         tensors[family.prefix + theirs] = fused
+    if not config.get("tie_word_embeddings", family.tied):
+        shape = trunk.embedding.weight.shape
+        tensors[family.language_head] = torch.randn(shape, generator=generator) * std
     write_sharded(directory, tensors)
     write_bytes(directory / "tokenizer.json", tokenizer.read_bytes())
     write_json(directory / "config.json", config)

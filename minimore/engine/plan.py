@@ -200,9 +200,8 @@ def heading(model_type: str, job: Job) -> str:
     }
     lines = {
         "model": f"{model_type}, {parameters:,} parameters with {tops[work.top]}",
-        "data": f"largest step {len(work.largest)} {work.unit}, {work.largest_tokens:,} unique "
-        f"tokens; "
-        f"{work.steps:,} steps, {work.tokens / 1e6:,.1f} million unique tokens",
+        "data": f"largest step {len(work.largest)} {work.unit}, {work.largest_tokens:,} unique"
+        f" tokens; {work.steps:,} steps, {work.tokens / 1e6:,.1f} million unique tokens",
         "flops": f"{in_flops(useful)} useful in the largest step",
         "times": f"of the whole run, at {EFFICIENCY:.0%} of a GPU's peak (assumed)",
         "bytes": "of each parameter that lie on the device throughout a step",

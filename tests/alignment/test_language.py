@@ -1,5 +1,6 @@
 """The language objective: its gradients are transformers', by both engines and every storage."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -7,13 +8,17 @@ import torch
 import torch.nn.functional as F
 from conftest import KeepsGradients, write_checkpoint
 from reference import SIZES, reference_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minimore.alignment import language
 from minimore.alignment.language import LanguageObjective, Responses
 from minimore.alignment.policy import LanguageModel
+from minimore.engine.cost import memory_of
 from minimore.engine.optim import AdamW
 from minimore.engine.recipe import MOMENTS, PARAMETERS, Recipe
 from minimore.engine.streamed import open_engine
+from minimore.engine.workload import Workload, tokens_of
 from minimore.model.recompute import RECOMPUTE
 
 ITEMS = [
@@ -121,3 +126,68 @@ def test_pack_by_hand():
     assert batch.stream.tokens.tolist() == [5, 6, 7, 8, 9, 10, 2, 11, 12, 13, 14, 2]
     assert batch.reads.tolist() == [2, 3, 4, 5, 7, 7, 9, 10]
     assert batch.targets.tolist() == [8, 9, 10, 2, 12, 13, 14, 2]
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, and the most there were at a time."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self.alive:
+            self.alive[address] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, address)
+
+    def drop(self, address):
+        self.now -= self.alive.pop(address)
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf)
+        return result
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(recompute="full"),
+        Recipe("streamed", recompute="full"),
+        Recipe("streamed", "split", "int8", "full"),
+        Recipe("streamed", recompute="none", micro_tokens=600),
+    ],
+    ids=str,
+)
+def test_the_memory_of_a_step_is_planned(transformers, tmp_path, tied, recipe):
+    """At least what is taken, and at most a tenth more, though the vocabulary is most of it."""
+    changes = {"tie_word_embeddings": tied, "vocab_size": 20000}
+    model = opened(reference_model("llama", head="ForCausalLM", **changes), tmp_path, torch.float32)
+    optimizer = AdamW(recipe.parameters, recipe.moments)
+    optimizer.adopt_all(model)
+    engine, config = open_engine(model, optimizer, recipe), model.trunk.c
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(least, most):
+        length = int(torch.randint(least, most, (1,), generator=generator))
+        return torch.randint(5, 300, (length,), generator=generator).tolist()
+
+    items = [Responses(ids(3, 20), [ids(20, 40)]) for _ in range(40)]
+    shapes = tuple((len(prompt), *map(len, responses)) for prompt, responses in items)
+    work = Workload(shapes, 1, tokens_of(shapes), "tied" if tied else "untied")
+    states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    with PeakBytes([*model.parameters(), *states]) as measured:
+        engine.step(items, [0] * len(items), LanguageObjective())
+    planned = memory_of(config, work, recipe, 4, False)
+    assert planned.phase == "loss"
+    assert measured.peak <= planned.peak <= 1.1 * measured.peak

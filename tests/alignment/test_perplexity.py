@@ -10,10 +10,9 @@ from conftest import write_checkpoint
 from reference import SIZES, reference_model
 
 from minimore.alignment.language import Responses
-from minimore.alignment.perplexity import response_losses, responses_of
+from minimore.alignment.perplexity import response_losses
 from minimore.alignment.policy import LanguageModel
 from minimore.cli import main
-from minimore.data.forms import Pair
 
 ITEMS = [
     Responses([5, 6, 7], [[8, 9, 10, 2], [3]]),
@@ -77,17 +76,3 @@ def test_the_command(transformers, tmp_path, capsys):
     path.write_text(json.dumps({"prompt": "a", "chosen": "", "rejected": ""}))
     assert main(command) == 2
     assert "no usable pair" in capsys.readouterr().err
-
-
-def test_a_cut_takes_from_the_prompt_and_leaves_the_response(transformers, tmp_path):
-    checkpoint = write_checkpoint(reference_model("llama", head="ForCausalLM"), tmp_path)
-    tokenizer = checkpoint.tokenizer
-    pair = Pair("one two three four five six ", "seven", "eight nine")
-    whole = responses_of(pair, tokenizer, 512)
-    longest = max(map(len, whole.responses))
-    for max_length in (whole.tokens, longest + 5, longest + 2):
-        cut = responses_of(pair, tokenizer, max_length)
-        assert cut.responses == whole.responses and cut.prompt[0] == whole.prompt[0]
-        assert len(cut.prompt) + longest <= max_length
-        rest = len(cut.prompt) - 1
-        assert cut.prompt[1:] == whole.prompt[-rest:]

@@ -12,6 +12,7 @@ from . import __version__
 from .alignment.compare import CompareOptions, compare
 from .alignment.perplexity import PerplexityOptions, perplexity
 from .alignment.sample import SampleOptions, sample
+from .alignment.selection import SelectOptions, select
 from .check import CheckOptions, check
 from .engine.plan import PlanOptions, plan
 from .evaluate import EvaluateOptions, evaluate
@@ -40,6 +41,11 @@ GROUPS = {"align": "from a reward model to a policy, step by step"}
 VERBS = {
     "align sample": Verb(
         SampleOptions, sample, "let a language model write responses to the prompts of a file"
+    ),
+    "align select": Verb(
+        SelectOptions,
+        select,
+        "of several responses to every prompt keep one: the best by reward, or a control",
     ),
     "align compare": Verb(
         CompareOptions,

@@ -106,15 +106,21 @@ def score(options: ScoreOptions) -> None:
 
 def best_of_record(record: Record, where: str) -> Record:
     """A scored record with the best of its responses."""
-    refuse_other_responses(record, where, "--best")
-    return with_one_response(record, where, *best_of_rewards(record["rewards"]))
+    check_responses(record, where, "--best")
+    return with_one_response(record, *best_of_rewards(record["rewards"]))
 
 
-def refuse_other_responses(record: Record, where: str, step: str) -> None:
+def check_responses(record: Record, where: str, step: str) -> None:
     """Refuse a record without a list of responses, or with others beside it."""
     require(
         "responses" in record and not {"chosen", "rejected", "response"} & set(record),
         f'{where}: {step} needs a list "responses" and no other; this record has none such',
+    )
+    responses, finished = responses_of(record, where), record.get("finished")
+    require(
+        not isinstance(finished, list) or len(finished) == len(responses),
+        f'{where}: "finished" and "responses" are lists of different lengths; expected a value'
+        " for each response",
     )
 
 
@@ -141,21 +147,16 @@ def best_of_rewards(rewards: Sequence[float]) -> Best:
 
 
 def with_one_response(
-    record: Record, where: str, place: int, reward: float | None, margin: float | None
+    record: Record, place: int, reward: float | None, margin: float | None
 ) -> Record:
     """A record with one of its responses instead of all, and "finished" of that one."""
-    responses, finished = record["responses"], record.get("finished")
-    all_keys = ("responses", "rewards", "finished")
-    others = {key: value for key, value in record.items() if key not in all_keys}
-    chosen = others | dict(zip(BEST_KEYS, (responses[place], reward, margin)))
-    if isinstance(finished, list):
-        require(
-            len(finished) == len(responses),
-            f'{where}: "finished" has {len(finished)} values and "responses" {len(responses)};'
-            " expected as many",
-        )
-        finished = finished[place]
-    return chosen | ({"finished": finished} if "finished" in record else {})
+    of_all = ("responses", "rewards", "finished")
+    others = {key: value for key, value in record.items() if key not in of_all}
+    chosen = others | dict(zip(BEST_KEYS, (record["responses"][place], reward, margin)))
+    if "finished" in record:
+        finished = record["finished"]
+        chosen["finished"] = finished[place] if isinstance(finished, list) else finished
+    return chosen
 
 
 def json_line(record: Record, where: str) -> str:
@@ -224,12 +225,7 @@ def _response(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> T
 
 
 def _several_responses(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> Texts:
-    responses = record["responses"]
-    if not isinstance(responses, list) or not 1 <= len(responses) <= MOST_RESPONSES:
-        raise InputError(
-            f'{where}: "responses" is {shown(responses)}; expected a list of responses,'
-            f" at most {MOST_RESPONSES}"
-        )
+    responses = responses_of(record, where)
     each = [
         _response(record | {"response": response}, f'{where}: "responses"[{i}]', tokenizer, chat)
         for i, response in enumerate(responses)
@@ -238,6 +234,17 @@ def _several_responses(record: Record, where: str, tokenizer: Tokenizer, chat: b
     require(len(kinds) == 1, f'{where}: "responses" holds strings and messages; expected one kind')
     texts = [texts.texts[0] for texts in each]
     return Texts("responses", texts, kinds.pop(), any(texts.is_blank for texts in each))
+
+
+def responses_of(record: Record, where: str) -> list:
+    """record["responses"]: a list of one or more, or an InputError."""
+    responses = record["responses"]
+    if not isinstance(responses, list) or not 1 <= len(responses) <= MOST_RESPONSES:
+        raise InputError(
+            f'{where}: "responses" is {shown(responses)}; expected a list of responses,'
+            f" at most {MOST_RESPONSES}"
+        )
+    return responses
 
 
 def _conversation(turns: Messages, tokenizer: Tokenizer) -> Texts:

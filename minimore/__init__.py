@@ -26,6 +26,7 @@ from .reward import (
     pair_rewards,
     text_rewards,
 )
+from .score import best_of, score_texts
 
 __all__ = [
     "bradley_terry_losses",
@@ -48,5 +49,7 @@ __all__ = [
     "pair_rewards",
     "text_rewards",
     "group_rewards",
+    "score_texts",
+    "best_of",
     "evaluate_sources",
 ]

@@ -13,6 +13,7 @@ from .alignment.compare import CompareOptions, compare
 from .alignment.finetune import FinetuneOptions, finetune
 from .alignment.perplexity import PerplexityOptions, perplexity
 from .alignment.sample import SampleOptions, sample
+from .alignment.selection import SelectOptions, select
 from .check import CheckOptions, check
 from .engine.plan import PlanOptions, plan
 from .evaluate import EvaluateOptions, evaluate
@@ -41,6 +42,11 @@ GROUPS = {"align": "from a reward model to a policy, step by step"}
 VERBS = {
     "align sample": Verb(
         SampleOptions, sample, "let a language model write responses to the prompts of a file"
+    ),
+    "align select": Verb(
+        SelectOptions,
+        select,
+        "of several responses to every prompt keep one: the best by reward, or a control",
     ),
     "align finetune": Verb(
         FinetuneOptions, finetune, "train a language model on responses: the best ones, say"

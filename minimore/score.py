@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .calibration import probability
 from .data.forms import (
@@ -33,7 +35,14 @@ from .files import refuse_existing, written_whole
 from .model.checkpoint import Checkpoint
 from .model.tokenizer import Tokenizer
 from .options import InputError, check_ranges, option, require
-from .reward import ReadingOptions, RewardModel, group_rewards, open_reward_model
+from .reward import (
+    DEFAULT_MAX_LENGTH,
+    ReadingOptions,
+    RewardModel,
+    check_length,
+    group_rewards,
+    open_reward_model,
+)
 
 RECORDS_AT_ONCE = 256
 
@@ -96,20 +105,58 @@ def score(options: ScoreOptions) -> None:
 
 
 def best_of_record(record: Record, where: str) -> Record:
-    """A scored record with the best of its responses; of equal ones the first.
+    """A scored record with the best of its responses."""
+    check_responses(record, where, "--best")
+    return with_one_response(record, *best_of_rewards(record["rewards"]))
+
+
+def check_responses(record: Record, where: str, step: str) -> None:
+    """Refuse a record without a list of responses, or with others beside it."""
+    require(
+        "responses" in record and not {"chosen", "rejected", "response"} & set(record),
+        f'{where}: {step} needs a list "responses" and no other; this record has none such',
+    )
+    responses, finished = responses_of(record, where), record.get("finished")
+    require(
+        not isinstance(finished, list) or len(finished) == len(responses),
+        f'{where}: "finished" and "responses" are lists of different lengths; expected a value'
+        " for each response",
+    )
+
+
+class Best(NamedTuple):
+    """The place of the best of several responses, its reward, and its margin over the second.
 
     The margin is None where there is no second.
     """
-    require(
-        "responses" in record and not {"chosen", "rejected", "response"} & set(record),
-        f'{where}: --best needs a list "responses" and no other; this record has none such',
-    )
-    rewards = record["rewards"]
-    order = sorted(range(len(rewards)), key=rewards.__getitem__, reverse=True)
-    margin = rewards[order[0]] - rewards[order[1]] if len(order) > 1 else None
-    others = {key: value for key, value in record.items() if key not in ("responses", "rewards")}
-    values = (record["responses"][order[0]], rewards[order[0]], margin)
-    return others | dict(zip(BEST_KEYS, values))
+
+    place: int
+    reward: float
+    margin: float | None
+
+
+def best_of_rewards(rewards: Sequence[float]) -> Best:
+    """The highest of one or more rewards; of equal ones the first.
+
+    >>> best_of_rewards([0.5, 2.0, 1.5])
+    Best(place=1, reward=2.0, margin=0.5)
+    """
+    place = max(range(len(rewards)), key=rewards.__getitem__)
+    others = [*rewards[:place], *rewards[place + 1 :]]
+    return Best(place, rewards[place], rewards[place] - max(others) if others else None)
+
+
+def with_one_response(
+    record: Record, place: int, reward: float | None, margin: float | None
+) -> Record:
+    """A record with one of its responses instead of all, and "finished" of that one."""
+    of_all = ("responses", "rewards", "finished")
+    others = {key: value for key, value in record.items() if key not in of_all}
+    chosen = others | dict(zip(BEST_KEYS, (record["responses"][place], reward, margin)))
+    if "finished" in record:
+        finished = record["finished"]
+        chosen["finished"] = finished[place] if isinstance(finished, list) else finished
+    return chosen
 
 
 def json_line(record: Record, where: str) -> str:
@@ -135,7 +182,17 @@ class Texts(NamedTuple):
 
 
 def texts_of_record(record: Record, where: str, tokenizer: Tokenizer, chat: bool = False) -> Texts:
-    """The texts that a record asks to score. Raises InputError for a record of no known form."""
+    """The texts that a record asks to score.
+
+    Raises InputError for a record of no known form, and for a text that begins with a second BOS.
+    """
+    texts = _texts_of_form(record, where, tokenizer, chat)
+    for text in texts.texts:
+        refuse_doubled_bos(text, texts.is_rendered, where, tokenizer)
+    return texts
+
+
+def _texts_of_form(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> Texts:
     if "response" in record and "chosen" not in record:
         return _response(with_prompt(record, where, chat), where, tokenizer, chat)
     if "chosen" in record or "rejected" in record:
@@ -168,12 +225,7 @@ def _response(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> T
 
 
 def _several_responses(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> Texts:
-    responses = record["responses"]
-    if not isinstance(responses, list) or not 1 <= len(responses) <= MOST_RESPONSES:
-        raise InputError(
-            f'{where}: "responses" is {shown(responses)}; expected a list of responses,'
-            f" at most {MOST_RESPONSES}"
-        )
+    responses = responses_of(record, where)
     each = [
         _response(record | {"response": response}, f'{where}: "responses"[{i}]', tokenizer, chat)
         for i, response in enumerate(responses)
@@ -182,6 +234,17 @@ def _several_responses(record: Record, where: str, tokenizer: Tokenizer, chat: b
     require(len(kinds) == 1, f'{where}: "responses" holds strings and messages; expected one kind')
     texts = [texts.texts[0] for texts in each]
     return Texts("responses", texts, kinds.pop(), any(texts.is_blank for texts in each))
+
+
+def responses_of(record: Record, where: str) -> list:
+    """record["responses"]: a list of one or more, or an InputError."""
+    responses = record["responses"]
+    if not isinstance(responses, list) or not 1 <= len(responses) <= MOST_RESPONSES:
+        raise InputError(
+            f'{where}: "responses" is {shown(responses)}; expected a list of responses,'
+            f" at most {MOST_RESPONSES}"
+        )
+    return responses
 
 
 def _conversation(turns: Messages, tokenizer: Tokenizer) -> Texts:
@@ -201,6 +264,43 @@ def _pair(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> Texts
 
 
 # ---- encode, reward, write -----------------------------------------------------------------------
+
+
+def rewards_of_texts(
+    model: RewardModel,
+    tokenizer: Tokenizer,
+    rules: TextRules,
+    micro_tokens: int,
+    wheres: Sequence[str],
+    texts: Sequence[Texts],
+) -> tuple[list[Tensor], int]:
+    """The rewards of every text of every record, (n,) each, and how many records were cut.
+
+    Pairs are cut apart from the rest, since both of their sides may have to be cut alike. The texts
+    of a record share their beginning, which is computed once.
+    """
+    ids: list[list[np.ndarray]] = [[] for _ in texts]
+    truncated = 0
+    for are_pairs in (True, False):
+        places = [i for i, t in enumerate(texts) if (t.kind == "pair") == are_pairs]
+        if not places:
+            continue
+        places_of_ids = [i for i in places for _ in texts[i].texts]
+        encoded, was_cut = encode(
+            [text for i in places for text in texts[i].texts],
+            tokenizer,
+            rules.max_length,
+            [texts[i].is_rendered for i in places_of_ids],
+            are_pairs and rules.truncate == "together",
+        )
+        for i, text_ids in zip(places_of_ids, encoded):
+            require(
+                len(text_ids),
+                f"{wheres[i]}: a text is empty and the tokenizer adds no BOS: nothing to score",
+            )
+            ids[i].append(text_ids)
+        truncated += len({i for i, cut in zip(places_of_ids, was_cut) if cut})
+    return group_rewards(model, ids, micro_tokens), truncated
 
 
 @dataclass
@@ -240,50 +340,18 @@ class Scorer:
         """The records ("file:line", record) with their rewards, in input order."""
         remaining = iter(records)
         while located := list(islice(remaining, RECORDS_AT_ONCE)):
-            texts = [self._read(where, record) for where, record in located]
-            rewards = self._rewards([where for where, _ in located], texts)
+            tokenizer, rules = self.checkpoint.tokenizer, self.rules
+            wheres = [where for where, _ in located]
+            texts = [
+                texts_of_record(record, where, tokenizer, rules.chat) for where, record in located
+            ]
+            rewards, truncated = rewards_of_texts(
+                self.model, tokenizer, rules, self.micro_tokens, wheres, texts
+            )
+            self.counts.truncated += truncated
             for (where, record), record_texts, values in zip(located, texts, rewards):
                 self._count(record, record_texts)
-                yield where, record | added(record_texts.kind, values)
-
-    def _read(self, where: str, record: Record) -> Texts:
-        texts = texts_of_record(record, where, self.checkpoint.tokenizer, self.rules.chat)
-        for text in texts.texts:
-            refuse_doubled_bos(text, texts.is_rendered, where, self.checkpoint.tokenizer)
-        return texts
-
-    def _rewards(self, wheres: Sequence[str], texts: Sequence[Texts]) -> list[list[float]]:
-        """The rewards of every text of every record.
-
-        Pairs are cut apart from the rest, since both of their sides may have to be cut alike. The
-        texts of a record share their beginning, which is computed once.
-        """
-        ids: list[list[np.ndarray]] = [[] for _ in texts]
-        for are_pairs in (True, False):
-            places = [i for i, t in enumerate(texts) if (t.kind == "pair") == are_pairs]
-            if not places:
-                continue
-            encoded, was_cut = self._encode([texts[i] for i in places], are_pairs)
-            places_of_ids = [i for i in places for _ in texts[i].texts]
-            for i, text_ids in zip(places_of_ids, encoded):
-                require(
-                    len(text_ids),
-                    f"{wheres[i]}: a text is empty and the tokenizer adds no BOS: nothing to score",
-                )
-                ids[i].append(text_ids)
-            self.counts.truncated += len({i for i, cut in zip(places_of_ids, was_cut) if cut})
-        rewards = group_rewards(self.model, ids, self.micro_tokens)
-        return [values.tolist() for values in rewards]
-
-    def _encode(self, texts: Sequence[Texts], are_pairs: bool) -> tuple[list, list[bool]]:
-        """Token ids of all texts of these records, and which of them were cut."""
-        return encode(
-            [text for t in texts for text in t.texts],
-            self.checkpoint.tokenizer,
-            self.rules.max_length,
-            [t.is_rendered for t in texts for _ in t.texts],
-            are_pairs and self.rules.truncate == "together",
-        )
+                yield where, record | added(record_texts.kind, values.tolist())
 
     def _count(self, record: Record, texts: Texts) -> None:
         tokenizer = self.checkpoint.tokenizer
@@ -304,3 +372,110 @@ def added(kind: str, rewards: list[float]) -> Record:
     else:
         values = [rewards]
     return dict(zip(ADDED_KEYS[kind], values))
+
+
+# ---- from Python ---------------------------------------------------------------------------------
+
+
+def score_texts(
+    model: RewardModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Any],
+    responses: Sequence[Any],
+    max_length: int = DEFAULT_MAX_LENGTH,
+    chat: bool = False,
+    micro_tokens: int = 8192,
+) -> Tensor | list[Tensor]:
+    """Rewards of responses to prompts: those that `minimore score` gives to the same texts.
+
+    prompts: N, each a string or messages. responses: one to each prompt, a string or messages, or a
+    list of responses to each prompt, which is then computed once. max_length: tokens of a text, cut
+    on the left, at best those of the training. chat: strings are messages, too.
+
+    Returns the rewards (N,), or for lists of responses N tensors (n,), all fp32 on the CPU. Without
+    prompts they are empty, and so are those of an empty list of responses. Raises InputError for
+    anything that is no prompt or no response.
+
+        model, checkpoint = open_reward_model(ModelOptions(model="runs/more"))
+        score_texts(model, checkpoint.tokenizer, ["2 + 2 ="], [" 4"])  # (1,)
+        score_texts(model, checkpoint.tokenizer, ["2 + 2 ="], [[" 4", " 5", " 22"]])  # [(3,)]
+    """
+    _check_types(model, tokenizer, prompts, responses)
+    check_length(model.trunk.c, max_length, tokenizer.directory)
+    are_lists = _are_lists(responses)
+    key = "responses" if are_lists else "response"
+    texts, wheres = [], []
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        if are_lists and not response:
+            continue  # nothing to score
+        record = {"prompt": prompt, key: list(response) if are_lists else response}
+        wheres.append(f"prompts[{i}]")
+        texts.append(texts_of_record(record, wheres[-1], tokenizer, chat))
+    rules = TextRules(max_length, chat=chat)
+    rewards: list[Tensor] = []
+    for start in range(0, len(texts), RECORDS_AT_ONCE):
+        part = slice(start, start + RECORDS_AT_ONCE)
+        values, _ = rewards_of_texts(
+            model, tokenizer, rules, micro_tokens, wheres[part], texts[part]
+        )
+        rewards += values
+    if not are_lists:
+        return torch.cat(rewards or [torch.empty(0)])
+    remaining = iter(rewards)
+    return [next(remaining) if response else torch.empty(0) for response in responses]
+
+
+def best_of(
+    model: RewardModel,
+    tokenizer: Tokenizer,
+    prompt: Any,
+    responses: Sequence[Any],
+    max_length: int = DEFAULT_MAX_LENGTH,
+    chat: bool = False,
+    micro_tokens: int = 8192,
+) -> Best:
+    """Place, reward and margin of the best of the responses to a prompt; of equal ones the first.
+
+    responses: one or more, each a string or messages. The other arguments are those of
+    `score_texts`, and so are the errors.
+
+        place, reward, margin = best_of(model, checkpoint.tokenizer, "2 + 2 =", [" 4", " 5"])
+    """
+    require(
+        isinstance(responses, (list, tuple)) and responses,
+        f"responses is {shown(responses)}; expected a list of one or more responses",
+    )
+    each = [[response] if isinstance(response, dict) else response for response in responses]
+    arguments = (model, tokenizer, [prompt], [each], max_length, chat, micro_tokens)
+    (rewards,) = score_texts(*arguments)
+    return best_of_rewards(rewards.tolist())
+
+
+def _are_lists(responses: Sequence[Any]) -> bool:
+    """Whether there is a list of responses to each prompt, not one response."""
+    kinds = {isinstance(each, (list, tuple)) and not is_conversation(each) for each in responses}
+    require(
+        len(kinds) <= 1, "responses holds single responses and lists of them; expected one kind"
+    )
+    return True in kinds
+
+
+def _check_types(model: Any, tokenizer: Any, prompts: Any, responses: Any) -> None:
+    require(
+        isinstance(model, RewardModel),
+        f"model is of type {type(model).__name__}; expected what open_reward_model opens",
+    )
+    require(
+        isinstance(tokenizer, Tokenizer),
+        f"tokenizer is a {type(tokenizer).__name__} of {type(tokenizer).__module__};"
+        " expected the tokenizer of a Checkpoint",
+    )
+    for name, values in (("prompts", prompts), ("responses", responses)):
+        require(
+            isinstance(values, (list, tuple)),
+            f"{name} is of type {type(values).__name__}; expected a list with one for each prompt",
+        )
+    require(
+        len(prompts) == len(responses),
+        f"{len(prompts)} prompts and {len(responses)} responses; expected as many",
+    )

@@ -6,27 +6,26 @@ disk before the next one begins. A killed command goes on behind the last one wi
 
 import hashlib
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checksums import checksum, file_checksum
+from ..checksums import file_checksum
 from ..data.forms import MOST_RESPONSES, prompt_end, with_prompt
 from ..data.messages import is_conversation, messages_of, string_of
 from ..data.pairs import encode, refuse_doubled_bos
 from ..data.records import Record, read_records
-from ..files import refuse_existing, to_disk, written_whole
+from ..files import refuse_existing, written_whole
 from ..model.checkpoint import Checkpoint, ids_of_eos
 from ..model.tokenizer import Tokenizer
 from ..options import COUNT, Range, check_ranges, option, require
 from ..reward import ModelOptions, check_length
 from .generate import Sample, Sampling, generate
 from .policy import LanguageModel, open_policy
+from .portions import begin_or_continue
 
 LOWEST_TEMPERATURE = 1e-3  # besides 0; below it logits may become infinite
 
@@ -92,17 +91,16 @@ def sample(options: SampleOptions) -> None:
         checkpoint.config, options.max_length + options.max_new_tokens, Path(options.model)
     )
     prompts = read_prompts(options, checkpoint.tokenizer)
-    work = Path(f"{options.output}.unfinished")
-    done = begin_or_continue(work, identity_of(options, checkpoint), options.resume)
-    model = open_policy(checkpoint, options)
     portion = max(1, options.batch_size // options.samples)
-    done -= done % portion  # a portion that was cut short is written again, as a whole
-    keep_lines(work, 1 + done)
+    identity = identity_of(options, checkpoint)
+    unfinished_path = Path(f"{options.output}.unfinished")
+    work = begin_or_continue(unfinished_path, identity, options.resume, portion)
+    model = open_policy(checkpoint, options)
     began, tokens = time.monotonic(), 0
-    for start in range(done, len(prompts), portion):
+    for start in range(work.records, len(prompts), portion):
         part = prompts[start : start + portion]
         records, count = sampled(model, checkpoint, part, start, options)
-        append(work, records)
+        work.append(records)
         tokens += count
         speed = tokens / (time.monotonic() - began)
         print(
@@ -114,10 +112,17 @@ def sample(options: SampleOptions) -> None:
         written_whole(options.output) as unfinished,
         open(unfinished, "x", encoding="utf-8") as file,
     ):
-        for record in islice(stored_lines(work), 1, None):
+        for record in work.stored():
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    work.unlink()
+    work.remove()
     print(f"{options.output}: {options.samples} responses to each of {len(prompts)} prompts")
+
+
+def identity_of(options: SampleOptions, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the samples depend on."""
+    named = {key: value for key, value in asdict(options).items() if key != "resume"}
+    files = {"model": checkpoint.identity(), "input": file_checksum(Path(options.input))}
+    return json.loads(json.dumps(named | {"of": files}))
 
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -217,69 +222,3 @@ def seed_of(seed: int, prompt: int, sample_number: int) -> int:
     """A seed of 63 bits."""
     digest = hashlib.sha256(f"{seed} {prompt} {sample_number}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-# ---- what survives a kill ------------------------------------------------------------------------
-
-
-def identity_of(options: SampleOptions, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the samples depend on."""
-    named = {key: value for key, value in asdict(options).items() if key != "resume"}
-    files = {"model": checkpoint.identity(), "input": file_checksum(Path(options.input))}
-    return json.loads(json.dumps(named | {"of": files}))
-
-
-def begin_or_continue(work: Path, identity: dict[str, Any], resume: bool) -> int:
-    """Begin the file of what is done, or continue it; returns how many records it holds."""
-    is_begun = work.exists() and b"\n" in work.read_bytes()
-    if not is_begun:  # it is not there, or was cut short before its first line was on the disk
-        work.unlink(missing_ok=True)
-        append(work, [identity])
-        to_disk(work.absolute().parent)
-        return 0
-    require(resume, f"{work}: is unfinished; continue it with --resume, or remove it to begin anew")
-    lines = list(stored_lines(work))
-    require(
-        lines[:1] == [identity],
-        f"{work}: was begun with other options, another model or another input;"
-        " give the same command again, or remove it",
-    )
-    return len(lines) - 1
-
-
-def append(work: Path, records: Sequence[Record]) -> None:
-    """Add records, each with the checksum of all so far, and bring them to the disk."""
-    so_far = checksum(b"")
-    if work.exists():
-        *_, last = [b"", *work.read_bytes().splitlines()]
-        so_far = last.decode("utf-8", "replace")[:8] or so_far
-    with open(work, "a", encoding="utf-8") as file:
-        for record in records:
-            text = json.dumps(record)
-            so_far = checksum(text.encode(), so_far)
-            file.write(f"{so_far} {text}\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def stored_lines(work: Path) -> Iterator[dict[str, Any]]:
-    """What `append` wrote, up to the first line that is damaged, cut short or in another place.
-
-    The first line is the identity; each of the others is a record.
-    """
-    with open(work, encoding="utf-8", errors="replace") as file:
-        so_far = checksum(b"")
-        for line in file:
-            line_checksum, _, text = line.partition(" ")
-            so_far = checksum(text[:-1].encode(), so_far)
-            is_whole = text.endswith("\n") and line_checksum == so_far
-            if not is_whole:
-                return
-            yield json.loads(text)
-
-
-def keep_lines(work: Path, count: int) -> None:
-    """Cut the file behind so many lines."""
-    lines = work.read_bytes().splitlines(keepends=True)[:count]
-    with written_whole(work) as unfinished:
-        unfinished.write_bytes(b"".join(lines))

@@ -36,6 +36,8 @@ def shown(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)[:60]
     except RecursionError:
         return f"a deeply nested {type(value).__name__}"
+    except TypeError:  # from Python, not from a file of JSON
+        return f"of type {type(value).__name__}"
 
 
 def string_of(value: Any, where: str, expected: str = "a string") -> str:

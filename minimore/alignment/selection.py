@@ -1,0 +1,303 @@
+"""One response to every prompt, of the several that a policy wrote: the step `align select`.
+
+Best of n takes the response with the highest reward. Its controls take the lowest one, any one, or
+the longest one. Several reward models can decide together, each with its own tokenizer.
+
+M models, n responses to a prompt.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checksums import file_checksum
+from ..data.forms import with_prompt
+from ..data.messages import is_conversation, shown
+from ..data.records import Record, read_records
+from ..files import refuse_existing, written_whole
+from ..model.checkpoint import Checkpoint
+from ..options import COUNT, Range, check_ranges, option, require
+from ..reward import ReadingOptions, load_reward_model
+from ..score import Scorer, best_of_rewards, check_responses, json_line, with_one_response
+from .portions import Unfinished, begin_or_continue
+
+RESPONSES_AT_ONCE = 256  # scored between two writes to the disk
+BY_REWARD = ("best", "worst")
+WITHOUT_MODEL = ("random", "longest")
+
+Choice = tuple[int, float | None, float | None]  # place, reward and margin
+Rewards = list[list[float]]  # of every response to every prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions(ReadingOptions):
+    """What `align select` takes."""
+
+    model: tuple[str, ...] = option(  # type: ignore[assignment]  # several, where others take one
+        (),
+        repeat=True,
+        value="DIR|HUB",
+        help="reward model, for best and worst. Repeat it to let several decide together: each "
+        "one's rewards, less their mean over a prompt, are divided by their standard deviation "
+        "over the file, and the mean over models is the reward",
+    )
+    input: str = option(
+        value="IN.jsonl",
+        help="JSON lines (.gz too) of prompt and responses, such as align sample writes",
+    )
+    output: str = option(value="OUT.jsonl", help="JSON lines file to write; must not exist")
+    by: str = option(
+        "best",
+        choices=(*BY_REWARD, *WITHOUT_MODEL),
+        help="the response to keep: of the highest or the lowest reward, any one, or the one with "
+        "the most characters; of equal ones the first",
+    )
+    pessimism: float = option(
+        0.0,
+        within=Range(least=0),
+        help="with several models: so many standard deviations of a response's rewards over the "
+        "models are taken off their mean; of two models, 1 takes the lower reward",
+    )
+    first: int | None = option(
+        None, within=COUNT, help="use only so many responses of every prompt, the first ones"
+    )
+    seed: int = option(
+        0, within=Range(least=0), help="seeds the choice of random, a function of it and the prompt"
+    )
+    resume: bool = option(
+        False, help="continue a command that was killed: the same command again, plus this"
+    )
+
+
+def select(options: SelectOptions) -> None:
+    """Write {"prompt", "response", "reward", "margin", "finished"} for every line of a file.
+
+    The margin is that over the second best, or under the second worst; it is null where there is no
+    second. Without a model there is no reward either. `score`, `compare` and fine-tuning read such
+    files.
+    """
+    check_ranges(options)
+    check_models(options)
+    refuse_existing(options.output)
+    checkpoints = reward_models(options)
+    records = samples_of(options)
+    work = None
+    if checkpoints:
+        work = scored_in_portions(records, checkpoints, options)
+        rewards = combined(stored_rewards(work, options, len(records)), options.pessimism)
+        choices = [by_reward(of_prompt, options.by) for of_prompt in rewards]
+    else:
+        choices = [unjudged(record, options) for _, record in records]
+    with (
+        written_whole(options.output) as unfinished,
+        open(unfinished, "x", encoding="utf-8") as file,
+    ):
+        for (where, record), choice in zip(records, choices, strict=True):
+            file.write(json_line(with_one_response(record, *choice), where) + "\n")
+    if work:
+        work.remove()
+    print(f"{options.output}: {options.by} of the responses to each of {len(records)} prompts")
+
+
+def check_models(options: SelectOptions) -> None:
+    """Refuse models where none is used, and options that need more of them."""
+    models = options.model
+    if options.by in BY_REWARD:
+        require(models, f"--by {options.by}: expected at least one --model, a reward model")
+    else:
+        require(not models, f"--by {options.by}: uses no --model; leave it out")
+    require(len(set(models)) == len(models), "--model: expected every model once")
+    require(
+        options.pessimism == 0 or len(models) > 1,
+        f"--pessimism {options.pessimism}: expected more than one --model, which can disagree",
+    )
+
+
+def reward_models(options: SelectOptions) -> list[Checkpoint]:
+    """The checkpoints that decide. Raises InputError for one without a reward head."""
+    checkpoints = [Checkpoint(name) for name in options.model]
+    for name, checkpoint in zip(options.model, checkpoints):
+        require(
+            checkpoint.has_head,
+            f"{name}: no score.weight, so it is no reward model and cannot select",
+        )
+    return checkpoints
+
+
+# ---- read ----------------------------------------------------------------------------------------
+
+
+def samples_of(options: SelectOptions) -> list[tuple[str, Record]]:
+    """The records ("file:line", record) of a file, with the responses from which to select."""
+    records = []
+    for where, record in read_records(options.input):
+        check_responses(record, where, "align select")
+        prompt_of(record, where)
+        records.append((where, with_first_responses(record, where, options)))
+    require(records, f"{options.input}: is empty; expected at least one line")
+    return records
+
+
+def prompt_of(record: Record, where: str) -> Any:
+    """What stands in front of the responses of a record."""
+    record = with_prompt(record, where, chat=True)
+    require("prompt" in record, f'{where}: "prompt" is missing; expected it with "responses"')
+    return record["prompt"]
+
+
+def with_first_responses(record: Record, where: str, options: SelectOptions) -> Record:
+    """A record with as many responses as are asked for, or all. Raises InputError for too few."""
+    responses = record["responses"]
+    count = options.first or len(responses)
+    require(
+        count <= len(responses),
+        f"--first {count}: {where} has {len(responses)} responses; expected at least as many",
+    )
+    for response in responses:
+        require(
+            isinstance(response, str) or (options.by != "longest" and is_conversation(response)),
+            f'{where}: "responses" holds {shown(response)}; expected strings, or messages unless'
+            " --by longest",
+        )
+    first = record | {"responses": responses[:count]}
+    if isinstance(record.get("finished"), list):
+        first["finished"] = record["finished"][:count]
+    return first
+
+
+# ---- rewards -------------------------------------------------------------------------------------
+
+
+def scored_in_portions(
+    records: Sequence[tuple[str, Record]],
+    checkpoints: Sequence[Checkpoint],
+    options: SelectOptions,
+) -> Unfinished:
+    """The unfinished file with all rewards: portion by portion of one model after the other.
+
+    A record of it is {"rewards": those of every response to some prompts, "truncated": how many of
+    these prompts were cut}. What is there already is not scored again.
+    """
+    path = Path(f"{options.output}.unfinished")
+    work = begin_or_continue(path, identity_of(options, checkpoints), options.resume)
+    most = max(len(record["responses"]) for _, record in records)
+    portion = max(1, RESPONSES_AT_ONCE // most)
+    starts = range(0, len(records), portion)
+    for number, checkpoint in enumerate(checkpoints):
+        missing = starts[max(0, work.records - number * len(starts)) :]
+        parts = [records[start : start + portion] for start in missing]
+        if parts:
+            add_rewards(work, parts, checkpoint, options)
+    return work
+
+
+def identity_of(options: SelectOptions, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """What the rewards and the choice depend on."""
+    named = {key: value for key, value in asdict(options).items() if key != "resume"}
+    files = {
+        "models": [checkpoint.identity() for checkpoint in checkpoints],
+        "rules": [options.rules(checkpoint) for checkpoint in checkpoints],
+        "input": file_checksum(Path(options.input)),
+    }
+    return json.loads(json.dumps(named | {"of": files}))
+
+
+def add_rewards(
+    work: Unfinished,
+    parts: Sequence[Sequence[tuple[str, Record]]],
+    checkpoint: Checkpoint,
+    options: SelectOptions,
+) -> None:
+    """Add the rewards of one model, which leaves the memory before the next one comes."""
+    model, rules = load_reward_model(checkpoint, options), options.rules(checkpoint)
+    for number, part in enumerate(parts, 1):
+        scorer = Scorer(model, checkpoint, rules, options.micro_tokens)
+        rewards = [record["rewards"] for _, record in scorer.scored(part)]
+        work.append([{"rewards": rewards, "truncated": scorer.counts.truncated}])
+        left = sum(map(len, parts[number:]))
+        print(f"{checkpoint.directory}: {left} prompts left", file=sys.stderr, flush=True)
+
+
+def stored_rewards(work: Unfinished, options: SelectOptions, prompts: int) -> list[Rewards]:
+    """The rewards of each model, from the whole unfinished file; says how many texts were cut."""
+    rewards: Rewards = []
+    truncated = [0 for _ in options.model]
+    for portion in work.stored():
+        truncated[len(rewards) // prompts] += portion["truncated"]
+        rewards += portion["rewards"]
+    for name, count in zip(options.model, truncated):
+        if count:
+            print(f"{name}: the responses to {count} prompts were truncated")
+    return [rewards[m * prompts : (m + 1) * prompts] for m in range(len(options.model))]
+
+
+def combined(rewards: Sequence[Rewards], pessimism: float = 0.0) -> Rewards:
+    """One reward for every response, from those of M models on the same responses.
+
+    Those of a single model stay as they are. Of several, with z of `on_one_scale`:
+
+        reward = mean z - pessimism · std z,    mean and std (divided by M) over the models
+
+    The deviation of two models is half their difference, so that a pessimism of 1 takes the lower
+    reward. Differs from arXiv 2310.02743, which takes off a multiple of the variance.
+    """
+    if len(rewards) == 1:
+        return rewards[0]
+    of_prompts = zip(*(on_one_scale(of_model) for of_model in rewards))
+    both = [np.stack(of_prompt) for of_prompt in of_prompts]  # (M, n) each
+    return [(z.mean(0) - pessimism * z.std(0)).tolist() for z in both]
+
+
+def on_one_scale(rewards: Rewards) -> list[np.ndarray]:
+    """The rewards of a model, as only their differences within a prompt count: (n,) each.
+
+    Models have rewards of different offset and scale. So of each
+
+        z = (r - mean of r over the prompt's responses) / s
+        s² = mean of (r - mean of r over its prompt's responses)² over all responses of the file
+
+    A model that finds all responses to a prompt alike, for every prompt, has z = 0.
+
+    >>> on_one_scale([[1.0, 3.0], [12.0, 10.0]])
+    [array([-1.,  1.]), array([ 1., -1.])]
+    """
+    centred = [np.array(of_prompt) - np.mean(of_prompt) for of_prompt in rewards]
+    deviation = math.sqrt(np.mean(np.concatenate(centred) ** 2))
+    return [of_prompt / (deviation or 1) for of_prompt in centred]
+
+
+# ---- choose --------------------------------------------------------------------------------------
+
+
+def by_reward(rewards: Sequence[float], by: str) -> Choice:
+    """The best or the worst of some responses.
+
+    >>> by_reward([0.5, 2.0, 0.25], "worst")
+    (2, 0.25, 0.25)
+    """
+    sign = 1 if by == "best" else -1
+    place, _, margin = best_of_rewards([sign * reward for reward in rewards])
+    return place, rewards[place], margin
+
+
+def unjudged(record: Record, options: SelectOptions) -> Choice:
+    """Any one of the responses, or the longest one."""
+    responses = record["responses"]
+    if options.by == "random":
+        place = random_place(options.seed, prompt_of(record, ""), len(responses))
+    else:
+        place = best_of_rewards([len(response) for response in responses]).place
+    return place, None, None
+
+
+def random_place(seed: int, prompt: Any, count: int) -> int:
+    """A place among so many, the same wherever the prompt stands in a file."""
+    digest = hashlib.sha256(json.dumps([seed, prompt]).encode()).digest()
+    return int.from_bytes(digest[:8], "little") % count

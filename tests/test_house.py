@@ -16,8 +16,8 @@ reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
 engine.workload engine.cost engine.choose engine.plan
 metrics resume run train
-alignment.policy alignment.generate alignment.sample alignment.compare alignment.language
-alignment.perplexity
+alignment.policy alignment.generate alignment.sample alignment.judges alignment.answers
+alignment.endpoint alignment.questions alignment.compare alignment.language alignment.perplexity
 lab.features lab.probe lab.published lab.grid lab.drift lab.cells lab.estimate lab.statistics
 lab.scheme_tables lab.experiments lab.reproduce lab.demo
 check cli

@@ -57,13 +57,12 @@ class Answers:
     def add(self, key: str, model: str, answer: str) -> None:
         """Store one answer and bring it to the disk."""
         line = json.dumps(with_checksum({"key": key, "model": model, "answer": answer})) + "\n"
-        with open(self.path, "r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
+        with open(self.path, "a+b") as file:
+            if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":  # a line was cut short; do not write behind it
                     line = "\n" + line
-            file.write(line.encode())
+            file.write(line.encode())  # at the end, wherever that is by now
             file.flush()
             os.fsync(file.fileno())
         self.stored[key] = answer

@@ -29,6 +29,7 @@ ADDRESS = "MINIMORE_BASE_URL"  # the one with the address
 # What is sent where there is no key. Without any, the client would send the user's Hugging Face
 # token to whatever address this is.
 NO_KEY = "none"
+SHORTEST_SECRET = 8  # characters; a local server's key may be a single letter
 
 TRIES = 5  # of one question, by a server in trouble
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second try; it doubles
@@ -86,9 +87,8 @@ class Endpoint:
         for past_tries in range(TRIES):
             require(
                 self.calls < self.max_calls,
-                f"--max-calls {self.max_calls}: so many requests were sent; all answers are in"
-                f" {self.answers.path}: give the same command again to go on, with a larger number"
-                " to get further",
+                f"--max-calls {self.max_calls}: so many requests were sent, and all answers are in"
+                f" {self.answers.path}; give the same command again to go on",
             )
             self.calls += 1
             try:
@@ -98,7 +98,7 @@ class Endpoint:
             except Exception as error:  # the client's libraries have no error in common
                 blame(error)
                 self._refuse_unless_in_trouble(error)
-                reason, wait = self._hidden(error), wait_before_next(past_tries, error)
+                reason, wait = self._shown(error), wait_before_next(past_tries, error)
             if past_tries + 1 < TRIES:
                 print(f"{reason}; asked again in {wait:g} s", file=sys.stderr, flush=True)
                 time.sleep(wait)
@@ -118,28 +118,32 @@ class Endpoint:
             raise
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise InputError(
-                f"{self.address}: its reply is no chat completion ({self._hidden(error)});"
+                f"{self.address}: its reply is no chat completion ({self._shown(error)});"
                 " check --base-url"
             ) from None
         require(isinstance(text, str), f"{self.address}: its answer is no text; check --base-url")
-        return text.replace(self.key, "...") if self.key != NO_KEY else text
+        return self._without_key(text)
 
     def _refuse_unless_in_trouble(self, error: Exception) -> None:
         """Raise InputError for what another try does not cure."""
         if isinstance(error, OfflineModeIsEnabled):
-            raise InputError(f"{self.address}: {self._hidden(error)}") from None
+            raise InputError(f"{self.address}: {self._shown(error)}") from None
         if isinstance(error, HfHubHTTPError):
             status = error.response.status_code
             if status < 500 and status not in IN_TROUBLE:
                 raise InputError(
-                    f"{self.address}: refuses with status {status} ({self._hidden(error)});"
+                    f"{self.address}: refuses with status {status} ({self._shown(error)});"
                     f" check --base-url, the model's name {self.model!r} and the key in {KEY}"
                 ) from None
 
-    def _hidden(self, error: Exception) -> str:
-        """An error on one line, without the key, which a server may repeat."""
-        text = str(error).replace(self.key, "...") if self.key != NO_KEY else str(error)
-        return one_line(Exception(text or type(error).__name__))
+    def _shown(self, error: Exception) -> str:
+        """An error on one line."""
+        return one_line(Exception(self._without_key(str(error)) or type(error).__name__))
+
+    def _without_key(self, text: str) -> str:
+        """A text of the server, which may repeat what it was sent, without the key."""
+        is_secret = len(self.key) >= SHORTEST_SECRET
+        return text.replace(self.key, "...") if is_secret else text
 
 
 def address_of(base_url: str | None) -> str:

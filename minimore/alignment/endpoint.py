@@ -18,10 +18,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, OfflineModeIsEnabled
+from huggingface_hub.errors import OfflineModeIsEnabled
 
-from ..files import blame, one_line
-from ..options import InputError, require
+from ..files import one_line
+from ..options import InputError, printable, require
 from .answers import Answers, key_of
 
 KEY = "MINIMORE_API_KEY"  # the environment variable with the key
@@ -93,14 +93,13 @@ class Endpoint:
             self.calls += 1
             try:
                 return self._call(messages)
-            except InputError:
-                raise
             except Exception as error:  # the client's libraries have no error in common
-                blame(error)
-                self._refuse_unless_in_trouble(error)
-                reason, wait = self._shown(error), wait_before_next(past_tries, error)
+                reason = self._reason(error)
+                refuse_unless_in_trouble(error, f"{self.address}: {reason}", self.model)
+                wait = wait_before_next(past_tries, error)
             if past_tries + 1 < TRIES:
-                print(f"{reason}; asked again in {wait:g} s", file=sys.stderr, flush=True)
+                line = f"{printable(reason)}; asked again in {wait:g} s"
+                print(line, file=sys.stderr, flush=True)
                 time.sleep(wait)
         raise InputError(
             f"{self.address}: no answer after {TRIES} tries ({reason}); all answers before are in"
@@ -108,37 +107,22 @@ class Endpoint:
         )
 
     def _call(self, messages: Messages) -> str:
-        """One request. Raises InputError for a reply that is no chat completion."""
-        try:
-            reply = self.client.chat_completion(
-                messages, model=self.model, temperature=0, max_tokens=ANSWER_TOKENS
-            )
-            text = reply.choices[0].message.content or ""
-        except (HfHubHTTPError, InferenceTimeoutError):
-            raise
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise InputError(
-                f"{self.address}: its reply is no chat completion ({self._shown(error)});"
-                " check --base-url"
-            ) from None
-        require(isinstance(text, str), f"{self.address}: its answer is no text; check --base-url")
+        """One request."""
+        reply = self.client.chat_completion(
+            messages, model=self.model, temperature=0, max_tokens=ANSWER_TOKENS
+        )
+        text = reply.choices[0].message.content or ""
+        if not isinstance(text, str):
+            raise TypeError(f"an answer that is {type(text).__name__}")
         return self._without_key(text)
 
-    def _refuse_unless_in_trouble(self, error: Exception) -> None:
-        """Raise InputError for what another try does not cure."""
-        if isinstance(error, OfflineModeIsEnabled):
-            raise InputError(f"{self.address}: {self._shown(error)}") from None
-        if isinstance(error, HfHubHTTPError):
-            status = error.response.status_code
-            if status < 500 and status not in IN_TROUBLE:
-                raise InputError(
-                    f"{self.address}: refuses with status {status} ({self._shown(error)});"
-                    f" check --base-url, the model's name {self.model!r} and the key in {KEY}"
-                ) from None
-
-    def _shown(self, error: Exception) -> str:
-        """An error on one line."""
-        return one_line(Exception(self._without_key(str(error)) or type(error).__name__))
+    def _reason(self, error: Exception) -> str:
+        """Why there was no answer, on one line: what the server says, or what the client does."""
+        status = status_of(error)
+        text = str(error) or type(error).__name__
+        if status is not None:
+            text = f"status {status} {getattr(error, 'server_message', None) or ''}"
+        return one_line(Exception(self._without_key(text)))
 
     def _without_key(self, text: str) -> str:
         """A text of the server, which may repeat what it was sent, without the key."""
@@ -169,6 +153,34 @@ def address_of(base_url: str | None) -> str:
     if path.endswith("/chat/completions"):
         return path
     return path + ("" if parts.path.strip("/") else "/v1") + "/chat/completions"
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status of a reply that is an error; None if there was no such reply.
+
+    The client itself stumbles over some of these replies, such as a list.
+    """
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__context__
+    return None
+
+
+def refuse_unless_in_trouble(error: Exception, reason: str, model: str) -> None:
+    """Raise InputError for what another try does not cure. reason: what is said of the error."""
+    status = status_of(error)
+    if status is not None:
+        require(
+            status >= 500 or status in IN_TROUBLE,
+            f"{reason}; check --base-url, the model's name {model!r} and the key in {KEY}",
+        )
+        return
+    is_offline = isinstance(error, OfflineModeIsEnabled)
+    is_reply = isinstance(error, (ValueError, TypeError, AttributeError, IndexError))
+    require(not is_offline, reason)
+    require(not is_reply, f"{reason}; expected a chat completion, so check --base-url")
 
 
 def wait_before_next(past_tries: int, error: Any) -> float:

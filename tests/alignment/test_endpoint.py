@@ -213,6 +213,19 @@ def test_no_token_of_another_service_is_sent(serve, monkeypatch):
     assert len(server.requests) == 12 and "private" not in json.dumps(server.requests)
 
 
+def test_a_server_that_repeats_the_key_does_not_make_it_known(serve, capsys):
+    files()
+    compared(serve(lambda *_: f"You are {KEY}.").url)
+    assert "You are ..." in Path("answers.jsonl").read_text()
+    words = json.dumps({"error": f"the key {KEY} is not paid for"}).encode()
+    for status in (402, 503):
+        server = serve(lambda *_, status=status: (status, {}, words))
+        compared(server.url, "--question", "harmless", code=2)
+        said = capsys.readouterr()
+        assert "the key ... is not paid for" in said.err
+        no_key_in(said.out, said.err)
+
+
 def test_a_key_of_one_letter_hides_no_answer(serve, monkeypatch):
     files()
     monkeypatch.setenv("MINIMORE_API_KEY", "A")
@@ -274,17 +287,18 @@ def test_a_server_in_trouble_is_asked_again(serve, naps, capsys):
     files()
     troubles = {
         2: (429, {"Retry-After": "7"}, b"slow down"),
-        5: (503, {}, b"{}"),
+        5: (503, {}, b'"busy"'),
         6: (500, {}, f"your key {KEY} broke me".encode()),
         9: (429, {"Retry-After": "99999"}, b""),
+        11: (500, {}, b"CUDA out of memory \x1b[2J"),  # theirs, not ours
     }
     server = serve(lambda texts, n: troubles.get(n) or longest(texts, n))
     report = compared(server.url)
     assert (report["win"], report["tie"], report["lose"]) == (4, 0, 2)
-    assert report["counts"]["calls"] == len(server.requests) == 12 + 4
-    assert naps == [7, 1, 2, 60]
+    assert report["counts"]["calls"] == len(server.requests) == 12 + 5
+    assert naps == [7, 1, 2, 60, 1]
     said = capsys.readouterr()
-    assert "429" in said.err
+    assert "status 429" in said.err and "\x1b" not in said.err
     no_key_in(said.out, said.err)
 
 
@@ -317,14 +331,14 @@ def test_a_server_that_is_down_is_one_line(serve, naps, capsys):
 @pytest.mark.parametrize(
     "reply, words",
     [
-        ((401, {}, f"wrong key {KEY}".encode()), "refuses with status 401"),
+        ((401, {}, f"wrong key {KEY}".encode()), "status 401"),
         ((404, {}, b"<html>"), "check --base-url, the model's name 'judge-1'"),
-        ((200, {}, b"<html>hello</html>"), "no chat completion"),
-        ((200, {}, b'{"choices": []}'), "no chat completion"),
-        ((200, {}, b"[]"), "no chat completion"),
-        ((200, {}, b'{"error": "x"}'), "no chat completion"),
-        ((200, {}, b"\xff\xfe"), "no chat completion"),
-        ((200, {}, b'{"choices": [{"message": {"content": 7}}]}'), "no text"),
+        ((200, {}, b"<html>hello</html>"), "expected a chat completion"),
+        ((200, {}, b'{"choices": []}'), "expected a chat completion"),
+        ((200, {}, b"[]"), "expected a chat completion"),
+        ((200, {}, b'{"error": "x"}'), "expected a chat completion"),
+        ((200, {}, b"\xff\xfe"), "expected a chat completion"),
+        ((200, {}, b'{"choices": [{"message": {"content": 7}}]}'), "an answer that is int"),
     ],
 )
 def test_replies_that_another_try_does_not_cure_are_one_line(serve, capsys, reply, words):

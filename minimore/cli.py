@@ -54,7 +54,7 @@ VERBS = {
     "align compare": Verb(
         CompareOptions,
         compare,
-        "which of two files of responses a reward model prefers, and how sure",
+        "which of two files of responses a judge prefers, and how sure",
     ),
     "align perplexity": Verb(
         PerplexityOptions, perplexity, "how likely a language model finds the responses of a file"

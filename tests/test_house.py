@@ -15,9 +15,9 @@ data.messages data.records data.forms data.pairs data.sampling data.world
 reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
 engine.workload engine.cost engine.choose engine.plan
-metrics resume run training train
 alignment.portions alignment.policy alignment.generate alignment.sample alignment.selection
-alignment.language alignment.responses alignment.finetune alignment.compare alignment.perplexity
+alignment.language alignment.responses alignment.finetune alignment.perplexity
+alignment.judges alignment.answers alignment.endpoint alignment.questions alignment.compare
 lab.features lab.probe lab.published lab.grid lab.drift lab.cells lab.estimate lab.statistics
 lab.scheme_tables lab.experiments lab.reproduce lab.demo
 check cli

@@ -60,11 +60,11 @@ def is_conversation(value: Any) -> bool:
     )
 
 
-def messages_of(value: Any, where: str, tokenizer: Tokenizer, role: str) -> Messages:
+def messages_of(value: Any, where: str, tokenizer: Tokenizer | None, role: str) -> Messages:
     """A conversation as {"role", "content"}, checked; a string is one message of the given role.
 
     Where a chat template will render it, a content that holds one of its markers is refused: it
-    could end its own turn.
+    could end its own turn. tokenizer: whose template that is; None where no model reads them.
     """
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
@@ -76,7 +76,7 @@ def messages_of(value: Any, where: str, tokenizer: Tokenizer, role: str) -> Mess
     return [_message(message, f"{where}[{i}]", tokenizer) for i, message in enumerate(messages)]
 
 
-def _message(message: Any, where: str, tokenizer: Tokenizer) -> Message:
+def _message(message: Any, where: str, tokenizer: Tokenizer | None) -> Message:
     if not isinstance(message, dict):
         raise InputError(f"{where} is {shown(message)}; expected a message with role and content")
     if "from" in message and "role" not in message:
@@ -90,7 +90,7 @@ def _message(message: Any, where: str, tokenizer: Tokenizer) -> Message:
         )
     role = string_of(message["role"], f'{where}: "role"')
     checked = {"role": role, "content": _content(message, where)}
-    if tokenizer.template:
+    if tokenizer is not None and tokenizer.template:
         for key, text in checked.items():
             for marker in tokenizer.markers:
                 require(

@@ -1,4 +1,7 @@
-"""Two files of responses to the same prompts, and what a reward model says of them."""
+"""Two files of responses to the same prompts, and what a reward model says.
+
+Other judges have tests of their own: test_judges.py, test_endpoint.py.
+"""
 
 import json
 
@@ -75,6 +78,35 @@ def test_older_rewards_in_a_file_are_no_evidence(judge, tmp_path):
     (tmp_path / "bought").write_text("".join(json.dumps(line) + "\n" for line in bought))
     found = compared(judge, tmp_path, tmp_path / "bought", judge / "bad")
     assert found["verdict"] == "tie" and found["mean_difference"] == 0
+
+
+def test_several_responses_to_a_prompt_are_judged_by_their_rewards(judge, tmp_path):
+    """The oracle is `minimore score`, which scores each file on its own."""
+    good, bad = (
+        [json.loads(line) for line in (judge / name).read_text().splitlines()]
+        for name in ("good", "bad")
+    )
+    files = {"first": (good, bad, good), "second": (bad, good, good)}
+    rewards = []
+    for name, sides in files.items():
+        records = [
+            {"prompt": lines[0]["prompt"], "responses": [line["response"] for line in lines]}
+            for lines in zip(*sides)
+        ]
+        path, scored = tmp_path / name, tmp_path / f"{name}.scored"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        command = ["score", "--model", judge / "run", "--input", path, "--output", scored]
+        assert main([str(word) for word in command]) == 0
+        rewards.append([json.loads(line)["rewards"] for line in scored.read_text().splitlines()])
+    found = compared(judge, tmp_path, tmp_path / "first", tmp_path / "second")
+    margins = np.array(rewards[0]) - np.array(rewards[1])
+    assert found["pairs"] == margins.size == 180 and found["counts"]["equal_responses"] == 60
+    assert found["win"] == (margins[:, :2] > 0).sum() == found["lose"]
+    assert found["mean_difference"] == pytest.approx(margins.mean(), abs=1e-5)
+    command = ["align", "compare", "--judge", f"reward:{judge / 'run'}"]
+    command += ["--input", tmp_path / "first", "--other", tmp_path / "second"]
+    assert main([str(word) for word in (*command, "--json", tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == found
 
 
 def test_intervals_are_over_prompts():

@@ -1,13 +1,8 @@
 """Fine-tuning: an ordinary run that is safe to kill, and that transformers opens."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,38 +180,6 @@ def test_a_power_cut_loses_nothing(home, tmp_path, monkeypatch):
         assert finetune(options(home, after / "run", save_steps=4, resume=True)) == 0
         assert content(after / "run") == expected
         assert not list((after / "run").rglob("*.partial"))
-
-
-KILLS = int(os.environ.get("MINIMORE_KILLS", 2))
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_as_if_it_had_not(home, tmp_path):
-    """SIGKILL, whatever is going on; MINIMORE_KILLS=20 makes it longer."""
-    random = np.random.default_rng(0)
-    words = [sys.executable, "-m", "minimore", "align", "finetune", "--resume"]
-    words += ["--model", str(home / "model"), "--input", str(home / "data/ana.train.jsonl")]
-    words += ["--batch-size", "4", "--epochs", "4", "--save-steps", "1", "--learning-rate", "1e-3"]
-    began = time.monotonic()
-    subprocess.run([*words, "--output", str(tmp_path / "whole")], check=True, capture_output=True)
-    seconds = time.monotonic() - began
-    run, killed = tmp_path / "run", 0
-    while killed < KILLS:
-        shutil.rmtree(run, ignore_errors=True)
-        is_finished = False
-        while not is_finished:
-            process = subprocess.Popen([*words, "--output", str(run)], stdout=subprocess.PIPE)
-            try:
-                wait = seconds * random.uniform(0.5, 1.0) if killed < KILLS else None
-                process.communicate(timeout=wait)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                killed += 1
-                continue
-            assert process.returncode == 0
-            is_finished = True
-        assert content(run) == content(tmp_path / "whole")
 
 
 # ---- bad input -----------------------------------------------------------------------------------

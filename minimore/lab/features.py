@@ -69,8 +69,13 @@ def features(options: FeaturesOptions) -> None:
         for part, path in zip(PARTS, files):
             source = load_source(name, path, checkpoint.tokenizer, *rules)
             file = f"{k:02d}.{part}.safetensors"
-            store(output / file, source, model, checkpoint, options)
-            sources[name][part] = {"file": file, "pairs": len(source.pairs), "from": path}
+            identity = store(output / file, source, model, checkpoint, options)
+            sources[name][part] = {
+                "file": file,
+                "pairs": len(source.pairs),
+                "from": path,
+                "of": identity,
+            }
             print(f"{part:5} {source.line()}", flush=True)
     description = {
         "note": PROBE,
@@ -107,13 +112,16 @@ def store(
     model: RewardModel,
     checkpoint: Checkpoint,
     options: FeaturesOptions,
-) -> None:
-    """Store the states of one part of a source, unless the file holds these very states already."""
+) -> str:
+    """Store the states of one part of a source, unless the file holds these very states already.
+
+    Returns what the states are of: the model, how it computed, and the pairs.
+    """
     identity = (
         f"{checkpoint.identity()} {options.dtype} {model.trunk.compute_dtype} {source.digest()}"
     )
     if is_stored(path, identity):
-        return
+        return identity
     dtype = getattr(torch, options.dtype)
     chosen, rejected = pooled_states(model, source.pairs, options.micro_tokens, dtype)
     tensors = {
@@ -123,6 +131,7 @@ def store(
         "longer": torch.tensor([pair.longer for pair in source.pairs]),
     }
     write_tensors(path, tensors, {"of": identity})
+    return identity
 
 
 def is_stored(path: Path, identity: str) -> bool:
@@ -177,7 +186,7 @@ def load_features(directory: str) -> tuple[dict[str, Any], dict[str, dict[str, S
     try:
         description = read_checked_json(home / "features.json")
         stored = {
-            name: {part: _read(home, parts[part]["file"], description["width"]) for part in PARTS}
+            name: {part: _read(home, parts[part], description["width"]) for part in PARTS}
             for name, parts in description["sources"].items()
         }
     except (KeyError, TypeError, AttributeError, ValueError, SafetensorError, OSError) as error:
@@ -188,14 +197,18 @@ def load_features(directory: str) -> tuple[dict[str, Any], dict[str, dict[str, S
     return description, stored
 
 
-def _read(home: Path, name: str, width: int) -> Stored:
+def _read(home: Path, part: dict[str, Any], width: int) -> Stored:
     """One stored part; ValueError if it is not what features.json says."""
+    name = part["file"]
     if Path(name).name != name:
         raise ValueError(f"{name} is no plain file name")
     require_as_written(home / name, is_ours=True)
     with safe_open(home / name, framework="pt") as file:
         chosen, rejected = file.get_tensor("chosen"), file.get_tensor("rejected")
         longer = file.get_tensor("longer")
+        identity = file.metadata()["of"]
+    if identity != part["of"]:
+        raise ValueError(f"{name}: holds states of other pairs or of another model")
     has_shape = chosen.shape == rejected.shape == (len(longer), width) and len(longer)
     if not has_shape:
         raise ValueError(

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import minimore.lab.features
@@ -172,15 +173,28 @@ def description_is(text):
     return lambda directory: (directory / "features.json").write_text(text)
 
 
+def rewrite(path, **changes):
+    """Write a file of states again with other tensors, as what it was."""
+    with safe_open(path, framework="pt") as file:
+        metadata = {"of": file.metadata()["of"]}
+    write_tensors(path, load_file(path) | changes, metadata)
+
+
 def too_few_states(directory):
-    path = directory / "00.test.safetensors"
-    write_tensors(path, load_file(path) | {"chosen": torch.zeros(3, 64)})
+    rewrite(directory / "00.test.safetensors", chosen=torch.zeros(3, 64))
 
 
 def states_that_are_not_finite(directory):
     path = directory / "00.train.safetensors"
-    tensors = load_file(path)
-    write_tensors(path, tensors | {"chosen": tensors["chosen"] * float("nan")})
+    rewrite(path, chosen=load_file(path)["chosen"] * float("nan"))
+
+
+def train_and_test_swapped(directory):
+    train, test, aside = (directory / f"00.{name}" for name in ("train", "test", "aside"))
+    train, test = (path.with_name(f"{path.name}.safetensors") for path in (train, test))
+    train.rename(aside)
+    test.rename(train)
+    aside.rename(test)
 
 
 def a_missing_file(directory):
@@ -203,7 +217,8 @@ def a_file_of_something_else(directory):
         (a_file_of_something_else, "damaged"),
         (description_with("00.train", "../../etc/x"), "damaged"),
         (description_with("00.train", "../states/00.train"), "damaged"),
-        (too_few_states, "damaged"),
+        (too_few_states, "expected (N, 64)"),
+        (train_and_test_swapped, "holds states of other pairs or of another model"),
         (states_that_are_not_finite, "not finite"),
         (description_with('"width": 64', '"width": 65'), "damaged"),
     ],

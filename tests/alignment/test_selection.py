@@ -211,7 +211,7 @@ def uniform():
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 16])
-def test_best_of_n_has_the_mean_of_the_order_statistic(tmp_path, monkeypatch, uniform, n):
+def test_best_of_n_is_the_order_statistic(tmp_path, monkeypatch, uniform, n):
     """Of n uniform rewards the i-th highest has the mean (n + 1 - i) / (n + 1)."""
     monkeypatch.setattr(selection, "Scorer", KnownRewards)
     deviation = math.sqrt(n / ((n + 1) ** 2 * (n + 2)))  # of the highest, and of the lowest

@@ -26,6 +26,8 @@ from ..model.attention import attend, pack
 from ..model.trunk import Block, at_least_fp32, rotary_angles
 from .policy import LanguageModel
 
+FEW = 1024  # tokens that are likely enough, most often
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -103,7 +105,7 @@ def generate(
 class Cache:
     """Keys and values of every block, a row a sample.
 
-    keys, values: of each block (S, T, G, C), of which row s holds `lengths[s]` places.
+    keys, values: of each block (S, G, T, C), of which row s holds `lengths[s]` places.
     """
 
     def __init__(self, model: LanguageModel, lengths: Tensor):
@@ -132,8 +134,9 @@ class Cache:
         for block in cache.blocks:
             q, k, v = block.before_attention(x, *rotation)
             x = after(block, x, attend(q, k, v, stream, block.attention.window))
-            cache.keys.append(padded_rows(k, prompt_lengths)[of_samples])
-            cache.values.append(padded_rows(v, prompt_lengths)[of_samples])
+            for stored, stream_rows in ((cache.keys, k), (cache.values, v)):
+                rows = padded_rows(stream_rows, prompt_lengths)  # (prompts, G, T, C)
+                stored.append(rows.index_select(0, of_samples))
         last = model.trunk.final_norm(at_least_fp32(x.index_select(0, stream.last)))
         return cache, last[of_samples]
 
@@ -146,51 +149,57 @@ class Cache:
         """Let every sample read its newest token; returns the states (S, D) behind it."""
         trunk, positions = self.model.trunk, self.lengths
         self.lengths = self.lengths + 1
-        self._make_room(int(self.lengths.max()))
+        longest = int(self.lengths.max())
+        self._make_room(longest)
         newest = torch.tensor(tokens, device=positions.device)
         x = trunk.embed_tokens(newest, positions)
         rotation = rotary_angles(self.c, positions)
+        windows = {block.attention.window for block in self.blocks}
+        visible = {window: self._visible(longest, window) for window in windows}
         rows = torch.arange(len(tokens), device=positions.device)
-        for number, block in enumerate(self.blocks):
+        for block, keys, values in zip(self.blocks, self.keys, self.values):
             q, k, v = block.before_attention(x, *rotation)
-            self.keys[number][rows, positions] = k
-            self.values[number][rows, positions] = v
-            x = after(block, x, self._attend(q, number, block.attention.window))
+            keys[rows, :, positions] = k
+            values[rows, :, positions] = v
+            attended = attend_rows(
+                q, keys[:, :, :longest], values[:, :, :longest], visible[block.attention.window]
+            )
+            x = after(block, x, attended)
         return trunk.final_norm(at_least_fp32(x))
 
-    def _attend(self, q: Tensor, number: int, window: int | None) -> Tensor:
-        """Attention of one query a sample (S, H, C) over the sample's own row."""
-        keys, values = (
-            stored[number].transpose(1, 2) for stored in (self.keys, self.values)
-        )  # (S, G, T, C)
-        place = torch.arange(keys.shape[2], device=q.device)
-        visible = place < self.lengths[:, None]  # (S, T)
+    def _visible(self, longest: int, window: int | None) -> Tensor:
+        """Which places of its row a sample's newest token sees: (S, 1, 1, longest)."""
+        place = torch.arange(longest, device=self.lengths.device)
+        visible = place < self.lengths[:, None]
         if window is not None:
             visible &= place >= self.lengths[:, None] - window
-        attended = F.scaled_dot_product_attention(
-            q[:, :, None],
-            keys,
-            values,
-            attn_mask=visible[:, None, None],
-            enable_gqa=q.shape[1] != keys.shape[1],
-        )
-        return attended[:, :, 0]
+        return visible[:, None, None]
 
     def _make_room(self, places: int) -> None:
         """Let every row have so many places, and some more, so that this is seldom needed."""
-        if places <= self.keys[0].shape[1]:
+        if places <= self.keys[0].shape[2]:
             return
-        more = places + places // 4 + 16 - self.keys[0].shape[1]
+        more = places + places // 4 + 16 - self.keys[0].shape[2]
         for stored in (self.keys, self.values):
-            stored[:] = [F.pad(tensor, (0, 0, 0, 0, 0, more)) for tensor in stored]
+            stored[:] = [F.pad(tensor, (0, 0, 0, more)) for tensor in stored]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all samples but these rows."""
         row = torch.tensor(rows, device=self.lengths.device)
         self.lengths = self.lengths[row]
-        longest = int(self.lengths.max())
         for stored in (self.keys, self.values):
-            stored[:] = [tensor[row, :longest] for tensor in stored]
+            stored[:] = [tensor.index_select(0, row) for tensor in stored]
+
+
+def attend_rows(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """Attention of one query a sample (S, H, C) over its own row (S, G, T, C): (S, H, C).
+
+    visible: (S, 1, 1, T). The H / G queries that share a key head stand in line, as if they were
+    queries of one head.
+    """
+    in_groups = q.unflatten(1, (keys.shape[1], -1))  # (S, G, H / G, C)
+    attended = F.scaled_dot_product_attention(in_groups, keys, values, attn_mask=visible)
+    return attended.flatten(1, 2)
 
 
 def after(block: Block, x: Tensor, attended: Tensor) -> Tensor:
@@ -200,8 +209,9 @@ def after(block: Block, x: Tensor, attended: Tensor) -> Tensor:
 
 
 def padded_rows(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """A stream (N, G, C) of texts of these lengths -> a row a text, (texts, longest, G, C)."""
-    return torch.nn.utils.rnn.pad_sequence(list(x.split(list(lengths))), batch_first=True)
+    """A stream (N, G, C) of texts of these lengths -> a row a text, (texts, G, longest, C)."""
+    texts = list(x.split(list(lengths)))
+    return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).transpose(1, 2)
 
 
 # ---- drawing a token -----------------------------------------------------------------------------
@@ -210,36 +220,50 @@ def padded_rows(x: Tensor, lengths: Sequence[int]) -> Tensor:
 def draw(logits: Tensor, samples: Sequence[Sample], sampling: Sampling) -> list[int]:
     """The next token of every sample, from its logits (S, V).
 
-    It is the first one whose probability, with that of all likelier ones, reaches a random share of
+    It is the first one whose probability, with that of all ids below it, reaches a random share of
     the sum. Raises FloatingPointError for logits that are not finite.
     """
-    if not logits.isfinite().all():
+    lowest, highest = logits.aminmax()  # one pass; both are NaN if any logit is
+    if not (lowest.isfinite() and highest.isfinite()):
         raise FloatingPointError("a logit is not finite; try --compute-dtype float32")
     if sampling.temperature == 0:
         return logits.argmax(1).tolist()
-    probabilities, tokens = kept(logits, sampling)
-    cumulative = probabilities.cumsum(1)
+    cumulative = probabilities_of(logits, sampling).cumsum(1)
     # In (0, 1]: at 0, a first token of probability zero would be drawn.
     share = [1 - uniform(sample.seed, len(sample.tokens)) for sample in samples]
     random = torch.tensor(share, dtype=torch.float64).to(cumulative.device)
-    place = torch.searchsorted(cumulative, random[:, None] * cumulative[:, -1:])
-    return tokens.gather(1, place)[:, 0].tolist()
+    return torch.searchsorted(cumulative, random[:, None] * cumulative[:, -1:])[:, 0].tolist()
 
 
-def kept(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Probabilities in falling order (S, V), zero where they are cut off, and their tokens.
+def probabilities_of(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What tokens are drawn by: (S, V) float64, zero where top-k or top-p cuts off.
 
-    They sum to what is kept, in float64.
+    The rest sums to what is left. A token as likely as the last one that stays, stays, too.
     """
-    ordered, tokens = logits.double().sort(dim=1, descending=True, stable=True)
-    probabilities = (ordered / sampling.temperature).softmax(1)
-    if sampling.top_k:
-        probabilities[:, sampling.top_k :] = 0
+    probabilities = logits.double().div_(sampling.temperature).softmax(1)
+    if 0 < sampling.top_k < logits.shape[1]:
+        least = probabilities.topk(sampling.top_k).values[:, -1:]
+        probabilities.masked_fill_(probabilities < least, 0)
         probabilities /= probabilities.sum(1, keepdim=True)
     if sampling.top_p < 1:
-        before = probabilities.cumsum(1) - probabilities
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
-    return probabilities, tokens
+        least = least_of_share(probabilities, sampling.top_p)
+        probabilities.masked_fill_(probabilities < least, 0)
+    return probabilities
+
+
+def least_of_share(probabilities: Tensor, share: float) -> Tensor:
+    """The smallest of the fewest probabilities that have this share of the sum 1: (S, 1).
+
+    Most often some hundred tokens have it, so the vocabulary is sorted only where they have not.
+    """
+    vocabulary = probabilities.shape[1]
+    for count in (min(FEW, vocabulary), vocabulary):
+        likeliest = probabilities.topk(count).values
+        cumulative = likeliest.cumsum(1)
+        if (cumulative[:, -1] >= share).all():
+            break
+    is_needed = cumulative - likeliest < share  # those in front of it are not enough
+    return likeliest.gather(1, is_needed.sum(1, keepdim=True) - 1)
 
 
 def uniform(seed: int, t: int) -> float:

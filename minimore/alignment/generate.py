@@ -26,8 +26,6 @@ from ..model.attention import attend, pack
 from ..model.trunk import Block, at_least_fp32, rotary_angles
 from .policy import LanguageModel
 
-FEW = 1024  # tokens that are likely enough, most often
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -238,32 +236,29 @@ def draw(logits: Tensor, samples: Sequence[Sample], sampling: Sampling) -> list[
 def probabilities_of(logits: Tensor, sampling: Sampling) -> Tensor:
     """What tokens are drawn by: (S, V) float64, zero where top-k or top-p cuts off.
 
-    The rest sums to what is left. A token as likely as the last one that stays, stays, too.
+    What is left does not sum to 1.
     """
     probabilities = logits.double().div_(sampling.temperature).softmax(1)
-    if 0 < sampling.top_k < logits.shape[1]:
-        least = probabilities.topk(sampling.top_k).values[:, -1:]
-        probabilities.masked_fill_(probabilities < least, 0)
-        probabilities /= probabilities.sum(1, keepdim=True)
-    if sampling.top_p < 1:
-        least = least_of_share(probabilities, sampling.top_p)
-        probabilities.masked_fill_(probabilities < least, 0)
+    if sampling.top_k or sampling.top_p < 1:
+        # A token as likely as the last one that stays, stays, too.
+        probabilities *= probabilities >= least_likely(probabilities, sampling)
     return probabilities
 
 
-def least_of_share(probabilities: Tensor, share: float) -> Tensor:
-    """The smallest of the fewest probabilities that have this share of the sum 1: (S, 1).
-
-    Most often some hundred tokens have it, so the vocabulary is sorted only where they have not.
-    """
+def least_likely(probabilities: Tensor, sampling: Sampling) -> Tensor:
+    """The smallest of the probabilities (S, V) that top-k and top-p leave: (S, 1)."""
     vocabulary = probabilities.shape[1]
-    for count in (min(FEW, vocabulary), vocabulary):
-        likeliest = probabilities.topk(count).values
-        cumulative = likeliest.cumsum(1)
-        if (cumulative[:, -1] >= share).all():
-            break
-    is_needed = cumulative - likeliest < share  # those in front of it are not enough
-    return likeliest.gather(1, is_needed.sum(1, keepdim=True) - 1)
+    if sampling.top_k:
+        likeliest = probabilities.topk(min(sampling.top_k, vocabulary)).values  # falling
+        total = likeliest.sum(1, keepdim=True)
+    else:
+        # All tokens below (1 - p) / V have less than 1 - p together, so top-p needs none of them.
+        is_likely = probabilities >= (1 - sampling.top_p) / vocabulary
+        likeliest = probabilities.topk(max(1, int(is_likely.sum(1).max()))).values
+        total = probabilities.sum(1, keepdim=True)
+    before = likeliest.cumsum(1) - likeliest  # what all likelier ones have
+    needed = (before < sampling.top_p * total).sum(1, keepdim=True)
+    return likeliest.gather(1, needed - 1)
 
 
 def uniform(seed: int, t: int) -> float:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.pairs import split_by_tokens
 from ..model.attention import attend, pack
 from ..model.trunk import Block, at_least_fp32, rotary_angles
 from .policy import LanguageModel
@@ -69,16 +70,18 @@ def generate(
     seeds: Sequence[Sequence[int]],
     sampling: Sampling,
     stop: Stop | None = None,
+    micro_tokens: int = 8192,
 ) -> list[Sample]:
     """Continuations of prompts; seeds: those of each prompt's samples.
 
-    The prompts have at least one id each. stop: asked after every token. Returns the samples in the
-    order of prompts and seeds.
+    The prompts have at least one id each. stop: asked after every token. micro_tokens: of prompts,
+    computed at a time. Returns the samples in the order of prompts and seeds.
     """
     samples = [Sample(prompt, seed, []) for prompt, own in enumerate(seeds) for seed in own]
     if not samples or not sampling.max_new_tokens:
         return samples
-    cache, states = Cache.of_prompts(model, prompts, [sample.prompt for sample in samples])
+    prompt_of = [sample.prompt for sample in samples]
+    cache, states = Cache.of_prompts(model, prompts, prompt_of, micro_tokens)
     writing = list(samples)
     while True:
         next_tokens = draw(model.logits(states), writing, sampling)
@@ -114,7 +117,11 @@ class Cache:
 
     @classmethod
     def of_prompts(
-        cls, model: LanguageModel, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int]
+        cls,
+        model: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        prompt_of: Sequence[int],
+        micro_tokens: int = 8192,
     ) -> tuple["Cache", Tensor]:
         """The cache of samples that have read their prompts, and the state of the last tokens.
 
@@ -123,20 +130,27 @@ class Cache:
         norm.
         """
         device = model.unembedding.device
-        stream = pack([([], [prompt]) for prompt in prompts]).to(device)
-        prompt_lengths = [len(prompt) for prompt in prompts]
+        lengths = [len(prompt) for prompt in prompts]
         of_samples = torch.tensor(prompt_of, device=device)  # (S,)
-        cache = cls(model, torch.tensor(prompt_lengths, device=device)[of_samples])
-        rotation = rotary_angles(cache.c, stream.positions)
-        x = model.trunk.embed(stream)
-        for block in cache.blocks:
-            q, k, v = block.before_attention(x, *rotation)
-            x = after(block, x, attend(q, k, v, stream, block.attention.window))
-            for stored, stream_rows in ((cache.keys, k), (cache.values, v)):
-                rows = padded_rows(stream_rows, prompt_lengths)  # (prompts, G, T, C)
-                stored.append(rows.index_select(0, of_samples))
-        last = model.trunk.final_norm(at_least_fp32(x.index_select(0, stream.last)))
-        return cache, last[of_samples]
+        cache = cls(model, torch.tensor(lengths, device=device)[of_samples])
+        keys: list[list[Tensor]] = [[] for _ in cache.blocks]  # of every block, by prompt
+        values: list[list[Tensor]] = [[] for _ in cache.blocks]
+        last: list[Tensor] = []
+        for part in split_by_tokens(lengths, micro_tokens):
+            stream = pack([([], [prompts[number]]) for number in part]).to(device)
+            part_lengths = [lengths[number] for number in part]
+            x, rotation = model.trunk.embed(stream), rotary_angles(cache.c, stream.positions)
+            for block, block_keys, block_values in zip(cache.blocks, keys, values):
+                q, k, v = block.before_attention(x, *rotation)
+                x = after(block, x, attend(q, k, v, stream, block.attention.window))
+                block_keys += k.split(part_lengths)
+                block_values += v.split(part_lengths)
+            last.append(x.index_select(0, stream.last))
+        for stored, by_prompt in ((cache.keys, keys), (cache.values, values)):
+            while by_prompt:  # what was copied is forgotten
+                stored.append(rows_of(by_prompt.pop(0)).index_select(0, of_samples))
+        states = model.trunk.final_norm(at_least_fp32(torch.cat(last)))
+        return cache, states.index_select(0, of_samples)
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -178,15 +192,19 @@ class Cache:
         if places <= self.keys[0].shape[2]:
             return
         more = places + places // 4 + 16 - self.keys[0].shape[2]
-        for stored in (self.keys, self.values):
-            stored[:] = [F.pad(tensor, (0, 0, 0, more)) for tensor in stored]
+        self._replace_each(lambda rows: F.pad(rows, (0, 0, 0, more)))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all samples but these rows."""
         row = torch.tensor(rows, device=self.lengths.device)
         self.lengths = self.lengths[row]
+        self._replace_each(lambda rows: rows.index_select(0, row))
+
+    def _replace_each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change keys and values, one block's after the other's, so that few are there twice."""
         for stored in (self.keys, self.values):
-            stored[:] = [tensor.index_select(0, row) for tensor in stored]
+            for number, rows in enumerate(stored):
+                stored[number] = change(rows)
 
 
 def attend_rows(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
@@ -206,10 +224,9 @@ def after(block: Block, x: Tensor, attended: Tensor) -> Tensor:
     return residual + block.mlp.down(hidden)
 
 
-def padded_rows(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """A stream (N, G, C) of texts of these lengths -> a row a text, (texts, G, longest, C)."""
-    texts = list(x.split(list(lengths)))
-    return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).transpose(1, 2)
+def rows_of(texts: Sequence[Tensor]) -> Tensor:
+    """Texts (N, G, C), each of its own N -> a row a text, padded: (texts, G, longest N, C)."""
+    return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).transpose(1, 2)
 
 
 # ---- drawing a token -----------------------------------------------------------------------------
@@ -256,6 +273,8 @@ def least_likely(probabilities: Tensor, sampling: Sampling) -> Tensor:
         is_likely = probabilities >= (1 - sampling.top_p) / vocabulary
         likeliest = probabilities.topk(max(1, int(is_likely.sum(1).max()))).values
         total = probabilities.sum(1, keepdim=True)
+    if sampling.top_p == 1:
+        return likeliest[:, -1:]
     before = likeliest.cumsum(1) - likeliest  # what all likelier ones have
     needed = (before < sampling.top_p * total).sum(1, keepdim=True)
     return likeliest.gather(1, needed - 1)

@@ -74,8 +74,8 @@ def generate(
 ) -> list[Sample]:
     """Continuations of prompts; seeds: those of each prompt's samples.
 
-    The prompts have at least one id each. stop: asked after every token. micro_tokens: of prompts,
-    computed at a time. Returns the samples in the order of prompts and seeds.
+    The prompts have at least one id each. stop: asked after every token. micro_tokens: tokens of
+    prompts computed at a time. Returns the samples in the order of prompts and seeds.
     """
     samples = [Sample(prompt, seed, []) for prompt, own in enumerate(seeds) for seed in own]
     if not samples or not sampling.max_new_tokens:
@@ -125,9 +125,9 @@ class Cache:
     ) -> tuple["Cache", Tensor]:
         """The cache of samples that have read their prompts, and the state of the last tokens.
 
-        prompt_of: of every sample, the number of its prompt. Every prompt is computed once, and its
-        keys and values are copied to all of its samples. The states are (S, D), after the final
-        norm.
+        prompt_of: of every sample, the number of its prompt. Every prompt is computed once, with
+        others of up to micro_tokens tokens, and its keys and values are copied to all its samples.
+        The states are (S, D), after the final norm.
         """
         device = model.unembedding.device
         lengths = [len(prompt) for prompt in prompts]
@@ -135,22 +135,33 @@ class Cache:
         cache = cls(model, torch.tensor(lengths, device=device)[of_samples])
         keys: list[list[Tensor]] = [[] for _ in cache.blocks]  # of every block, by prompt
         values: list[list[Tensor]] = [[] for _ in cache.blocks]
-        last: list[Tensor] = []
-        for part in split_by_tokens(lengths, micro_tokens):
-            stream = pack([([], [prompts[number]]) for number in part]).to(device)
-            part_lengths = [lengths[number] for number in part]
-            x, rotation = model.trunk.embed(stream), rotary_angles(cache.c, stream.positions)
-            for block, block_keys, block_values in zip(cache.blocks, keys, values):
-                q, k, v = block.before_attention(x, *rotation)
-                x = after(block, x, attend(q, k, v, stream, block.attention.window))
-                block_keys += k.split(part_lengths)
-                block_values += v.split(part_lengths)
-            last.append(x.index_select(0, stream.last))
+        parts = split_by_tokens(lengths, micro_tokens)
+        last = [cache._read(prompts[part.start : part.stop], keys, values) for part in parts]
         for stored, by_prompt in ((cache.keys, keys), (cache.values, values)):
             while by_prompt:  # what was copied is forgotten
                 stored.append(rows_of(by_prompt.pop(0)).index_select(0, of_samples))
         states = model.trunk.final_norm(at_least_fp32(torch.cat(last)))
         return cache, states.index_select(0, of_samples)
+
+    def _read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[list[Tensor]],
+        values: Sequence[list[Tensor]],
+    ) -> Tensor:
+        """What the blocks leave at the last token of some prompts: (prompts, D).
+
+        Appends the keys and values (N, G, C) of each prompt to those of every block.
+        """
+        stream = pack([([], [prompt]) for prompt in prompts]).to(self.lengths.device)
+        lengths = [len(prompt) for prompt in prompts]
+        x, rotation = self.model.trunk.embed(stream), rotary_angles(self.c, stream.positions)
+        for block, block_keys, block_values in zip(self.blocks, keys, values):
+            q, k, v = block.before_attention(x, *rotation)
+            x = after(block, x, attend(q, k, v, stream, block.attention.window))
+            block_keys += k.split(lengths)
+            block_values += v.split(lengths)
+        return x.index_select(0, stream.last)
 
     @property
     def blocks(self) -> Sequence[Block]:

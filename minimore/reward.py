@@ -208,12 +208,14 @@ class ReadingOptions(ModelOptions):
         return TextRules(max_length, self.truncate or truncate, chat)
 
 
-def check_length(config: ModelConfig, max_length: int, directory: Path) -> None:
-    """Refuse texts longer than a learned position embedding."""
+def check_length(
+    config: ModelConfig, max_length: int, directory: Path, options: str = "--max-length"
+) -> None:
+    """Refuse texts longer than a learned position embedding; options: what set their length."""
     positions = config.learned_positions - config.position_offset
     require(
         not config.learned_positions or max_length <= positions,
-        f"--max-length {max_length}: {directory} has learned positions for {positions} tokens only",
+        f"{options} {max_length}: {directory} has learned positions for {positions} tokens only",
     )
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.pairs import split_by_tokens
 from ..model.attention import attend, pack
 from ..model.trunk import Block, at_least_fp32, rotary_angles
 from .policy import LanguageModel
@@ -69,16 +70,18 @@ def generate(
     seeds: Sequence[Sequence[int]],
     sampling: Sampling,
     stop: Stop | None = None,
+    micro_tokens: int = 8192,
 ) -> list[Sample]:
     """Continuations of prompts; seeds: those of each prompt's samples.
 
-    The prompts have at least one id each. stop: asked after every token. Returns the samples in the
-    order of prompts and seeds.
+    The prompts have at least one id each. stop: asked after every token. micro_tokens: tokens of
+    prompts computed at a time. Returns the samples in the order of prompts and seeds.
     """
     samples = [Sample(prompt, seed, []) for prompt, own in enumerate(seeds) for seed in own]
     if not samples or not sampling.max_new_tokens:
         return samples
-    cache, states = Cache.of_prompts(model, prompts, [sample.prompt for sample in samples])
+    prompt_of = [sample.prompt for sample in samples]
+    cache, states = Cache.of_prompts(model, prompts, prompt_of, micro_tokens)
     writing = list(samples)
     while True:
         next_tokens = draw(model.logits(states), writing, sampling)
@@ -103,7 +106,7 @@ def generate(
 class Cache:
     """Keys and values of every block, a row a sample.
 
-    keys, values: of each block (S, T, G, C), of which row s holds `lengths[s]` places.
+    keys, values: of each block (S, G, T, C), of which row s holds `lengths[s]` places.
     """
 
     def __init__(self, model: LanguageModel, lengths: Tensor):
@@ -114,28 +117,51 @@ class Cache:
 
     @classmethod
     def of_prompts(
-        cls, model: LanguageModel, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int]
+        cls,
+        model: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        prompt_of: Sequence[int],
+        micro_tokens: int = 8192,
     ) -> tuple["Cache", Tensor]:
         """The cache of samples that have read their prompts, and the state of the last tokens.
 
-        prompt_of: of every sample, the number of its prompt. Every prompt is computed once, and its
-        keys and values are copied to all of its samples. The states are (S, D), after the final
-        norm.
+        prompt_of: of every sample, the number of its prompt. Every prompt is computed once, with
+        others of up to micro_tokens tokens, and its keys and values are copied to all its samples.
+        The states are (S, D), after the final norm.
         """
         device = model.unembedding.device
-        stream = pack([([], [prompt]) for prompt in prompts]).to(device)
-        prompt_lengths = [len(prompt) for prompt in prompts]
+        lengths = [len(prompt) for prompt in prompts]
         of_samples = torch.tensor(prompt_of, device=device)  # (S,)
-        cache = cls(model, torch.tensor(prompt_lengths, device=device)[of_samples])
-        rotation = rotary_angles(cache.c, stream.positions)
-        x = model.trunk.embed(stream)
-        for block in cache.blocks:
+        cache = cls(model, torch.tensor(lengths, device=device)[of_samples])
+        keys: list[list[Tensor]] = [[] for _ in cache.blocks]  # of every block, by prompt
+        values: list[list[Tensor]] = [[] for _ in cache.blocks]
+        parts = split_by_tokens(lengths, micro_tokens)
+        last = [cache._read(prompts[part.start : part.stop], keys, values) for part in parts]
+        for stored, by_prompt in ((cache.keys, keys), (cache.values, values)):
+            while by_prompt:  # what was copied is forgotten
+                stored.append(rows_of(by_prompt.pop(0)).index_select(0, of_samples))
+        states = model.trunk.final_norm(at_least_fp32(torch.cat(last)))
+        return cache, states.index_select(0, of_samples)
+
+    def _read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[list[Tensor]],
+        values: Sequence[list[Tensor]],
+    ) -> Tensor:
+        """What the blocks leave at the last token of some prompts: (prompts, D).
+
+        Appends the keys and values (N, G, C) of each prompt to those of every block.
+        """
+        stream = pack([([], [prompt]) for prompt in prompts]).to(self.lengths.device)
+        lengths = [len(prompt) for prompt in prompts]
+        x, rotation = self.model.trunk.embed(stream), rotary_angles(self.c, stream.positions)
+        for block, block_keys, block_values in zip(self.blocks, keys, values):
             q, k, v = block.before_attention(x, *rotation)
             x = after(block, x, attend(q, k, v, stream, block.attention.window))
-            cache.keys.append(padded_rows(k, prompt_lengths)[of_samples])
-            cache.values.append(padded_rows(v, prompt_lengths)[of_samples])
-        last = model.trunk.final_norm(at_least_fp32(x.index_select(0, stream.last)))
-        return cache, last[of_samples]
+            block_keys += k.split(lengths)
+            block_values += v.split(lengths)
+        return x.index_select(0, stream.last)
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -146,51 +172,61 @@ class Cache:
         """Let every sample read its newest token; returns the states (S, D) behind it."""
         trunk, positions = self.model.trunk, self.lengths
         self.lengths = self.lengths + 1
-        self._make_room(int(self.lengths.max()))
+        longest = int(self.lengths.max())
+        self._make_room(longest)
         newest = torch.tensor(tokens, device=positions.device)
         x = trunk.embed_tokens(newest, positions)
         rotation = rotary_angles(self.c, positions)
+        windows = {block.attention.window for block in self.blocks}
+        visible = {window: self._visible(longest, window) for window in windows}
         rows = torch.arange(len(tokens), device=positions.device)
-        for number, block in enumerate(self.blocks):
+        for block, keys, values in zip(self.blocks, self.keys, self.values):
             q, k, v = block.before_attention(x, *rotation)
-            self.keys[number][rows, positions] = k
-            self.values[number][rows, positions] = v
-            x = after(block, x, self._attend(q, number, block.attention.window))
+            keys[rows, :, positions] = k
+            values[rows, :, positions] = v
+            attended = attend_rows(
+                q, keys[:, :, :longest], values[:, :, :longest], visible[block.attention.window]
+            )
+            x = after(block, x, attended)
         return trunk.final_norm(at_least_fp32(x))
 
-    def _attend(self, q: Tensor, number: int, window: int | None) -> Tensor:
-        """Attention of one query a sample (S, H, C) over the sample's own row."""
-        keys, values = (
-            stored[number].transpose(1, 2) for stored in (self.keys, self.values)
-        )  # (S, G, T, C)
-        place = torch.arange(keys.shape[2], device=q.device)
-        visible = place < self.lengths[:, None]  # (S, T)
+    def _visible(self, longest: int, window: int | None) -> Tensor:
+        """Which places of its row a sample's newest token sees: (S, 1, 1, longest)."""
+        place = torch.arange(longest, device=self.lengths.device)
+        visible = place < self.lengths[:, None]
         if window is not None:
             visible &= place >= self.lengths[:, None] - window
-        attended = F.scaled_dot_product_attention(
-            q[:, :, None],
-            keys,
-            values,
-            attn_mask=visible[:, None, None],
-            enable_gqa=q.shape[1] != keys.shape[1],
-        )
-        return attended[:, :, 0]
+        return visible[:, None, None]
 
     def _make_room(self, places: int) -> None:
         """Let every row have so many places, and some more, so that this is seldom needed."""
-        if places <= self.keys[0].shape[1]:
+        if places <= self.keys[0].shape[2]:
             return
-        more = places + places // 4 + 16 - self.keys[0].shape[1]
-        for stored in (self.keys, self.values):
-            stored[:] = [F.pad(tensor, (0, 0, 0, 0, 0, more)) for tensor in stored]
+        more = places + places // 4 + 16 - self.keys[0].shape[2]
+        self._replace_each(lambda rows: F.pad(rows, (0, 0, 0, more)))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all samples but these rows."""
         row = torch.tensor(rows, device=self.lengths.device)
         self.lengths = self.lengths[row]
-        longest = int(self.lengths.max())
+        self._replace_each(lambda rows: rows.index_select(0, row))
+
+    def _replace_each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change keys and values, one block's after the other's, so that few are there twice."""
         for stored in (self.keys, self.values):
-            stored[:] = [tensor[row, :longest] for tensor in stored]
+            for number, rows in enumerate(stored):
+                stored[number] = change(rows)
+
+
+def attend_rows(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """Attention of one query a sample (S, H, C) over its own row (S, G, T, C): (S, H, C).
+
+    visible: (S, 1, 1, T). The H / G queries that share a key head stand in line, as if they were
+    queries of one head.
+    """
+    in_groups = q.unflatten(1, (keys.shape[1], -1))  # (S, G, H / G, C)
+    attended = F.scaled_dot_product_attention(in_groups, keys, values, attn_mask=visible)
+    return attended.flatten(1, 2)
 
 
 def after(block: Block, x: Tensor, attended: Tensor) -> Tensor:
@@ -199,9 +235,9 @@ def after(block: Block, x: Tensor, attended: Tensor) -> Tensor:
     return residual + block.mlp.down(hidden)
 
 
-def padded_rows(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """A stream (N, G, C) of texts of these lengths -> a row a text, (texts, longest, G, C)."""
-    return torch.nn.utils.rnn.pad_sequence(list(x.split(list(lengths))), batch_first=True)
+def rows_of(texts: Sequence[Tensor]) -> Tensor:
+    """Texts (N, G, C), each of its own N -> a row a text, padded: (texts, G, longest N, C)."""
+    return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).transpose(1, 2)
 
 
 # ---- drawing a token -----------------------------------------------------------------------------
@@ -210,36 +246,49 @@ def padded_rows(x: Tensor, lengths: Sequence[int]) -> Tensor:
 def draw(logits: Tensor, samples: Sequence[Sample], sampling: Sampling) -> list[int]:
     """The next token of every sample, from its logits (S, V).
 
-    It is the first one whose probability, with that of all likelier ones, reaches a random share of
+    It is the first one whose probability, with that of all ids below it, reaches a random share of
     the sum. Raises FloatingPointError for logits that are not finite.
     """
-    if not logits.isfinite().all():
+    lowest, highest = logits.aminmax()  # one pass; both are NaN if any logit is
+    if not (lowest.isfinite() and highest.isfinite()):
         raise FloatingPointError("a logit is not finite; try --compute-dtype float32")
     if sampling.temperature == 0:
         return logits.argmax(1).tolist()
-    probabilities, tokens = kept(logits, sampling)
-    cumulative = probabilities.cumsum(1)
+    cumulative = probabilities_of(logits, sampling).cumsum(1)
     # In (0, 1]: at 0, a first token of probability zero would be drawn.
     share = [1 - uniform(sample.seed, len(sample.tokens)) for sample in samples]
     random = torch.tensor(share, dtype=torch.float64).to(cumulative.device)
-    place = torch.searchsorted(cumulative, random[:, None] * cumulative[:, -1:])
-    return tokens.gather(1, place)[:, 0].tolist()
+    return torch.searchsorted(cumulative, random[:, None] * cumulative[:, -1:])[:, 0].tolist()
 
 
-def kept(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Probabilities in falling order (S, V), zero where they are cut off, and their tokens.
+def probabilities_of(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What tokens are drawn by: (S, V) float64, zero where top-k or top-p cuts off.
 
-    They sum to what is kept, in float64.
+    What is left does not sum to 1.
     """
-    ordered, tokens = logits.double().sort(dim=1, descending=True, stable=True)
-    probabilities = (ordered / sampling.temperature).softmax(1)
+    probabilities = logits.double().div_(sampling.temperature).softmax(1)
+    if sampling.top_k or sampling.top_p < 1:
+        # A token as likely as the last one that stays, stays, too.
+        probabilities *= probabilities >= least_likely(probabilities, sampling)
+    return probabilities
+
+
+def least_likely(probabilities: Tensor, sampling: Sampling) -> Tensor:
+    """The smallest of the probabilities (S, V) that top-k and top-p leave: (S, 1)."""
+    vocabulary = probabilities.shape[1]
     if sampling.top_k:
-        probabilities[:, sampling.top_k :] = 0
-        probabilities /= probabilities.sum(1, keepdim=True)
-    if sampling.top_p < 1:
-        before = probabilities.cumsum(1) - probabilities
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
-    return probabilities, tokens
+        likeliest = probabilities.topk(min(sampling.top_k, vocabulary)).values  # falling
+        total = likeliest.sum(1, keepdim=True)
+    else:
+        # All tokens below (1 - p) / V have less than 1 - p together, so top-p needs none of them.
+        is_likely = probabilities >= (1 - sampling.top_p) / vocabulary
+        likeliest = probabilities.topk(max(1, int(is_likely.sum(1).max()))).values
+        total = probabilities.sum(1, keepdim=True)
+    if sampling.top_p == 1:
+        return likeliest[:, -1:]
+    before = likeliest.cumsum(1) - likeliest  # what all likelier ones have
+    needed = (before < sampling.top_p * total).sum(1, keepdim=True)
+    return likeliest.gather(1, needed - 1)
 
 
 def uniform(seed: int, t: int) -> float:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.forms import record_pairs
@@ -26,7 +25,7 @@ from ..options import COUNT, InputError, check_ranges, option
 from ..reward import ModelOptions, check_length
 from ..tables import Table, number
 from .language import Responses, pack_responses
-from .policy import CHUNK, LanguageModel, open_policy
+from .policy import LanguageModel, open_policy
 from .responses import Answers, encoded, fitted
 
 SIDES = ("chosen", "rejected")
@@ -98,13 +97,7 @@ def response_losses(
         batch = pack_responses(part)
         device = model.unembedding.device
         states = model.trunk.states_at(batch.stream.to(device), batch.reads.to(device))
-        targets = batch.targets.to(device)
-        by_token = torch.cat(
-            [
-                F.cross_entropy(model.logits(s), t, reduction="none")
-                for s, t in zip(states.split(CHUNK), targets.split(CHUNK))
-            ]
-        ).cpu()
+        by_token = model.losses(states, batch.targets.to(device)).cpu()
         lengths = [len(response) for item in part for response in item.responses]
         sums = torch.stack([tokens.sum() for tokens in by_token.split(lengths)])
         for place, row in zip(places, sums.split([len(item.responses) for item in part])):

@@ -52,6 +52,14 @@ class LanguageModel(nn.Module):
         """Final hidden states (..., D) -> (..., V), in their type."""
         return F.linear(states, self.unembedding.to(states.dtype))
 
+    def losses(self, states: Tensor, targets: Tensor) -> Tensor:
+        """-log p(target) of states (M, D) and the ids (M,) that follow them: (M,), nats.
+
+        CHUNK states have logits at a time.
+        """
+        chunks = zip(states.split(CHUNK), targets.split(CHUNK))
+        return torch.cat([F.cross_entropy(self.logits(s), t, reduction="none") for s, t in chunks])
+
 
 def open_policy(
     checkpoint: Checkpoint, options: ModelOptions, hold: Hold | None = None
@@ -92,9 +100,4 @@ def token_losses(model: LanguageModel, tokens: list[int]) -> Tensor:
     stream = pack([([], [tokens])]).to(model.unembedding.device)
     # The last state predicts what comes after the text, of which nothing is known.
     states = model.trunk.states(stream)[:-1]
-    targets = torch.tensor(tokens[1:], device=states.device)
-    losses = [
-        F.cross_entropy(model.logits(some_states), some_targets, reduction="none")
-        for some_states, some_targets in zip(states.split(CHUNK), targets.split(CHUNK))
-    ]
-    return torch.cat(losses)
+    return model.losses(states, torch.tensor(tokens[1:], device=states.device))

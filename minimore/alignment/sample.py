@@ -23,7 +23,7 @@ from ..model.checkpoint import Checkpoint, ids_of_eos
 from ..model.tokenizer import Tokenizer
 from ..options import COUNT, Range, check_ranges, option, require
 from ..reward import ModelOptions, check_length
-from .generate import Sample, Sampling, generate
+from .generate import Sample, Sampling, Stop, generate
 from .policy import LanguageModel, open_policy
 from .portions import begin_or_continue
 
@@ -48,7 +48,7 @@ class SampleOptions(ModelOptions):
     )
     top_p: float = option(
         1.0,
-        within=Range(least=0, most=1),
+        within=Range(above=0, most=1),
         help="draw from the fewest tokens that have this share of the probability",
     )
     top_k: int = option(
@@ -59,7 +59,12 @@ class SampleOptions(ModelOptions):
     stop: tuple[str, ...] = option(
         (), repeat=True, value="TEXT", help="a response ends in front of this text"
     )
-    batch_size: int = option(64, within=COUNT, help="samples that are written at a time")
+    batch_size: int = option(
+        64,
+        within=COUNT,
+        help="samples that are written at a time; each remembers its prompt and what it has"
+        " written, which takes 0.5 MB a token of LLaMA2-7B in bfloat16",
+    )
     chat: bool = option(False, help="read prompts that are strings as messages of a user")
     resume: bool = option(
         False, help="continue a command that was killed: the same command again, plus this"
@@ -88,7 +93,10 @@ def sample(options: SampleOptions) -> None:
     refuse_existing(options.output)
     checkpoint = Checkpoint(options.model)
     check_length(
-        checkpoint.config, options.max_length + options.max_new_tokens, Path(options.model)
+        checkpoint.config,
+        options.max_length + options.max_new_tokens,
+        Path(options.model),
+        "--max-length and --max-new-tokens together",
     )
     prompts = read_prompts(options, checkpoint.tokenizer)
     portion = max(1, options.batch_size // options.samples)
@@ -187,23 +195,47 @@ def sampled(
         for i in range(len(prompts))
     ]
 
-    def stops(one: Sample) -> bool:
-        text = response_text(tokenizer, prompts[one.prompt].ids, one.tokens, sampling.eos)
-        return any(stop in text for stop in options.stop)
-
-    samples = generate(
-        model, [prompt.ids for prompt in prompts], seeds, sampling, stops if options.stop else None
-    )
+    ids = [prompt.ids for prompt in prompts]
+    stop = stop_at(options.stop, tokenizer, ids, sampling.eos) if options.stop else None
+    samples: list[Sample] = []
+    # More samples of a prompt than --batch-size are written one batch after the other.
+    for first in range(0, options.samples, options.batch_size):
+        some = [own[first : first + options.batch_size] for own in seeds]
+        samples += generate(model, ids, some, sampling, stop, options.micro_tokens)
     records: list[Record] = [
         {"prompt": prompt.given, "responses": [], "finished": []} for prompt in prompts
     ]
     for one in samples:
         text = response_text(tokenizer, prompts[one.prompt].ids, one.tokens, sampling.eos)
-        for stop in options.stop:
-            text = text.split(stop)[0]
+        for end in options.stop:
+            text = text.split(end)[0]
         records[one.prompt]["responses"].append(text)
         records[one.prompt]["finished"].append(one.is_finished)
     return records, sum(len(one.tokens) for one in samples)
+
+
+def stop_at(
+    stops: Sequence[str],
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    eos: frozenset[int],
+) -> Stop:
+    """Whether one of these texts is in a response that has grown by a token.
+
+    It is then in the text of the last tokens: each is a byte or more, and what stands at the cut
+    may come out wrong. So the whole is decoded only where they hold it, not after every token.
+    """
+    tail = max(len(stop.encode()) for stop in stops) + 8
+
+    def stops_here(one: Sample) -> bool:
+        if len(one.tokens) > tail:
+            end = tokenizer.file.decode(one.tokens[-tail:])
+            if not any(stop in end for stop in stops):
+                return False
+        text = response_text(tokenizer, prompts[one.prompt], one.tokens, eos)
+        return any(stop in text for stop in stops)
+
+    return stops_here
 
 
 def response_text(

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, write_checkpoint
 from reference import SIZES, reference_model
 
-from minimore.alignment.generate import Cache, Sampling, draw, generate, kept, uniform
+from minimore.alignment.generate import Cache, Sampling, draw, generate, probabilities_of, uniform
 from minimore.alignment.policy import LanguageModel
 from minimore.model.attention import pack
 from minimore.model.checkpoint import Checkpoint
@@ -62,6 +62,13 @@ def test_the_cache_changes_nothing(transformers, tmp_path, window):
         torch.testing.assert_close(states, expected, atol=2e-5, rtol=2e-5)
         if t < 8:
             states = cache.step([new[t] for new in more])
+
+
+def test_prompts_read_in_parts_change_nothing(model):
+    sampling = Sampling(max_new_tokens=10)
+    expected = generate(model, PROMPTS, [[1, 2]] * 4, sampling)
+    for micro_tokens in (1, 6, 50):
+        assert generate(model, PROMPTS, [[1, 2]] * 4, sampling, None, micro_tokens) == expected
 
 
 def test_a_sample_is_the_same_alone_and_in_company(model):
@@ -151,8 +158,43 @@ def test_temperature_zero_takes_the_likeliest():
 
 
 def test_top_p_keeps_at_least_the_likeliest_token():
-    probabilities, tokens = kept(LOGITS, Sampling(top_p=1e-9))
-    assert tokens[0, 0] == 0 and (probabilities[0] > 0).tolist() == [True] + [False] * 5
+    probabilities = probabilities_of(LOGITS, Sampling(top_p=1e-9))
+    assert (probabilities[0] > 0).tolist() == [True] + [False] * 5
+
+
+def test_top_p_and_top_k_cut_a_large_vocabulary_as_sorting_does():
+    """No two of the 5000 logits are equal; with 1 to 5000 tokens that stay."""
+    logits = torch.randn(4, 5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits *= torch.tensor([[0.01], [1], [4], [40]])
+    for top_k in (0, 1, 70, 5000, 10**6):
+        for top_p in (1e-9, 0.3, 0.95, 1 - 1e-9, 1.0):
+            probabilities = probabilities_of(logits, Sampling(top_k=top_k, top_p=top_p))
+            for row, found in zip(logits.softmax(1).tolist(), probabilities.tolist()):
+                order = sorted(range(5000), key=lambda token: -row[token])[: top_k or None]
+                share, total = 0.0, sum(row[token] for token in order)
+                expected = [0.0] * 5000
+                for token in order:
+                    if top_p == 1 or share < top_p * total:
+                        expected[token] = row[token]
+                    share += row[token]
+                assert [p > 0 for p in found] == [p > 0 for p in expected]
+                assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_tokens_that_are_equally_likely_stay_together():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
+    for cut in (dict(top_k=2), dict(top_p=0.7)):
+        probabilities = probabilities_of(logits, Sampling(**cut))
+        assert (probabilities[0] > 0).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_logit_that_is_not_finite_is_an_error(value):
+    logits = LOGITS.clone()
+    logits[0, 3] = value
+    for temperature in (0, 1):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            frequencies(logits, Sampling(temperature=temperature), 2)
 
 
 def test_chances_are_uniform_and_a_function_of_seed_and_place():

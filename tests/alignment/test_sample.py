@@ -3,14 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import GOLDENS, write_checkpoint
 from power_cut import Disk, restore
+from reference import reference_model
 from safetensors.torch import load_file
 
 import minimore.alignment.sample as sampling
+from minimore.alignment.generate import Sample
+from minimore.alignment.sample import response_text, stop_at
 from minimore.cli import main
 from minimore.data.world import World
+from minimore.model.checkpoint import Checkpoint
 from minimore.model.tensors import write_tensors
 
 PROMPTS = [
@@ -175,6 +181,14 @@ def test_a_power_cut(policy, tmp_path, monkeypatch):
     [
         (("--temperature", -1), "--temperature -1"),
         (("--top-p", 1.5), "--top-p"),
+        (("--top-p", 0), "--top-p"),
+        (("--top-p", -0.5), "--top-p"),
+        (("--top-k", -1), "--top-k"),
+        (("--max-new-tokens", -1), "--max-new-tokens"),
+        (("--max-length", 0), "--max-length"),
+        (("--batch-size", -3), "--batch-size"),
+        (("--micro-tokens", 0), "--micro-tokens"),
+        (("--seed", -1), "--seed"),
         (("--samples", 0), "--samples"),
         (("--stop", ""), "--stop"),
         (("--temperature", 1e-9), "--temperature"),
@@ -185,6 +199,64 @@ def test_bad_options_are_one_line(policy, tmp_path, capsys, more, words):
     assert main(command(policy, tmp_path / "out", *more)) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_command_with_fewer_at_a_time_writes_the_same(policy, tmp_path):
+    """Prompts in parts, and the samples of one prompt in more than one batch."""
+    assert main(command(policy, tmp_path / "whole")) == 0
+    for name, size, tokens in (("a", 1, 8192), ("b", 2, 1), ("c", 64, 20)):
+        few = ("--batch-size", size, "--micro-tokens", tokens)
+        assert main(command(policy, tmp_path / name, *few)) == 0
+        assert read(tmp_path / name) == read(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_a_stop_is_seen_with_the_token_that_ends_it(family):
+    """As soon as in the whole text, with letters of several tokens and tokens of no text, too."""
+    tokenizer = Checkpoint(str(GOLDENS / family)).tokenizer
+    random = np.random.default_rng(0)
+    text = "one two, three Grüße 🌱 four\n\nHuman: five  six"
+    words = tokenizer.encode([text])[0]
+    stops = ["Human:", "🌱", "ü", " two", "x", "s e"]
+    for trial in range(60):
+        tokens = random.choice(words, 80).tolist()
+        if trial % 2:  # a whole text somewhere among them
+            place = random.integers(80)
+            tokens[place:place] = words
+        (prompt,) = tokenizer.encode(["Tell me"])
+        some = random.choice(stops, 2).tolist()
+        ends = stop_at(some, tokenizer, [prompt], frozenset())
+        for t in range(1, len(tokens)):
+            whole = response_text(tokenizer, prompt, tokens[:t], frozenset())
+            expected = any(stop in whole for stop in some)
+            assert ends(Sample(0, 0, tokens[:t])) == expected
+            if expected:
+                break
+
+
+def test_more_tokens_than_positions_are_one_line(transformers, tmp_path, policy, capsys):
+    theirs = reference_model("opt", head="ForCausalLM", max_position_embeddings=40)
+    write_checkpoint(theirs, tmp_path / "opt")
+    words = command(policy, tmp_path / "out", "--max-length", 28)
+    words[words.index(str(policy / "model"))] = str(tmp_path / "opt")
+    assert main(words) == 0
+    words[words.index("28")] = "29"
+    words[words.index(str(tmp_path / "out"))] = str(tmp_path / "other")
+    capsys.readouterr()
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "--max-length and --max-new-tokens together 41" in said and said.count("\n") == 1
+    assert "learned positions for 40" in said
+
+
+@pytest.mark.parametrize("output", ["", ".", "no/out", "file/out", "x" * 300, "/proc/out"])
+def test_an_output_that_cannot_be_written_is_one_line(
+    policy, tmp_path, monkeypatch, capsys, output
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main(command(policy, output)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_model_that_cannot_write_and_an_empty_prompt_are_one_line(policy, tmp_path, capsys):

@@ -1,5 +1,8 @@
 """The training loop, what it writes, and the options that it refuses."""
 
+import signal
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +48,24 @@ def test_the_loop_applies_learning_rate_and_weight_decay(world, tmp_path):
     rates = [s["learning_rate"] for s in content(tmp_path / "run")[2]]
     steps = len(rates)
     assert rates == [learning_rate_at(s, steps, training_options) for s in range(1, steps + 1)]
+
+
+class LateSignals(list):
+    """A stop request that comes right after the loop has first looked whether there is one."""
+
+    def __bool__(self):
+        is_there = len(self) > 0
+        if not is_there:
+            self.append(signal.SIGTERM)
+        return is_there
+
+
+def test_a_stop_that_comes_too_late_for_a_save_ends_the_next_step(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("minimore.train.stop_requests", lambda: nullcontext(LateSignals()))
+    run = tmp_path / "run"
+    assert train(options(world, run, save_steps=100)) == 128 + signal.SIGTERM
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and [p.name for p in training.checkpoints(run)] == ["checkpoint-2"]
 
 
 def test_every_epoch_has_an_order_of_its_own():

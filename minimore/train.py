@@ -6,7 +6,7 @@ K sources, B pairs in a step.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from .engine.workload import RunOptions, workload_of
 from .files import write_json, write_text
 from .metrics import progress_line, step_metrics, what_is_wrong
 from .model.checkpoint import Checkpoint, files_to_save
-from .more import MOST_SOURCES, WEIGHTINGS
-from .options import COUNT, Range, check_ranges, flag_of, option, parse_sources, require
+from .more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS
+from .options import COUNT, Range, check_ranges, option, parse_sources, require
 from .report import evaluate_sources, table
 from .reward import check_length, load_reward_model
 from .run import Lock, check_recipe, open_run
@@ -40,6 +40,7 @@ from .training import (
     open_optimizer,
     open_origin,
     stop_requests,
+    table_of_options,
     write_finished,
     write_weights,
 )
@@ -63,7 +64,7 @@ class TrainOptions(LoopOptions, RunOptions):
     )
     normalize: str = option(
         "l2",
-        choices=("none", "l2", "loss", "loss+"),
+        choices=NORMALIZATIONS,
         help="more: scaling of the head gradients before the solve (with two sources, l2 makes the "
         "weights uniform)",
     )
@@ -117,6 +118,7 @@ def train(options: TrainOptions, watch: Watch | None = None) -> int:
 class RewardTraining(Training):
     """The training of a reward model on several sources of pairs."""
 
+    options: TrainOptions
     sources: list[Source]
     test_sources: list[Source]
 
@@ -149,7 +151,7 @@ class RewardTraining(Training):
         return record
 
     def progress_line(self, record: dict[str, Any], seconds_left: float) -> str:
-        """Per source loss, accuracy and weight; the range of the cosines; the time left."""
+        """Loss, accuracy and weight of each source; cosines of their gradients; the time left."""
         return progress_line(record, self.schedule.steps, seconds_left)
 
     def what_begins(self) -> str:
@@ -172,10 +174,10 @@ class RewardTraining(Training):
 # ---- prepare -------------------------------------------------------------------------------------
 
 
-def check_options(options: TrainOptions, sources: int) -> int:
-    """Refuse options that cannot be run (InputError); return the number of pairs in a step."""
+def check_options(options: TrainOptions, sources: int) -> None:
+    """Refuse options that cannot be run (InputError)."""
     check_ranges(options)
-    batch_size = batch_size_of(options, sources)
+    batch_size_of(options, sources)  # refuses a batch of unequal shares
     is_more = options.method == "more"
     require(
         options.lambda_scope != "group" or options.sampling == "equal",
@@ -191,7 +193,6 @@ def check_options(options: TrainOptions, sources: int) -> int:
         "--normalize and --gradient-average go with --method more",
     )
     check_recipe_options(options)
-    return batch_size
 
 
 def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> RewardTraining:
@@ -217,6 +218,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
         test_sources=test_sources,
         schedule=Schedule(
             options,
+            options.epochs,
             tuple(len(source.pairs) for source in sources),
             batch_size,
             options.sampling,
@@ -237,7 +239,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
 def load_sources(
     options: TrainOptions, paths: Paths, checkpoint: Checkpoint
 ) -> tuple[list[Source], list[Source]]:
-    """The training sources, and the test sources that were given; a line describes each."""
+    """The training sources, and the test sources if there are any; a line describes each."""
     train_sources, test_sources = [], []
     read = partial(
         load_source,
@@ -263,7 +265,7 @@ def open_objective(
     options: TrainOptions, sources: int, weighting_state: dict[str, Tensor]
 ) -> RewardObjective:
     """The reward objective with the weighting that was asked for."""
-    weigh: Callable = partial(WEIGHTINGS[options.method], state=weighting_state)
+    weigh: Callable[..., Tensor] = partial(WEIGHTINGS[options.method], state=weighting_state)
     if options.method == "more":
         weigh = partial(weigh, normalize=options.normalize, average=options.gradient_average)
     return RewardObjective(
@@ -277,7 +279,7 @@ def open_objective(
 
 
 def print_where_more_is_plain(options: TrainOptions, sources: int) -> None:
-    """Say it where MORE cannot differ from plain weights."""
+    """Say it where MORE has no choice of weights."""
     if options.method != "more":
         return
     if sources == 1:
@@ -309,12 +311,7 @@ def model_card(
     options: TrainOptions, sources: Sequence[Source], report: dict[str, Any] | None
 ) -> str:
     """README.md of a finished run: what it is, on which data, with which options, how good."""
-    named_above = ("source", "output", "resume", "model")
-    rows = "\n".join(
-        f"| `{flag_of(name)}` | `{value}` |"
-        for name, value in asdict(options).items()
-        if name not in named_above
-    )
+    options_table = table_of_options(options, ("source", "output", "resume", "model"))
     counts = "\n".join(f"- {source.line()}" for source in sources)
     results = f"```\n{table(report)}\n```" if report else "No test file was given."
     return f"""---
@@ -338,7 +335,5 @@ sigmoid(difference of two rewards) is the probability that people prefer the fir
 
 ## Options
 
-| option | value |
-|---|---|
-{rows}
+{options_table}
 """

@@ -1,11 +1,11 @@
 """Any training: which items a step sees, the loop over the steps, and what a kill leaves whole.
 
 train.py trains a reward model, alignment/finetune.py a policy. Each prepares a `Training` of its
-own kind; what is here is the same for both.
+own kind; what is here is the same for both, in three parts.
 
     begin    the directory is taken; a run that is continued is put back as it was
     loop     step after step, logged, saved, stopped on request
-    finish   what was trained becomes an ordinary checkpoint
+    finish   the functions that make an ordinary checkpoint of what was trained
 """
 
 import math
@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,23 +29,23 @@ from .engine.host import available_memory, pinned
 from .engine.objective import NonFiniteGradient, NonFiniteLoss, Objective
 from .engine.optim import AdamW
 from .engine.plain import PlainEngine
-from .engine.recipe import Recipe
+from .engine.recipe import Recipe, RecipeOptions
 from .engine.streamed import StreamedEngine
 from .engine.workload import Workload
 from .metrics import Log, cut_log
 from .model.checkpoint import Checkpoint, model_tensors, write_config
 from .model.tensors import STORAGE, write_sharded
 from .model.trunk import replace_parameter
-from .options import COUNT, Range, option, require
+from .options import COUNT, Range, flag_of, option, require
 from .resume import Saver, check_whole, checkpoints, load_state, remove
-from .reward import compute_type, device_of
+from .reward import ModelOptions, compute_type, device_of
 from .run import Lock, start_run, stored_recipe
 
 Watch = Callable[[int, int, Any], None]  # (step, number of steps, model), after every step
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopOptions:
+class LoopOptions(RecipeOptions, ModelOptions):
     """What every training takes, whatever it trains."""
 
     output: str = option(
@@ -85,11 +85,12 @@ class LoopOptions:
 class Schedule:
     """Which items a step sees, and its learning rate: all of it known before the first step.
 
-    Steps are numbered from 1. options: LoopOptions with `epochs` and `seed`. sizes: items of each
-    source. sampling, per_source: see `epoch_steps`.
+    Steps are numbered from 1. epochs: passes over the items. sizes: items of each source. sampling,
+    per_source: see `epoch_steps`.
     """
 
-    options: Any
+    options: LoopOptions
+    epochs: int
     sizes: tuple[int, ...]
     batch_size: int
     sampling: str = "proportional"
@@ -98,7 +99,7 @@ class Schedule:
     @property
     def steps(self) -> int:
         """Steps of the whole training."""
-        return self._steps_per_epoch * self.options.epochs
+        return self._steps_per_epoch * self.epochs
 
     def sampled_at(self, step: int) -> np.ndarray:
         """The items of a step: (B, 2), a source and an item in it."""
@@ -107,7 +108,7 @@ class Schedule:
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step."""
-        return learning_rate_at(step - 1, self.steps, self.options)
+        return learning_rate_at(step, self.steps, self.options)
 
     @property
     def _steps_per_epoch(self) -> int:
@@ -123,14 +124,15 @@ _cached_epoch_steps = lru_cache(maxsize=2)(epoch_steps)  # the first epoch, and 
 
 
 def learning_rate_at(step: int, steps: int, options: LoopOptions) -> float:
-    """Learning rate of step 0, 1, ..., steps - 1.
+    """Learning rate of step 1, 2, ..., steps.
 
-    It rises linearly during the warmup, then follows the schedule, which would reach 0 at `steps`.
+    It rises linearly during the warmup, then follows the schedule, which would reach 0 one step
+    after the last.
     """
     warmup_steps = math.ceil(options.warmup * steps)
-    if step < warmup_steps:
-        return options.learning_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    if step <= warmup_steps:
+        return options.learning_rate * step / warmup_steps
+    progress = (step - 1 - warmup_steps) / max(1, steps - warmup_steps)
     factors = {
         "linear": 1 - progress,
         "cosine": (1 + math.cos(math.pi * progress)) / 2,
@@ -147,7 +149,7 @@ class Training:
     texts of every source. weighting_state: what a weighting of the sources keeps from step to step.
     """
 
-    options: Any  # LoopOptions, and those of its kind
+    options: LoopOptions  # and those of its kind
     run: Path
     origin: Checkpoint
     schedule: Schedule
@@ -189,10 +191,11 @@ class Training:
 # ---- begin ---------------------------------------------------------------------------------------
 
 
-def open_origin(options: Any, run: Path) -> tuple[Checkpoint, dict[str, Any] | None]:
-    """What a training opens: its model, or its last checkpoint, and what that says of itself.
+def open_origin(options: LoopOptions, run: Path) -> tuple[Checkpoint, dict[str, Any] | None]:
+    """The checkpoint that a training opens, and the facts in state.json if it is the run's own.
 
-    Raises InputError for a checkpoint that is not whole.
+    That is the last checkpoint of a run that is continued; a new run opens --model, which has no
+    such facts. Raises InputError for a checkpoint that is not whole.
     """
     last = checkpoints(run)[-1:]
     if not last:
@@ -204,14 +207,14 @@ def open_origin(options: Any, run: Path) -> tuple[Checkpoint, dict[str, Any] | N
 def begin(training: Training, recipe: Recipe, facts: dict[str, Any] | None, lock: Lock) -> None:
     """Take the directory, and put a run that is continued back as it was.
 
-    Nothing is written before. facts: of the checkpoint that the training was opened from.
+    Nothing is written before. facts: those of `open_origin`.
     """
     lock.take()
     start_run(training.run, training.options, recipe)
     if facts:
         restore(training, facts)
-    total = facts["log"] if facts else checksum(b"")
-    cut_log(training.run / "metrics.jsonl", training.first_step - 1, total)
+    checksum_of_log = facts["log"] if facts else checksum(b"")
+    cut_log(training.run / "metrics.jsonl", training.first_step - 1, checksum_of_log)
 
 
 def restore(training: Training, facts: dict[str, Any]) -> None:
@@ -234,18 +237,21 @@ def restore(training: Training, facts: dict[str, Any]) -> None:
     training.first_step = step + 1
 
 
-def check_recipe_options(options: Any) -> None:
-    """Refuse a recipe that contradicts itself, and a --memory that is none (InputError)."""
+def check_recipe_options(options: LoopOptions) -> None:
+    """Refuse a recipe that contradicts itself, and a --memory without a size (InputError)."""
     if options.memory is None:
         Recipe(**options.chosen_recipe(options.micro_tokens)).check()
     else:
         parse_memory(options.memory)
 
 
-def choose_recipe(options: Any, checkpoint: Checkpoint, work: Callable[[], Workload]) -> Recipe:
+def choose_recipe(
+    options: LoopOptions, checkpoint: Checkpoint, work: Callable[[], Workload]
+) -> Recipe:
     """The recipe that was asked for. With --memory the rest is chosen, so that the work fits.
 
-    A run that is continued keeps the storage of numbers that it began with.
+    A run that is continued keeps the storage of numbers that it began with. work: computes the
+    workload, which takes time and is needed with --memory only.
     """
     stored = stored_recipe(Path(options.output)) if options.resume else {}
     chosen = options.chosen_recipe(options.micro_tokens, stored)
@@ -262,8 +268,13 @@ def choose_recipe(options: Any, checkpoint: Checkpoint, work: Callable[[], Workl
     )
 
 
-def open_optimizer(options: Any, recipe: Recipe) -> tuple[AdamW, Callable[[str, Tensor], Tensor]]:
-    """The optimizer of a recipe, and the function that gives it every parameter as it is loaded."""
+def open_optimizer(
+    options: LoopOptions, recipe: Recipe
+) -> tuple[AdamW, Callable[[str, Tensor], Tensor]]:
+    """The optimizer of a recipe, and the function that gives it every parameter as it is loaded.
+
+    The function takes a name and a value, and returns what the model is to hold of it.
+    """
     optimizer = AdamW(recipe.parameters, recipe.moments, options.weight_decay, seed=options.seed)
 
     def adopt(name: str, value: Tensor) -> Tensor:
@@ -317,27 +328,18 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
             try:
                 result = training.engine.step(items, source, training.objective)
             except (NonFiniteLoss, NonFiniteGradient) as error:
-                stop_at(step, error, training, saver)  # raises
+                raise_not_finite(step, error, training, saver)
             if watch:
                 watch(step, steps, training.model)
-
             record = training.record_of(step, items, source, result)
             record["seconds"] = round(clock.seconds, 3)
             log.append(record)
-            wrong = training.what_is_wrong(record) if step == training.first_step else None
-            if wrong:
-                print(f"step {step}: {wrong}", flush=True)
-            if step % options.log_steps == 0 or step == steps:
-                seconds_left = clock.seconds_left_after(step)
-                print(training.progress_line(record, seconds_left), flush=True)
-
+            print_progress(record, training, clock)
             saver.raise_error()  # of the thread that writes the checkpoint before
-            if step % options.save_steps == 0 or step == steps or signals:
-                training.engine.settle()  # the optimizer's states may be on their way to the host
-                saver.save(
-                    training.model, training.optimizer, training.weighting_state, log.to_disk()
-                )
-            if signals:
+            is_due = step % options.save_steps == 0 or step == steps or bool(signals)
+            if is_due:
+                save(training, saver, log)
+            if is_due and signals:  # a signal that came too late for this save ends the next step
                 saver.wait()
                 print(
                     f"stopped after step {step} of {steps}, saved;"
@@ -345,6 +347,22 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
                 )
                 return 128 + signals[0]
     return 0
+
+
+def print_progress(record: dict[str, Any], training: Training, clock: "Clock") -> None:
+    """Print what is wrong with the first step, and the line of every --log-steps-th step."""
+    step, options = record["step"], training.options
+    wrong = training.what_is_wrong(record) if step == training.first_step else None
+    if wrong:
+        print(f"step {step}: {wrong}", flush=True)
+    if step % options.log_steps == 0 or step == training.schedule.steps:
+        print(training.progress_line(record, clock.seconds_left_after(step)), flush=True)
+
+
+def save(training: Training, saver: Saver, log: Log) -> None:
+    """Save the state after the step that was taken last."""
+    training.engine.settle()  # the optimizer's states may be on their way to the host
+    saver.save(training.model, training.optimizer, training.weighting_state, log.to_disk())
 
 
 class Clock:
@@ -363,7 +381,7 @@ class Clock:
         return self.seconds / (step - self.first_step + 1) * (self.steps - step)
 
 
-def stop_at(
+def raise_not_finite(
     step: int, error: NonFiniteLoss | NonFiniteGradient, training: Training, saver: Saver
 ) -> NoReturn:
     """Raise FloatingPointError for a step that cannot be taken; what was saved before is kept."""
@@ -408,8 +426,8 @@ def write_weights(training: Training) -> None:
 def hold_as_stored(training: Training) -> None:
     """Let the model hold what was stored, in the types in which `evaluate` would hold it.
 
-    What is evaluated is then what was stored. One parameter at a time takes the place of its
-    optimizer's states, so that no second model is ever in memory.
+    What is evaluated is then what was stored. The optimizer's states of a parameter go as its new
+    value comes, one parameter at a time, so that no second model is ever in memory.
     """
     model, optimizer = training.model, training.optimizer
     stored_type = STORAGE[training.options.save_dtype]
@@ -420,6 +438,16 @@ def hold_as_stored(training: Training) -> None:
         is_matrix = parameter.ndim > 1
         held_type = model.trunk.compute_dtype if is_matrix else torch.float32
         replace_parameter(model, name, value.to(held_type))
+
+
+def table_of_options(options: LoopOptions, named_above: Sequence[str]) -> str:
+    """The options of a run as the table of its README.md, but for those that it names above."""
+    rows = [
+        f"| `{flag_of(name)}` | `{value}` |"
+        for name, value in asdict(options).items()
+        if name not in named_above
+    ]
+    return "\n".join(["| option | value |", "|---|---|", *rows])
 
 
 def write_finished(training: Training) -> None:

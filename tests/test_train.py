@@ -1,5 +1,8 @@
 """The training loop, what it writes, and the options that it refuses."""
 
+import signal
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -18,14 +21,14 @@ from minimore.training import Schedule, learning_rate_at
 
 def test_learning_rate():
     training_options = TrainOptions(model="", output="", learning_rate=1.0, warmup=0.2)
-    assert [learning_rate_at(s, 10, training_options) for s in range(4)] == pytest.approx(
+    assert [learning_rate_at(s, 10, training_options) for s in range(1, 5)] == pytest.approx(
         [0.5, 1, 1, 7 / 8]
     )
-    assert learning_rate_at(9, 10, training_options) == pytest.approx(1 / 8)
+    assert learning_rate_at(10, 10, training_options) == pytest.approx(1 / 8)
     flat = TrainOptions(model="", output="", learning_rate=1.0, schedule="constant")
-    assert learning_rate_at(7, 10, flat) == 1
+    assert learning_rate_at(8, 10, flat) == 1
     cosine = TrainOptions(model="", output="", learning_rate=1.0, schedule="cosine")
-    assert [learning_rate_at(s, 2, cosine) for s in range(2)] == pytest.approx([1, 0.5])
+    assert [learning_rate_at(s, 2, cosine) for s in (1, 2)] == pytest.approx([1, 0.5])
 
 
 @pytest.mark.slow
@@ -43,12 +46,31 @@ def test_the_loop_applies_learning_rate_and_weight_decay(world, tmp_path):
     training_options = options(world, tmp_path / "run", warmup=0.3, schedule="cosine", epochs=2)
     train(training_options)
     rates = [s["learning_rate"] for s in content(tmp_path / "run")[2]]
-    assert rates == [learning_rate_at(s, len(rates), training_options) for s in range(len(rates))]
+    steps = len(rates)
+    assert rates == [learning_rate_at(s, steps, training_options) for s in range(1, steps + 1)]
+
+
+class LateSignals(list):
+    """A stop request that comes right after the loop has first looked whether there is one."""
+
+    def __bool__(self):
+        is_there = len(self) > 0
+        if not is_there:
+            self.append(signal.SIGTERM)
+        return is_there
+
+
+def test_a_stop_that_comes_too_late_for_a_save_ends_the_next_step(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("minimore.train.stop_requests", lambda: nullcontext(LateSignals()))
+    run = tmp_path / "run"
+    assert train(options(world, run, save_steps=100)) == 128 + signal.SIGTERM
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and [p.name for p in training.checkpoints(run)] == ["checkpoint-2"]
 
 
 def test_every_epoch_has_an_order_of_its_own():
     options = TrainOptions(model="m", output="o", source=("a=x", "b=y"), epochs=3, seed=4)
-    schedule = Schedule(options, sizes=(10, 6), batch_size=4, sampling="equal")
+    schedule = Schedule(options, epochs=3, sizes=(10, 6), batch_size=4, sampling="equal")
     expected = [
         sampled.tolist()
         for epoch in range(3)

@@ -4,8 +4,9 @@ Every answer is one JSON line and on the disk before the next question is asked:
 
     {"key": "5f1c...", "model": "...", "answer": "A", "crc32": "..."}
 
-The key is a hash of the model's name and of all that it was asked, so one file serves any number of
-comparisons. A line that a kill cut short, or that is damaged, is passed over and asked again.
+The key is a hash of the question: of the model's name and of all that it was asked. So one file
+serves any number of comparisons. A line that a kill cut short, or that is damaged, is passed over,
+and its question is asked again.
 """
 
 import hashlib
@@ -16,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from ..checksums import CHECKSUM, checksum
+from ..data.messages import Messages
 from ..files import to_disk
 from ..options import require
 
 
-def key_of(model: str, messages: list[dict[str, str]]) -> str:
-    """SHA-256 of a model's name and of what it is asked."""
+def question_hash(model: str, messages: Messages) -> str:
+    """SHA-256 of a model's name and of what it is asked: the key of its answer in the file."""
     return hashlib.sha256(json.dumps([model, messages], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
 class Answers:
-    """The answers of a file, by key. damaged: lines that were passed over."""
+    """The answers of a file. stored: by `question_hash`. damaged: lines that were passed over."""
 
     path: Path
     stored: dict[str, str] = field(default_factory=dict)
@@ -37,7 +39,7 @@ class Answers:
     def open(cls, path: str) -> "Answers":
         """Read a file of answers, or begin one. Raises InputError for a file of something else."""
         answers = cls(Path(path))
-        with open(path, "ab"):  # before anything is paid for: can it be written to?
+        with open(path, "ab"):  # a file that cannot be written to fails before anything is paid for
             pass
         to_disk(answers.path.absolute().parent)
         lines = answers.path.read_bytes().split(b"\n")
@@ -55,7 +57,7 @@ class Answers:
         return answers
 
     def add(self, key: str, model: str, answer: str) -> None:
-        """Store one answer and bring it to the disk."""
+        """Store one answer and bring it to the disk; key: see `question_hash`."""
         line = json.dumps(with_checksum({"key": key, "model": model, "answer": answer})) + "\n"
         with open(self.path, "a+b") as file:
             if file.seek(0, os.SEEK_END):

@@ -14,15 +14,15 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import OfflineModeIsEnabled
 
+from ..data.messages import Messages
 from ..files import one_line
 from ..options import InputError, printable, require
-from .answers import Answers, key_of
+from .answers import Answers, question_hash
 
 KEY = "MINIMORE_API_KEY"  # the environment variable with the key
 ADDRESS = "MINIMORE_BASE_URL"  # the one with the address
@@ -31,21 +31,19 @@ ADDRESS = "MINIMORE_BASE_URL"  # the one with the address
 NO_KEY = "none"
 SHORTEST_SECRET = 8  # characters; a local server's key may be a single letter
 
-TRIES = 5  # of one question, by a server in trouble
+TRIES = 5  # to get one answer of a server in trouble
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second try; it doubles
 TIMEOUT = 120.0  # seconds
 ANSWER_TOKENS = 16
-IN_TROUBLE = (408, 409, 425, 429)  # and 500 upwards
-
-Messages = list[dict[str, str]]
+IN_TROUBLE = (408, 409, 425, 429)  # and 500 upwards: a status that may pass
 
 
 @dataclass
 class Endpoint:
     """One model of one server.
 
-    max_calls: requests that may be sent, those that fail included. calls: sent so far. reused:
-    answers that were in the file.
+    key: what the server knows the user by. max_calls: requests that may be sent, those that fail
+    included. calls: sent so far. reused: answers that came from the file.
     """
 
     model: str
@@ -74,30 +72,26 @@ class Endpoint:
 
     def answer(self, messages: Messages) -> str:
         """What the model says, from the file if it has been asked before."""
-        key = key_of(self.model, messages)
-        if key in self.answers.stored:
+        question = question_hash(self.model, messages)
+        if question in self.answers.stored:
             self.reused += 1
-            return self.answers.stored[key]
+            return self.answers.stored[question]
         text = self._asked(messages)
-        self.answers.add(key, self.model, text)
+        self.answers.add(question, self.model, text)
         return text
 
     def _asked(self, messages: Messages) -> str:
         """The answer of the server, which is asked again while it is in trouble."""
-        for past_tries in range(TRIES):
-            require(
-                self.calls < self.max_calls,
-                f"--max-calls {self.max_calls}: so many requests were sent, and all answers are in"
-                f" {self.answers.path}; give the same command again to go on",
-            )
-            self.calls += 1
+        reason = ""
+        for tries in range(1, TRIES + 1):
+            self._count_call()
             try:
                 return self._call(messages)
             except Exception as error:  # the client's libraries have no error in common
                 reason = self._reason(error)
                 refuse_unless_in_trouble(error, f"{self.address}: {reason}", self.model)
-                wait = wait_before_next(past_tries, error)
-            if past_tries + 1 < TRIES:
+                wait = wait_before_next(tries, error)
+            if tries < TRIES:
                 line = f"{printable(reason)}; asked again in {wait:g} s"
                 print(line, file=sys.stderr, flush=True)
                 time.sleep(wait)
@@ -106,8 +100,17 @@ class Endpoint:
             f" {self.answers.path}: see that the server is up, and give the same command again"
         )
 
+    def _count_call(self) -> None:
+        """Count a request before it is sent. Raises InputError if the budget is spent."""
+        require(
+            self.calls < self.max_calls,
+            f"--max-calls {self.max_calls}: so many requests were sent, and all answers are in"
+            f" {self.answers.path}; give the same command again to go on",
+        )
+        self.calls += 1
+
     def _call(self, messages: Messages) -> str:
-        """One request."""
+        """The answer to one request. Raises whatever the client raises, and TypeError."""
         reply = self.client.chat_completion(
             messages, model=self.model, temperature=0, max_tokens=ANSWER_TOKENS
         )
@@ -125,13 +128,13 @@ class Endpoint:
         return one_line(Exception(self._without_key(text)))
 
     def _without_key(self, text: str) -> str:
-        """A text of the server, which may repeat what it was sent, without the key."""
+        """A text of the server without the key, which it may repeat."""
         is_secret = len(self.key) >= SHORTEST_SECRET
         return text.replace(self.key, "...") if is_secret else text
 
 
 def address_of(base_url: str | None) -> str:
-    """Where questions are sent. Raises InputError for what is no plain address.
+    """The address to which questions are sent. Raises InputError for one that is not plain.
 
     >>> address_of("http://localhost:8000"), address_of("https://host/v1beta/openai/")
     ('http://localhost:8000/v1/chat/completions', 'https://host/v1beta/openai/chat/completions')
@@ -143,10 +146,10 @@ def address_of(base_url: str | None) -> str:
         is_plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         is_plain = False
-    holds_secret = "@" in base_url or "?" in base_url
+    may_hold_key = "@" in base_url or "?" in base_url  # then it is not printed
     require(
-        is_plain and not holds_secret and "#" not in base_url and base_url.isprintable(),
-        f"--base-url {'...' if holds_secret else base_url}: expected an address such as"
+        is_plain and not may_hold_key and "#" not in base_url and base_url.isprintable(),
+        f"--base-url {'...' if may_hold_key else base_url}: expected an address such as"
         f" http://localhost:8000/v1, without a key, which belongs in {KEY}",
     )
     path = base_url.rstrip("/")
@@ -169,7 +172,7 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def refuse_unless_in_trouble(error: Exception, reason: str, model: str) -> None:
-    """Raise InputError for what another try does not cure. reason: what is said of the error."""
+    """Raise InputError for an error that another try does not cure. reason: what is said of it."""
     status = status_of(error)
     if status is not None:
         require(
@@ -183,9 +186,9 @@ def refuse_unless_in_trouble(error: Exception, reason: str, model: str) -> None:
     require(not is_reply, f"{reason}; expected a chat completion, so check --base-url")
 
 
-def wait_before_next(past_tries: int, error: Any) -> float:
-    """Seconds until the next try: as long as the server asks for, else twice as long every time."""
+def wait_before_next(tries: int, error: Exception) -> float:
+    """Seconds to wait after so many tries: what the server asks for, or else twice as many each."""
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     asked_for = str(headers.get("Retry-After", ""))
-    wait = float(asked_for) if asked_for.isdecimal() else FIRST_WAIT * 2**past_tries
+    wait = float(asked_for) if asked_for.isdecimal() else FIRST_WAIT * 2 ** (tries - 1)
     return min(wait, LONGEST_WAIT)

@@ -14,19 +14,18 @@ checkpoint that transformers' AutoModelForCausalLM opens.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..engine.cost import in_time
-from ..engine.recipe import RecipeOptions
 from ..engine.streamed import open_engine
 from ..engine.workload import Workload
 from ..files import write_text
 from ..metrics import finite
 from ..model.checkpoint import Checkpoint, files_to_save
-from ..options import COUNT, Range, check_ranges, flag_of, option, require
-from ..reward import ModelOptions, check_length
+from ..options import COUNT, Range, check_ranges, option, require
+from ..reward import check_length
 from ..run import Lock, check_recipe, open_run
 from ..training import (
     LoopOptions,
@@ -39,6 +38,7 @@ from ..training import (
     open_optimizer,
     open_origin,
     stop_requests,
+    table_of_options,
     write_finished,
     write_weights,
 )
@@ -48,7 +48,7 @@ from .responses import WHICH, ResponseFile, read_responses
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(LoopOptions, RecipeOptions, ModelOptions):
+class FinetuneOptions(LoopOptions):
     """What `align finetune` takes; batch, length, learning rate and schedule are the paper's."""
 
     input: tuple[str, ...] = option(
@@ -85,11 +85,7 @@ class FinetuneOptions(LoopOptions, RecipeOptions, ModelOptions):
 
 def finetune(options: FinetuneOptions) -> int:
     """Fine-tune a policy; return the exit code: 0 finished, 128 + signal when asked to stop."""
-    check_ranges(options)
-    require(options.input, "--input: expected at least one file")
-    repeated = [path for path in options.input if options.input.count(path) > 1]
-    require(not repeated, f"--input {repeated[:1]}: is given twice; for more passes use --epochs")
-    check_recipe_options(options)
+    check_options(options)
     run = open_run(options)
     if run is None:
         return 0
@@ -106,6 +102,7 @@ def finetune(options: FinetuneOptions) -> int:
 class PolicyTraining(Training):
     """The fine-tuning of a policy on the responses of some files."""
 
+    options: FinetuneOptions
     files: list[ResponseFile]
 
     def batch_at(self, step: int) -> tuple[list[Responses], list[int]]:
@@ -137,7 +134,19 @@ class PolicyTraining(Training):
     def what_begins(self) -> str:
         """Prompts a step, and how many responses there are."""
         responses = sum(len(item.responses) for file in self.files for item in file.items)
-        return f"{self.schedule.batch_size} prompts, {responses} responses"
+        return f"{self.schedule.batch_size} prompts, {responses} responses in all"
+
+
+def check_options(options: FinetuneOptions) -> None:
+    """Refuse options that cannot be run (InputError)."""
+    check_ranges(options)
+    require(options.input, "--input: expected at least one file")
+    for path in options.input:
+        require(
+            options.input.count(path) == 1,
+            f"--input {path}: is given twice; for more passes use --epochs",
+        )
+    check_recipe_options(options)
 
 
 def prepare(options: FinetuneOptions, run: Path, lock: Lock) -> PolicyTraining:
@@ -150,7 +159,8 @@ def prepare(options: FinetuneOptions, run: Path, lock: Lock) -> PolicyTraining:
     check_length(origin.config, options.max_length, origin.directory)
     files = read_files(options, origin)
     files_to_save(origin, "language")  # what cannot be saved in the end is refused now
-    schedule = Schedule(options, tuple(len(file.items) for file in files), options.batch_size)
+    sizes = tuple(len(file.items) for file in files)
+    schedule = Schedule(options, options.epochs, sizes, options.batch_size)
     recipe = choose_recipe(options, origin, lambda: workload_of(schedule, files, origin))
     check_recipe(run, recipe)
     optimizer, adopt = open_optimizer(options, recipe)
@@ -183,14 +193,15 @@ def read_files(options: FinetuneOptions, checkpoint: Checkpoint) -> list[Respons
 
 
 def workload_of(schedule: Schedule, files: Sequence[ResponseFile], origin: Checkpoint) -> Workload:
-    """The shapes of the largest step, and how much there is in all."""
+    """The shapes of the step with the most tokens, and the tokens of all steps."""
     largest: list[Responses] = []
-    tokens = 0
+    most_tokens = tokens = 0
     for step in range(1, schedule.steps + 1):
         items = [files[k].items[i] for k, i in schedule.sampled_at(step)]
-        tokens += sum(item.tokens for item in items)
-        if sum(item.tokens for item in items) > sum(item.tokens for item in largest):
-            largest = items
+        tokens_of_step = sum(item.tokens for item in items)
+        tokens += tokens_of_step
+        if tokens_of_step > most_tokens:
+            largest, most_tokens = items, tokens_of_step
     shapes = tuple((len(prompt), *map(len, responses)) for prompt, responses in largest)
     return Workload(shapes, schedule.steps, tokens, "tied" if origin.is_tied else "untied")
 
@@ -205,12 +216,7 @@ def finish(training: PolicyTraining) -> None:
 def model_card(training: PolicyTraining) -> str:
     """README.md of a finished run: what it is, on which responses, with which options."""
     options = training.options
-    named_above = ("input", "output", "resume", "model")
-    rows = "\n".join(
-        f"| `{flag_of(name)}` | `{value}` |"
-        for name, value in asdict(options).items()
-        if name not in named_above
-    )
+    options_table = table_of_options(options, ("input", "output", "resume", "model"))
     counts = "\n".join(f"- {file.line()}" for file in training.files)
     return f"""---
 tags: [minimore]
@@ -227,7 +233,5 @@ Made from `{options.model}`; `AutoModelForCausalLM` opens it.
 
 ## Options
 
-| option | value |
-|---|---|
-{rows}
+{options_table}
 """

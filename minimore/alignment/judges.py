@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..data.forms import Named, with_prompt
 from ..data.messages import messages_of, shown
-from ..data.records import read_records
+from ..data.records import Record, read_records
 from ..data.world import World
 from ..model.checkpoint import Checkpoint
 from ..options import InputError, require
@@ -37,7 +37,7 @@ class Contest(NamedTuple):
 
 
 class Judge(Protocol):
-    """What decides contests. gives_rewards: its margins are differences of rewards."""
+    """What decides contests. gives_rewards: whether its margins are differences of rewards."""
 
     gives_rewards: bool
 
@@ -45,7 +45,7 @@ class Judge(Protocol):
         """Above 0 where the first response is better, below 0 where the second is, 0 for a tie."""
 
     def counts(self) -> dict[str, int]:
-        """What the user should know about how the margins came about, by name."""
+        """Numbers that say what the margins rest on, by name: they are printed and stored."""
 
 
 # ---- a reward model ------------------------------------------------------------------------------
@@ -60,7 +60,10 @@ class RewardJudge:
 
     @classmethod
     def open(cls, directory: str, options: ReadingOptions) -> "RewardJudge":
-        """The reward model of a directory. Raises InputError for a model without a head."""
+        """The reward model of a directory. Raises InputError for a model without a head.
+
+        options: all but the model, which is this one.
+        """
         options = replace(options, model=directory)
         checkpoint = Checkpoint(directory)
         require(
@@ -88,7 +91,7 @@ class RewardJudge:
         return [reward for _, record in scored for reward in record["rewards"]]
 
     def counts(self) -> dict[str, int]:
-        """Lines whose text was longer than the model reads."""
+        """Lines of which a text was longer than the model reads."""
         return {"truncated_lines": self.scorer.counts.truncated}
 
 
@@ -108,7 +111,7 @@ class WorldJudge:
 
     @classmethod
     def open(cls, name: str) -> "WorldJudge":
-        """The judge that DIR or DIR:ANNOTATOR names."""
+        """The judge that DIR or DIR:ANNOTATOR names. A directory may have a colon in its name."""
         directory, _, annotator = name.rpartition(":")
         if not directory or Path(name).is_dir():
             return cls(World.read(Path(name)), None)
@@ -137,7 +140,7 @@ class WorldJudge:
 
 
 def text_of_response(response: Named) -> str:
-    """What a response says: a string as it is, of messages the last one."""
+    """What a response says: the string that it is, or the last of its messages."""
     if isinstance(response.value, str):
         return response.value
     return messages_of(response.value, response.where, None, "assistant")[-1]["content"]
@@ -148,9 +151,10 @@ def text_of_response(response: Named) -> str:
 
 @dataclass
 class VerdictJudge:
-    """Verdicts that a file holds; of several on the same two responses the mean counts.
+    """The verdicts in a file; the mean counts where several are on the same two responses.
 
-    votes: +1 for the first, -1 for the second, 0 for a tie, by `contest_key`.
+    votes: by `contest_key`, 1 for the first response, -1 for the second, 0 for a tie. used: how
+    many of them are on contests that were judged.
     """
 
     path: str
@@ -163,17 +167,8 @@ class VerdictJudge:
         """Read {"prompt", "first", "second", "verdict": "first", "second" or "tie"} a line."""
         votes: dict[str, list[int]] = {}
         for where, record in read_records(path):
-            record = with_prompt(record, where)
-            for key in ("prompt", "first", "second", "verdict"):
-                keys = ", ".join(map(str, record)) or "none"
-                require(key in record, f'{where}: "{key}" is missing; found keys: {keys}')
-            verdict = record["verdict"]
-            if not isinstance(verdict, str) or verdict not in VERDICTS:
-                raise InputError(
-                    f'{where}: "verdict" is {shown(verdict)}; expected "first", "second" or "tie"'
-                )
-            key = contest_key(record["prompt"], record["first"], record["second"])
-            votes.setdefault(key, []).append(VERDICTS[verdict])
+            key, vote = vote_of(with_prompt(record, where), where)
+            votes.setdefault(key, []).append(vote)
         require(votes, f"{path}: is empty; expected at least one line")
         return cls(path, votes)
 
@@ -201,6 +196,19 @@ class VerdictJudge:
         return {"votes": self.used, "unused_votes": sum(map(len, self.votes.values())) - self.used}
 
 
+def vote_of(record: Record, where: str) -> tuple[str, int]:
+    """The `contest_key` of a line of verdicts, and the number of its verdict in VERDICTS."""
+    for key in ("prompt", "first", "second", "verdict"):
+        keys = ", ".join(map(str, record)) or "none"
+        require(key in record, f'{where}: "{key}" is missing; found keys: {keys}')
+    verdict = record["verdict"]
+    if not isinstance(verdict, str) or verdict not in VERDICTS:
+        raise InputError(
+            f'{where}: "verdict" is {shown(verdict)}; expected "first", "second" or "tie"'
+        )
+    return contest_key(record["prompt"], record["first"], record["second"]), VERDICTS[verdict]
+
+
 def contest_key(prompt: Any, first: Any, second: Any) -> str:
-    """What two contests have alike if they are about the same responses in the same order."""
+    """A name of a contest: the same for the same prompt and responses in the same order."""
     return json.dumps([prompt, first, second], sort_keys=True)

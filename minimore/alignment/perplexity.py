@@ -26,7 +26,7 @@ from ..reward import ModelOptions, check_length
 from ..tables import Table, number
 from .language import Responses, pack_responses
 from .policy import LanguageModel, open_policy
-from .responses import Answers, encoded, fitted
+from .responses import ResponseTexts, encoded, fitted
 
 SIDES = ("chosen", "rejected")
 
@@ -67,15 +67,15 @@ def perplexity(options: PerplexityOptions) -> None:
 
 def read_sides(options: PerplexityOptions, tokenizer: Tokenizer) -> list[Responses]:
     """The prompt of every pair with its chosen and its rejected response, as ids without an end."""
-    answers = [
-        Answers(pair.prompt, [pair.chosen, pair.rejected], pair.rendered, [False, False])
+    texts = [
+        ResponseTexts(pair.prompt, [pair.chosen, pair.rejected], pair.rendered, [False, False])
         for where, record in read_records(options.input)
         for pair in record_pairs(record, where, tokenizer, options.chat)[0]
     ]
     bos = len(tokenizer.bos)
     read = [
         fitted(prompt, sides, [None, None], bos, options.max_length)[0]
-        for prompt, *sides in encoded(answers, tokenizer)
+        for prompt, *sides in encoded(texts, tokenizer)
     ]
     items = [item for item in read if item is not None]
     if not items:

@@ -3,8 +3,8 @@
     line 1    what the result depends on: the options, the model, the input
     line 2..  the records, as they come
 
-Every line begins with the checksum of all that was written up to it. So what is read ends in front
-of a line that is damaged, cut short or in another place.
+Every line begins with the checksum of all that was written up to it. So a reader notices a line
+that is damaged, cut short or in another place, and stops in front of it.
 """
 
 import json
@@ -30,7 +30,7 @@ class Line(NamedTuple):
 
 @dataclass
 class Unfinished:
-    """An unfinished file: how many records it holds, and the checksum of all its lines."""
+    """An unfinished file. records: how many it holds. checksum: of all its lines."""
 
     path: Path
     records: int
@@ -50,11 +50,11 @@ class Unfinished:
         self.checksum = so_far
 
     def stored(self) -> Iterator[dict[str, Any]]:
-        """The records."""
+        """The records, in order; the line of the identity is none."""
         return (line.value for line in islice(whole_lines(self.path), 1, None))
 
     def remove(self) -> None:
-        """The result is on the disk: the file has served."""
+        """Remove the file, as soon as the result is on the disk."""
         self.path.unlink()
 
 
@@ -63,17 +63,25 @@ def begin_or_continue(
 ) -> Unfinished:
     """Begin an unfinished file, or continue the one that is there behind its last whole portion.
 
-    identity: JSON of what the result depends on. portion: how many records belong together; one
-    that was cut short will be written again, as a whole. Raises InputError for a file that was
-    begun with another identity, and, unless resume, for one that is there at all.
+    identity: JSON of what the result depends on. portion: how many records belong together; a
+    portion that was cut short will be written again, as a whole. Raises InputError for a file that
+    was begun with another identity, and, unless resume, for one that is there at all.
     """
     if not is_begun(path):
-        path.unlink(missing_ok=True)
-        work = Unfinished(path, -1, checksum(b""))  # its first line is no record
-        work.append([identity])
-        to_disk(path.absolute().parent)
-        return work
+        return _begun(path, identity)
     require(resume, f"{path}: is unfinished; continue it with --resume, or remove it to begin anew")
+    return _continued(path, identity, portion)
+
+
+def _begun(path: Path, identity: dict[str, Any]) -> Unfinished:
+    path.unlink(missing_ok=True)
+    work = Unfinished(path, -1, checksum(b""))  # the identity that comes first is no record
+    work.append([identity])
+    to_disk(path.absolute().parent)
+    return work
+
+
+def _continued(path: Path, identity: dict[str, Any], portion: int) -> Unfinished:
     lines = whole_lines(path)
     first = next(lines, None)
     if first is None or first.value != identity:
@@ -84,7 +92,7 @@ def begin_or_continue(
     last, records = first, 0
     for count, line in enumerate(lines, 1):
         if count % portion == 0:
-            records, last = count, line
+            last, records = line, count
     cut_behind(path, last.end)
     return Unfinished(path, records, last.checksum)
 

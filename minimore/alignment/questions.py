@@ -1,8 +1,8 @@
-"""A language model as a judge: two questions in our own words, each asked in both orders.
+"""A language model as a judge: one of two questions, asked in both orders of the responses.
 
-Such judges prefer what stands first, or what stands last. So each question is asked twice, with the
+Such judges prefer what stands first, or what stands last. So the question is asked twice, with the
 responses swapped. If the answers name different responses, the verdict is a tie. Source: appendix D
-of the paper (arXiv 2312.07401), which asks GPT-4 so.
+of the paper (arXiv 2312.07401), which asks GPT-4 in both orders; the questions are our own words.
 """
 
 import json
@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..data.messages import messages_of
-from .endpoint import Endpoint, Messages
+from ..data.messages import Messages, messages_of
+from .endpoint import Endpoint
 from .judges import Contest, text_of_response
 
-TRIES = 3  # of a question whose answer is neither A nor B; then it is a tie
-CONTESTS_A_LINE = 20  # of the progress
+TRIES = 3  # for an answer that is A or B; without one the contest is a tie
+CONTESTS_A_LINE = 20  # judged from one line of progress to the next
 
 
 class Question(NamedTuple):
-    """What the judge is to look at, and the comparative of it."""
+    """What the judge is to look at, and what it may call one response beside the other."""
 
     criterion: str
     comparative: str
@@ -46,8 +46,8 @@ REMINDER = "That was neither A nor B. Answer with one letter, A or B, and nothin
 class EndpointJudge:
     """Asks an endpoint about every contest.
 
-    unclear: contests without an answer in spite of all tries. order_dependent: those whose two
-    answers name different responses. Both are ties.
+    unclear: contests of which a question had no A or B for an answer, in spite of all tries.
+    order_dependent: those whose two answers name different responses. Both are ties.
     """
 
     endpoint: Endpoint
@@ -70,17 +70,18 @@ class EndpointJudge:
         prompt = text_of_prompt(contest.prompt, contest.first.where)
         first, second = text_of_response(contest.first), text_of_response(contest.second)
         in_order = self._letter(prompt, first, second)
-        swapped = in_order and self._letter(prompt, second, first)
-        if not in_order or not swapped:
+        # Without an answer it is a tie already, so the second question is not asked.
+        swapped = self._letter(prompt, second, first) if in_order else None
+        if swapped is None:
             self.unclear += 1
             return 0.0
-        if in_order == swapped:  # the same place, so not the same response
+        if in_order == swapped:  # the same letter, so not the same response
             self.order_dependent += 1
             return 0.0
         return 1.0 if in_order == "A" else -1.0
 
     def _letter(self, prompt: str, a: str, b: str) -> str | None:
-        """A or B, as the model answers; None if it says neither."""
+        """A or B, as the model answers; None if it says neither in TRIES answers."""
         messages = question_about(self.question, prompt, a, b)
         for _ in range(TRIES):
             answer = self.endpoint.answer(messages)
@@ -95,7 +96,7 @@ class EndpointJudge:
         return None
 
     def counts(self) -> dict[str, int]:
-        """What was sent, what the file had, and which contests are ties for want of a verdict."""
+        """Requests sent, what the file of answers had, and ties that come of unclear answers."""
         return {
             "calls": self.endpoint.calls,
             "stored_answers": self.endpoint.reused,
@@ -122,7 +123,7 @@ def question_about(question: Question, prompt: str, a: str, b: str) -> Messages:
 
 
 def letter_of(answer: str) -> str | None:
-    """The letter of an answer that is nothing else, but for what stands around it.
+    """A or B if an answer is nothing else, but for spaces and punctuation around it; else None.
 
     >>> [letter_of(answer) for answer in ("A", " **B**.", "A or B", "a", "Apples", "")]
     ['A', 'B', None, None, None, None]
@@ -132,7 +133,7 @@ def letter_of(answer: str) -> str | None:
 
 
 def text_of_prompt(prompt: Any, where: str) -> str:
-    """A prompt as one text: a string as it is, of messages who says what."""
+    """A prompt as one text: the string that it is, or its messages, each with its role."""
     if isinstance(prompt, str):
         return prompt
     messages = messages_of(prompt, f'{where}: "prompt"', None, "user")

@@ -5,13 +5,14 @@ looks like. The loss of a response is the sum of the losses of its tokens (langu
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.forms import Pair, record_pairs, whole_conversation, with_prompt
+from ..data.forms import Named, Pair, record_pairs, whole_conversation, with_prompt
 from ..data.messages import Messages, is_conversation, messages_of, string_of
 from ..data.pairs import refuse_doubled_bos
 from ..data.records import Record, read_records
@@ -24,7 +25,7 @@ WHICH = ("chosen", "all")  # of a pair, the responses that are learned
 ENCODED_AT_ONCE = 512  # records
 
 
-class Answers(NamedTuple):
+class ResponseTexts(NamedTuple):
     """A prompt and responses to it as texts, joined with nothing between.
 
     is_rendered: the texts were written by a chat template. ends: of each response, whether it ended
@@ -39,10 +40,11 @@ class Answers(NamedTuple):
 
 @dataclass
 class ResponseFile:
-    """The responses of a file as token ids, with counts of what is not used as it came.
+    """The responses of a file as token ids, and counts of what was cut or left out.
 
-    truncated: a text was cut. blank: a response has no visible character. dropped: a prompt or a
-    response has no token of its own. Blank and dropped responses are left out.
+    items: each prompt with its responses. truncated: how many of them were cut. blank: responses
+    left out because they have no visible character. dropped: those left out because they, or their
+    prompt, have no token of their own.
     """
 
     path: str
@@ -62,11 +64,11 @@ class ResponseFile:
         )
 
     def digest(self) -> str:
-        """sha256 over the ids, in order: the same digest, the same training data."""
+        """SHA-256 over the ids, in order: files of equal digest are the same training data."""
         digest = hashlib.sha256()
         for prompt, responses in self.items:
             lengths = [len(prompt), *map(len, responses)]
-            ids = [id for ids in (prompt, *responses) for id in ids]
+            ids = chain(prompt, *responses)
             digest.update(np.array([len(lengths), *lengths, *ids]).tobytes())
         return digest.hexdigest()
 
@@ -77,7 +79,7 @@ class ResponseFile:
 def read_responses(
     path: str, checkpoint: Checkpoint, max_length: int, which: str = "chosen", chat: bool = False
 ) -> ResponseFile:
-    """The responses of a file as ids; each that ended by itself has the model's EOS at its end.
+    """The responses of a file as ids; those that ended by themselves have the model's EOS behind.
 
     which: of WHICH. max_length: tokens of prompt and response; a prompt is cut on the left, and a
     response that is longer than all of it on the right. Raises InputError for a line that cannot be
@@ -86,15 +88,15 @@ def read_responses(
     tokenizer, eos = checkpoint.tokenizer, eos_of(checkpoint)
     file, waiting = ResponseFile(path), []
     for where, record in read_records(path):
-        for answers in answers_of(record, where, tokenizer, which, chat):
-            for response in answers.responses:
-                text = answers.prompt + response
-                refuse_doubled_bos(text, answers.is_rendered, where, tokenizer)
-            waiting.append(answers)
+        for texts in texts_to_learn(record, where, tokenizer, which, chat):
+            for response in texts.responses:
+                whole = texts.prompt + response
+                refuse_doubled_bos(whole, texts.is_rendered, where, tokenizer)
+            waiting.append(texts)
         if len(waiting) >= ENCODED_AT_ONCE:
-            _encode(file, waiting, tokenizer, eos, max_length)
+            _add_as_ids(file, waiting, tokenizer, eos, max_length)
             waiting = []
-    _encode(file, waiting, tokenizer, eos, max_length)
+    _add_as_ids(file, waiting, tokenizer, eos, max_length)
     if not file.items:
         raise InputError(
             f"{path}: has no usable response ({file.blank} blank, {file.dropped} without a token);"
@@ -113,78 +115,91 @@ def eos_of(checkpoint: Checkpoint) -> int | None:
     return next((id for id in ids if type(id) is int), None)
 
 
-def _encode(
+def _add_as_ids(
     file: ResponseFile,
-    waiting: Sequence[Answers],
+    waiting: Sequence[ResponseTexts],
     tokenizer: Tokenizer,
     eos: int | None,
     max_length: int,
 ) -> None:
-    """Add answers to a file as ids, or count why they are not added."""
-    for answers, ids in zip(waiting, encoded(waiting, tokenizer)):
-        is_visible = [bool(response.strip()) for response in answers.responses]
-        file.blank += is_visible.count(False)
-        prompt, *texts = ids
-        ends = [eos if ends else None for ends in answers.ends]
-        places = [i for i, shown in enumerate(is_visible) if shown]
-        if not places:
+    """Add responses to a file as ids, or count why they are left out."""
+    for texts, (prompt, *wholes) in zip(waiting, encoded(waiting, tokenizer)):
+        visible = [i for i, response in enumerate(texts.responses) if response.strip()]
+        file.blank += len(texts.responses) - len(visible)
+        if not visible:
             continue
-        own_texts, own_ends = [texts[i] for i in places], [ends[i] for i in places]
-        item, was_cut = fitted(prompt, own_texts, own_ends, len(tokenizer.bos), max_length)
+        item, was_cut = fitted(
+            prompt,
+            [wholes[i] for i in visible],
+            [eos if texts.ends[i] else None for i in visible],
+            len(tokenizer.bos),
+            max_length,
+        )
         if item is None:
-            file.dropped += len(places)
+            file.dropped += len(visible)
         else:
             file.items.append(item)
             file.truncated += was_cut
 
 
-def encoded(answers: Iterable[Answers], tokenizer: Tokenizer) -> list[list[list[int]]]:
-    """Of all answers the ids of the prompt, and of the prompt with each response."""
-    answers = list(answers)
-    ids: list[list[list[int]]] = [[] for _ in answers]
+def encoded(all_texts: Sequence[ResponseTexts], tokenizer: Tokenizer) -> list[list[list[int]]]:
+    """The ids of each prompt alone, and behind them the ids of prompt and response, for each one.
+
+    Texts that a template wrote are encoded apart from others: the markers in them are tokens.
+    """
+    ids: list[list[list[int]]] = [[] for _ in all_texts]
     for is_rendered in (False, True):
-        places = [i for i, one in enumerate(answers) if one.is_rendered == is_rendered]
-        texts, owners = [], []
-        for i in places:
-            prompt, responses = answers[i].prompt, answers[i].responses
-            texts += [prompt, *(prompt + response for response in responses)]
-            owners += [i] * (1 + len(responses))
-        for i, text_ids in zip(owners, tokenizer.encode(texts, is_rendered)):
-            ids[i].append(text_ids)
+        strings, owners = [], []
+        for i, texts in enumerate(all_texts):
+            if texts.is_rendered == is_rendered:
+                strings += [
+                    texts.prompt,
+                    *(texts.prompt + response for response in texts.responses),
+                ]
+                owners += [i] * (1 + len(texts.responses))
+        for i, string_ids in zip(owners, tokenizer.encode(strings, is_rendered)):
+            ids[i].append(string_ids)
     return ids
 
 
 def fitted(
     prompt: list[int],
-    texts: Sequence[list[int]],
+    wholes: Sequence[list[int]],
     ends: Sequence[int | None],
     bos: int,
     max_length: int,
 ) -> tuple[Responses | None, bool]:
     """A prompt and its responses, cut to max_length tokens, and whether anything was cut.
 
-    texts: ids of prompt and response together; the prompt of the item is what all of them share
+    wholes: ids of the prompt with each response; the prompt of the item is what all of them share
     with it. ends: the id that is put behind each response, if it has none. bos: how many ids stand
     in front of every text. None if a response or the prompt has no token of its own.
 
     >>> fitted([7, 8, 9], [[7, 8, 9, 1], [7, 8, 9, 2, 3]], [0, None], 0, 4)
     (Responses(prompt=[8, 9], responses=[[1, 0], [2, 3]]), True)
     """
-    common = min(_common_length(prompt, text) for text in texts)
-    bos = min(bos, common)
-    room = max_length - bos - 1  # for a response, behind a BOS and a token of the prompt
-    if room < 1 or not common or any(len(text) <= common for text in texts):
+    shared = min(_common_length(prompt, whole) for whole in wholes)
+    bos = min(bos, shared)
+    most = max_length - bos - 1  # tokens of a response, behind BOS and a token of the prompt
+    if most < 1 or not shared or any(len(whole) <= shared for whole in wholes):
         return None, False
-    responses = [text[common:] for text in texts]
-    for response, end in zip(responses, ends):
-        if end is not None and end not in response[-2:]:  # a template may end "<|end|>\n"
-            response.append(end)
-    was_cut = any(len(response) > room for response in responses)
-    responses = [response[:room] for response in responses]
-    own = prompt[bos:common]
-    keep = max_length - bos - max(map(len, responses))
-    was_cut = was_cut or len(own) > keep
-    return Responses(prompt[:bos] + own[-keep:], responses), was_cut
+    responses = [with_end(whole[shared:], end) for whole, end in zip(wholes, ends)]
+    cut_responses = [response[:most] for response in responses]
+    own_prompt = prompt[bos:shared]  # without BOS, which is never cut away
+    room = max_length - bos - max(map(len, cut_responses))
+    was_cut = cut_responses != responses or len(own_prompt) > room
+    return Responses(prompt[:bos] + own_prompt[-room:], cut_responses), was_cut
+
+
+def with_end(response: list[int], end: int | None) -> list[int]:
+    """A response with the id of its end behind it, unless it has it: a template may write it.
+
+    What stands there may be "<|end|>\\n", so the last two ids are looked at.
+
+    >>> with_end([5, 6], 2), with_end([5, 2, 9], 2), with_end([5, 6], None)
+    ([5, 6, 2], [5, 2, 9], [5, 6])
+    """
+    return response if end is None or end in response[-2:] else [*response, end]
 
 
 def _common_length(a: list[int], b: list[int]) -> int:
@@ -196,13 +211,13 @@ def _common_length(a: list[int], b: list[int]) -> int:
 # ---- from a record to texts ----------------------------------------------------------------------
 
 
-def answers_of(
+def texts_to_learn(
     record: Record, where: str, tokenizer: Tokenizer, which: str = "chosen", chat: bool = False
-) -> list[Answers]:
-    """The prompt of a record with the responses that are to be learned; none of a label tie.
+) -> list[ResponseTexts]:
+    """The prompts of a record, mostly one, each with the responses to it that are to be learned.
 
-    Of pairs these are the chosen ones, which no other response beats, or all. Of samples it is
-    every response. Of messages it is the last one, which is the assistant's.
+    Of pairs these are the chosen ones, which no other response beats, or all; a label tie has none.
+    Of samples it is every response. Of messages it is the last one, which is the assistant's.
     """
     if is_conversation(record.get("messages")) and "prompt" not in record:
         messages = messages_of(record["messages"], f'{where}: "messages"', tokenizer, "user")
@@ -219,59 +234,66 @@ def answers_of(
     return _of_pairs(pairs, which)
 
 
-def _of_pairs(pairs: Sequence[Pair], which: str) -> list[Answers]:
+def _of_pairs(pairs: Sequence[Pair], which: str) -> list[ResponseTexts]:
     """The chosen or all responses of the pairs of a record, each once."""
     rejected = {(pair.prompt, pair.rejected) for pair in pairs}
-    prompts: dict[str, dict[str, None]] = {}
+    to_learn: dict[str, list[str]] = {}  # by prompt
     for pair in pairs:
-        responses = prompts.setdefault(pair.prompt, {})
-        if which == "all" or (pair.prompt, pair.chosen) not in rejected:
-            responses[pair.chosen] = None
         if which == "all":
-            responses[pair.rejected] = None
-    is_rendered = bool(pairs) and pairs[0].rendered
-    return [
-        Answers(prompt, list(responses), is_rendered, [True] * len(responses))
-        for prompt, responses in prompts.items()
-        if responses
-    ]
+            to_learn.setdefault(pair.prompt, []).extend([pair.chosen, pair.rejected])
+        elif (pair.prompt, pair.chosen) not in rejected:
+            to_learn.setdefault(pair.prompt, []).append(pair.chosen)
+    texts = []
+    for prompt, responses in to_learn.items():
+        each_once = list(dict.fromkeys(responses))
+        ends = [True] * len(each_once)
+        texts.append(ResponseTexts(prompt, each_once, pairs[0].rendered, ends))
+    return texts
 
 
-def _sampled(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> Answers:
+def _sampled(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> ResponseTexts:
     """What a policy wrote: one response, or several."""
     require("prompt" in record, f'{where}: "prompt" is missing; found keys: {", ".join(record)}')
-    are_several = "responses" in record
-    responses = record["responses"] if are_several else [record["response"]]
+    prompt, responses = record["prompt"], _responses_with_names(record, where)
+    ends = _ends(record, len(responses), where)
+    if chat or any(map(is_conversation, [prompt, *(value for _, value in responses)])):
+        turns = messages_of(prompt, f'{where}: "prompt"', tokenizer, "user")
+        wholes = [
+            whole_conversation(turns, messages_of(value, name, tokenizer, "assistant"), where)
+            for name, value in responses
+        ]
+        return _rendered(wholes, ends, where, tokenizer)
+    texts = [string_of(value, name, "a string, or messages") for name, value in responses]
+    return ResponseTexts(string_of(prompt, f'{where}: "prompt"'), texts, False, ends)
+
+
+def _responses_with_names(record: Record, where: str) -> list[Named]:
+    """The responses of a sample, or the only one, each with what an error calls it."""
+    if "responses" not in record:
+        return [Named(f'{where}: "response"', record["response"])]
+    responses = record["responses"]
     require(
         isinstance(responses, list) and responses,
         f'{where}: "responses" is empty or no list; expected responses',
     )
-    ends = record.get("finished", True)
-    ends = ends if isinstance(ends, list) else [ends] * len(responses)
+    return [Named(f'{where}: "responses"[{i}]', value) for i, value in enumerate(responses)]
+
+
+def _ends(record: Record, count: int, where: str) -> list[bool]:
+    """Whether each of so many responses ended by itself: all of them, if "finished" is missing."""
+    finished: Any = record.get("finished", True)
+    ends = finished if isinstance(finished, list) else [finished] * count
     require(
-        len(ends) == len(responses) and all(type(end) is bool for end in ends),
+        len(ends) == count and all(type(end) is bool for end in ends),
         f'{where}: "finished" is not true or false for each response; expected that, or no such'
         " key",
     )
-    values = [record["prompt"], *responses]
-    if chat or any(map(is_conversation, values)):
-        prompt = messages_of(values[0], f'{where}: "prompt"', tokenizer, "user")
-        answers = [
-            messages_of(response, f'{where}: "responses"[{i}]', tokenizer, "assistant")
-            for i, response in enumerate(responses)
-        ]
-        wholes = [whole_conversation(prompt, answer, where) for answer in answers]
-        return _rendered(wholes, ends, where, tokenizer)
-    texts = [
-        string_of(response, f'{where}: "responses"[{i}]', "a string, or messages")
-        for i, response in enumerate(responses)
-    ]
-    return Answers(string_of(values[0], f'{where}: "prompt"'), texts, False, ends)
+    return ends
 
 
 def _rendered(
     conversations: Sequence[Messages], ends: list[bool], where: str, tokenizer: Tokenizer
-) -> Answers:
+) -> ResponseTexts:
     """Conversations with one prompt as texts, by the chat template; the last turns are learned."""
     prompt = conversations[0][:-1]
     require(
@@ -286,4 +308,4 @@ def _rendered(
         " that it cannot be told which tokens to learn; give strings instead of messages",
     )
     rests = [text[len(beginning) :] for text in texts]
-    return Answers(beginning, rests, tokenizer.template is not None, ends)
+    return ResponseTexts(beginning, rests, tokenizer.template is not None, ends)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,15 @@ RESPONSES_AT_ONCE = 256  # scored between two writes to the disk
 BY_REWARD = ("best", "worst")
 WITHOUT_MODEL = ("random", "longest")
 
-Choice = tuple[int, float | None, float | None]  # place, reward and margin
 Rewards = list[list[float]]  # of every response to every prompt
+
+
+class Choice(NamedTuple):
+    """The place of the response that is selected, its reward and its margin, if it has them."""
+
+    place: int
+    reward: float | None
+    margin: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,26 +95,29 @@ def select(options: SelectOptions) -> None:
     refuse_existing(options.output)
     checkpoints = reward_models(options)
     records = samples_of(options)
-    work = None
-    if checkpoints:
-        work = scored_in_portions(records, checkpoints, options)
-        rewards = combined(stored_rewards(work, options, len(records)), options.pessimism)
+    work = scored_in_portions(records, checkpoints, options) if checkpoints else None
+    if work:
+        rewards = combined(stored_rewards(work, options), options.pessimism)
         choices = [by_reward(of_prompt, options.by) for of_prompt in rewards]
     else:
-        choices = [unjudged(record, options) for _, record in records]
-    with (
-        written_whole(options.output) as unfinished,
-        open(unfinished, "x", encoding="utf-8") as file,
-    ):
-        for (where, record), choice in zip(records, choices, strict=True):
-            file.write(json_line(with_one_response(record, *choice), where) + "\n")
+        choices = [without_reward(record, options) for _, record in records]
+    write_selected(records, choices, options.output)
     if work:
         work.remove()
     print(f"{options.output}: {options.by} of the responses to each of {len(records)} prompts")
 
 
+def write_selected(
+    records: Sequence[tuple[str, Record]], choices: Sequence[Choice], output: str
+) -> None:
+    """Write every record with the response that was chosen, in the place of all its responses."""
+    with written_whole(output) as unfinished, open(unfinished, "x", encoding="utf-8") as file:
+        for (where, record), choice in zip(records, choices, strict=True):
+            file.write(json_line(with_one_response(record, *choice), where) + "\n")
+
+
 def check_models(options: SelectOptions) -> None:
-    """Refuse models where none is used, and options that need more of them."""
+    """Refuse models where none is used, and fewer of them than the options need."""
     models = options.model
     if options.by in BY_REWARD:
         require(models, f"--by {options.by}: expected at least one --model, a reward model")
@@ -139,8 +149,10 @@ def samples_of(options: SelectOptions) -> list[tuple[str, Record]]:
     records = []
     for where, record in read_records(options.input):
         check_responses(record, where, "align select")
-        prompt_of(record, where)
-        records.append((where, with_first_responses(record, where, options)))
+        prompt_of(record, where)  # refuses a record without one
+        first = with_first_responses(record, where, options.first)
+        check_kind(first["responses"], where, options.by)
+        records.append((where, first))
     require(records, f"{options.input}: is empty; expected at least one line")
     return records
 
@@ -152,24 +164,29 @@ def prompt_of(record: Record, where: str) -> Any:
     return record["prompt"]
 
 
-def with_first_responses(record: Record, where: str, options: SelectOptions) -> Record:
-    """A record with as many responses as are asked for, or all. Raises InputError for too few."""
+def with_first_responses(record: Record, where: str, count: int | None) -> Record:
+    """A record with so many of its responses, or all. Raises InputError where there are fewer."""
+    if count is None:
+        return record
     responses = record["responses"]
-    count = options.first or len(responses)
     require(
         count <= len(responses),
         f"--first {count}: {where} has {len(responses)} responses; expected at least as many",
     )
-    for response in responses:
-        require(
-            isinstance(response, str) or (options.by != "longest" and is_conversation(response)),
-            f'{where}: "responses" holds {shown(response)}; expected strings, or messages unless'
-            " --by longest",
-        )
     first = record | {"responses": responses[:count]}
     if isinstance(record.get("finished"), list):
         first["finished"] = record["finished"][:count]
     return first
+
+
+def check_kind(responses: Sequence[Any], where: str, by: str) -> None:
+    """Refuse responses that are neither strings nor messages; messages have no one length."""
+    for response in responses:
+        require(
+            isinstance(response, str) or (by != "longest" and is_conversation(response)),
+            f'{where}: "responses" holds {shown(response)}; expected strings, or messages unless'
+            " --by longest",
+        )
 
 
 # ---- rewards -------------------------------------------------------------------------------------
@@ -180,10 +197,10 @@ def scored_in_portions(
     checkpoints: Sequence[Checkpoint],
     options: SelectOptions,
 ) -> Unfinished:
-    """The unfinished file with all rewards: portion by portion of one model after the other.
+    """The unfinished file with all rewards: every portion of one model, then of the next.
 
-    A record of it is {"rewards": those of every response to some prompts, "truncated": how many of
-    these prompts were cut}. What is there already is not scored again.
+    A record of it is {"rewards": those of every response to some prompts, "truncated": to how many
+    of these prompts a response was cut}. What is there already is not scored again.
     """
     path = Path(f"{options.output}.unfinished")
     work = begin_or_continue(path, identity_of(options, checkpoints), options.resume)
@@ -191,8 +208,8 @@ def scored_in_portions(
     portion = max(1, RESPONSES_AT_ONCE // most)
     starts = range(0, len(records), portion)
     for number, checkpoint in enumerate(checkpoints):
-        missing = starts[max(0, work.records - number * len(starts)) :]
-        parts = [records[start : start + portion] for start in missing]
+        stored = max(0, work.records - number * len(starts))  # portions of this model
+        parts = [records[start : start + portion] for start in starts[stored:]]
         if parts:
             add_rewards(work, parts, checkpoint, options)
     return work
@@ -201,12 +218,12 @@ def scored_in_portions(
 def identity_of(options: SelectOptions, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
     """What the rewards and the choice depend on."""
     named = {key: value for key, value in asdict(options).items() if key != "resume"}
-    files = {
+    depends_on = {
         "models": [checkpoint.identity() for checkpoint in checkpoints],
         "rules": [options.rules(checkpoint) for checkpoint in checkpoints],
         "input": file_checksum(Path(options.input)),
     }
-    return json.loads(json.dumps(named | {"of": files}))
+    return json.loads(json.dumps(named | {"of": depends_on}))
 
 
 def add_rewards(
@@ -215,7 +232,7 @@ def add_rewards(
     checkpoint: Checkpoint,
     options: SelectOptions,
 ) -> None:
-    """Add the rewards of one model, which leaves the memory before the next one comes."""
+    """Add the rewards of one model, which is in memory no longer than this takes."""
     model, rules = load_reward_model(checkpoint, options), options.rules(checkpoint)
     for number, part in enumerate(parts, 1):
         scorer = Scorer(model, checkpoint, rules, options.micro_tokens)
@@ -225,17 +242,18 @@ def add_rewards(
         print(f"{checkpoint.directory}: {left} prompts left", file=sys.stderr, flush=True)
 
 
-def stored_rewards(work: Unfinished, options: SelectOptions, prompts: int) -> list[Rewards]:
-    """The rewards of each model, from the whole unfinished file; says how many texts were cut."""
-    rewards: Rewards = []
-    truncated = [0 for _ in options.model]
-    for portion in work.stored():
-        truncated[len(rewards) // prompts] += portion["truncated"]
-        rewards += portion["rewards"]
-    for name, count in zip(options.model, truncated):
-        if count:
-            print(f"{name}: the responses to {count} prompts were truncated")
-    return [rewards[m * prompts : (m + 1) * prompts] for m in range(len(options.model))]
+def stored_rewards(work: Unfinished, options: SelectOptions) -> list[Rewards]:
+    """The rewards of each model, from the whole file; a line says of each what it had to cut."""
+    portions = list(work.stored())
+    a_model = len(portions) // len(options.model)  # so many portions
+    rewards = []
+    for number, name in enumerate(options.model):
+        own = portions[number * a_model : (number + 1) * a_model]
+        truncated = sum(portion["truncated"] for portion in own)
+        if truncated:
+            print(f"{name}: the responses to {truncated} prompts were truncated")
+        rewards.append([of_prompt for portion in own for of_prompt in portion["rewards"]])
+    return rewards
 
 
 def combined(rewards: Sequence[Rewards], pessimism: float = 0.0) -> Rewards:
@@ -250,15 +268,16 @@ def combined(rewards: Sequence[Rewards], pessimism: float = 0.0) -> Rewards:
     """
     if len(rewards) == 1:
         return rewards[0]
-    of_prompts = zip(*(on_one_scale(of_model) for of_model in rewards))
-    both = [np.stack(of_prompt) for of_prompt in of_prompts]  # (M, n) each
-    return [(z.mean(0) - pessimism * z.std(0)).tolist() for z in both]
+    by_model = [on_one_scale(of_model) for of_model in rewards]
+    by_prompt = [np.stack(z) for z in zip(*by_model)]  # (M, n) each
+    return [(z.mean(0) - pessimism * z.std(0)).tolist() for z in by_prompt]
 
 
 def on_one_scale(rewards: Rewards) -> list[np.ndarray]:
-    """The rewards of a model, as only their differences within a prompt count: (n,) each.
+    """The rewards of a model on a scale that all models share: (n,) for every prompt.
 
-    Models have rewards of different offset and scale. So of each
+    Models have rewards of different offset and scale, and only differences within a prompt count.
+    So each reward r becomes
 
         z = (r - mean of r over the prompt's responses) / s
         s² = mean of (r - mean of r over its prompt's responses)² over all responses of the file
@@ -280,21 +299,21 @@ def by_reward(rewards: Sequence[float], by: str) -> Choice:
     """The best or the worst of some responses.
 
     >>> by_reward([0.5, 2.0, 0.25], "worst")
-    (2, 0.25, 0.25)
+    Choice(place=2, reward=0.25, margin=0.25)
     """
     sign = 1 if by == "best" else -1
     place, _, margin = best_of_rewards([sign * reward for reward in rewards])
-    return place, rewards[place], margin
+    return Choice(place, rewards[place], margin)
 
 
-def unjudged(record: Record, options: SelectOptions) -> Choice:
-    """Any one of the responses, or the longest one."""
+def without_reward(record: Record, options: SelectOptions) -> Choice:
+    """Any one of the responses, or the longest one, as --by says."""
     responses = record["responses"]
     if options.by == "random":
         place = random_place(options.seed, prompt_of(record, ""), len(responses))
     else:
         place = best_of_rewards([len(response) for response in responses]).place
-    return place, None, None
+    return Choice(place, None, None)
 
 
 def random_place(seed: int, prompt: Any, count: int) -> int:

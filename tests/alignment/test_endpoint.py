@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import minimore.alignment.endpoint as endpoint
-from minimore.alignment.answers import Answers, key_of
+from minimore.alignment.answers import Answers, question_hash
 from minimore.alignment.questions import letter_of
 from minimore.cli import main
 
@@ -228,7 +228,7 @@ def test_a_server_that_repeats_the_key_does_not_make_it_known(serve, capsys):
         no_key_in(said.out, said.err)
 
 
-def test_a_key_of_one_letter_hides_no_answer(serve, monkeypatch):
+def test_a_question_hash_one_letter_hides_no_answer(serve, monkeypatch):
     files()
     monkeypatch.setenv("MINIMORE_API_KEY", "A")
     assert compared(serve(longest).url)["win"] == 4
@@ -255,7 +255,7 @@ def test_two_samples_of_one_policy_are_a_tie(serve):
 
 
 def hash_of(text):
-    return key_of("", [{"content": text}])
+    return question_hash("", [{"content": text}])
 
 
 def test_nonsense_is_asked_again_then_is_a_tie_and_is_counted(serve):

@@ -6,7 +6,7 @@ import pytest
 from conftest import write_checkpoint
 from reference import reference_model
 
-from minimore.alignment.responses import answers_of, encoded, fitted, read_responses
+from minimore.alignment.responses import encoded, fitted, read_responses, texts_to_learn
 from minimore.options import InputError
 
 HH = "\n\nHuman: q\n\nAssistant:"
@@ -21,8 +21,8 @@ def checkpoint(transformers, tmp_path_factory):
 
 
 def texts_of(record, checkpoint, which="chosen", chat=False):
-    found = answers_of(record, "file:1", checkpoint.tokenizer, which, chat)
-    return [(answers.prompt, answers.responses, answers.ends) for answers in found]
+    learned = texts_to_learn(record, "file:1", checkpoint.tokenizer, which, chat)
+    return [(texts.prompt, texts.responses, texts.ends) for texts in learned]
 
 
 PAIR = {"prompt": "p ", "chosen": "good", "rejected": "bad"}
@@ -81,7 +81,8 @@ def test_all_responses_of_a_pair_and_strings_as_messages(checkpoint):
         ({"prompt": "p", "responses": []}, '"responses" is empty or no list'),
         ({"prompt": "p", "responses": ["x"], "finished": [True, True]}, '"finished" is not true'),
         ({"prompt": "p", "response": "x", "finished": "yes"}, '"finished" is not true or false'),
-        ({"prompt": "p", "response": 3}, "is 3; expected a string, or messages"),
+        ({"prompt": "p", "response": 3}, '"response" is 3; expected a string, or messages'),
+        ({"prompt": "p", "responses": ["x", 3]}, r'"responses"\[1\] is 3; expected a string'),
         ({"messages": [{"role": "user", "content": "q"}]}, "does not end with an answer"),
         ({"a": 1}, "is missing"),
     ],
@@ -115,12 +116,12 @@ def test_an_end_is_learned_where_a_response_ended(checkpoint, tmp_path):
 
 
 def test_a_cut_takes_from_the_prompt_and_leaves_the_response(checkpoint):
-    answers = answers_of(
+    learned = texts_to_learn(
         {"prompt": "one two three four five six ", "responses": ["seven", "eight nine"]},
         "file:1",
         checkpoint.tokenizer,
     )
-    ((prompt, *texts),) = encoded(answers, checkpoint.tokenizer)
+    ((prompt, *texts),) = encoded(learned, checkpoint.tokenizer)
     whole, was_cut = fitted(prompt, texts, [2, 2], 1, 512)
     assert not was_cut and all(response[-1] == 2 for response in whole.responses)
     longest = max(map(len, whole.responses))

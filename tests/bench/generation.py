@@ -149,6 +149,7 @@ def main():
                 sampling.temperature, sampling.top_k, sampling.top_p, options.tokens
             )
             their_seconds, our_seconds = compared(theirs, ours, prompts, sampling, options)
+            print(f"{family}, {name}: measured", file=sys.stderr, flush=True)
             ratios = [a / b for a, b in zip(their_seconds, our_seconds)]
             their_median, our_median = map(statistics.median, (their_seconds, our_seconds))
             table.add(

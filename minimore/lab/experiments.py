@@ -65,7 +65,7 @@ def notes(options: ReproduceOptions, with_pairs: bool = True) -> str:
 
     with_pairs: the noise of test pairs that seeds share is in the intervals.
     """
-    if options.seeds > 2:
+    if options.seed_count() > 2:
         flag = (
             "! a difference whose interval excludes 0 (of 20 that are none, one looks like one;"
             " ECEs near their floor are never flagged)"
@@ -75,7 +75,7 @@ def notes(options: ReproduceOptions, with_pairs: bool = True) -> str:
             "fewer than three seeds say nothing of what training adds, so no difference is flagged"
         )
     over = interval_over(options, with_pairs)
-    return f"{options.seeds} seeds; ± is half a 95% interval {over}; {flag}"
+    return f"{options.seed_count()} seeds; ± is half a 95% interval {over}; {flag}"
 
 
 def interval_over(options: ReproduceOptions, with_pairs: bool) -> str:
@@ -83,7 +83,7 @@ def interval_over(options: ReproduceOptions, with_pairs: bool) -> str:
     if not options.model:
         return "over seeds (t); every seed is another world, model and order"
     parts = []
-    if options.seeds > 2:
+    if options.seed_count() > 2:
         parts.append("over seeds (t), which share their data")
     if with_pairs:
         parts.append("over test pairs (bootstrap by prompt; not for worst and NLL)")
@@ -99,8 +99,8 @@ def report_table2(grid: Grid) -> str:
     for (size,) in grid.values("size"):
         schemes = grid.schemes_at(size=size)
         table = scheme_table(schemes, grid.names, real=bool(grid.options.model))
-        if grid.options.seeds > 2 and {"more", "uniform"} <= set(schemes):
-            table += "\n" + detectable_text(schemes, grid.options.seeds)
+        if grid.options.seed_count() > 2 and {"more", "uniform"} <= set(schemes):
+            table += "\n" + detectable_text(schemes, grid.options.seed_count())
         parts += [f"size {size}", table]
         if any(map(is_single, schemes)):
             title = "cross-source accuracy of the single models (Fig. 1)"

@@ -18,8 +18,9 @@ engine.workload engine.cost engine.choose engine.plan
 metrics resume run train
 alignment.policy alignment.generate alignment.sample alignment.compare alignment.language
 alignment.perplexity
-lab.features lab.probe lab.published lab.grid lab.drift lab.cells lab.estimate lab.statistics
-lab.scheme_tables lab.experiments lab.reproduce lab.demo
+lab.features lab.probe lab.published lab.policies lab.best_of lab.association lab.scale_matters
+lab.recipes lab.grid lab.drift lab.testbed lab.cells lab.estimate lab.statistics lab.scheme_tables
+lab.finished lab.alignment_figures lab.figure7 lab.experiments lab.reproduce lab.demo
 check cli
 """  # one order; a line may be a wing, or a part of one
 ORDER = PAGE.split()

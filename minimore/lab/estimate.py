@@ -29,7 +29,7 @@ def estimated_seconds(options: ReproduceOptions, cells: Iterable[Cell]) -> float
             parameters[model] = matrix_parameters(cell)
         tokens = WORLD_TOKENS if cell.world else min(options.max_length, REAL_TOKENS)
         pairs = cell.options["pairs_per_source"] * len(cell.sources)
-        test_pairs = options.test_pairs * len(cell.tests)
+        test_pairs = options.test_pair_count() * len(cell.tests)
         flops = TRAIN_FLOPS * pairs + SCORE_FLOPS * test_pairs  # a token and parameter
         seconds += STEP_SECONDS * pairs / cell.options["batch_size"]
         seconds += flops * tokens * parameters[model] / speed

@@ -105,11 +105,13 @@ class ReproduceOptions:
     pairs: int | None = option(
         None,
         within=Range(least=1, most=10**7),
-        help="training pairs of each source an epoch (default: 6400 in the world, figure7 3200,"
+        help="training pairs of each source an epoch (default: 6400 in the world, figure7 1600,"
         " 40000 else)",
     )
-    test_pairs: int = option(
-        1200, within=Range(least=1, most=10**6), help="world: test pairs of each annotator"
+    test_pairs: int | None = option(
+        None,
+        within=Range(least=1, most=10**6),
+        help="world: test pairs of each annotator (default: 1200, of figure7 800)",
     )
     regime: str = option(
         "conflict",
@@ -146,8 +148,16 @@ class ReproduceOptions:
             return self.pairs
         if self.model:
             return 40_000
-        pairs = 3200 if self.has_policies() else 6400
+        pairs = 1600 if self.has_policies() else 6400
         return pairs // 10 if self.quick else pairs
+
+    def test_pair_count(self) -> int:
+        """World: test pairs of each annotator."""
+        if self.test_pairs is not None:
+            return self.test_pairs
+        if self.has_policies():
+            return 120 if self.quick else 800
+        return 1200
 
     def seed_count(self) -> int:
         """Runs of every cell."""
@@ -326,7 +336,7 @@ def _materials(
     if options.model:
         return place["size"], parse_sources(options.source), None
     regime = place.get("regime", options.regime)
-    home = home_of(options, regime, pairs, options.test_pairs, place["seed"])
+    home = home_of(options, regime, pairs, options.test_pair_count(), place["seed"])
     return home.directory / f"width-{place['size']}", home.files(), home.world
 
 
@@ -342,7 +352,7 @@ def home_of(options: ReproduceOptions, regime: str, pairs: int, test_pairs: int,
 def choosing_cell(options: ReproduceOptions, place: Place) -> Cell:
     """A reward model of a recipe (recipes.py), which is tested in the world of the policies."""
     pairs, seed = options.training_pairs(), place["seed"]
-    testbed = home_of(options, options.regime, pairs, options.test_pairs, seed)
+    testbed = home_of(options, options.regime, pairs, options.test_pair_count(), seed)
     own_pairs = max(2, int(place["pairs"] * pairs))
     is_there = (place["regime"], own_pairs) == (options.regime, pairs)
     home = testbed if is_there else home_of(options, place["regime"], own_pairs, 1, seed)

@@ -58,7 +58,7 @@ class Design:
     tuning: Fitting = Fitting(40, 50, 1e-3)
     prompts: int = 1000
     samples: int = 4
-    curve_prompts: int = 200
+    curve_prompts: int = 100
     curve_samples: int = 64
     test_prompts: int = 200
     test_samples: int = 8
@@ -67,9 +67,9 @@ class Design:
 
 FULL = Design()
 QUICK = Design(
-    base=Fitting(100, 20, 3e-3),
-    tuning=Fitting(20, 20, 2e-3),
-    prompts=160,
+    base=Fitting(60, 20, 5e-3),
+    tuning=Fitting(12, 20, 2e-3),
+    prompts=120,
     curve_prompts=20,
     curve_samples=16,
     test_prompts=40,

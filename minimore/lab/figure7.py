@@ -362,12 +362,12 @@ def mixture_text(worlds: Sequence[WorldOfModels]) -> str:
     """Choosing by the mean reward of several models, as trained, tempered at random, and fitted."""
     table = Table("best of 4 by the mean reward of 3 models", "r* over the mean sample")
     outcomes: dict[str, list[float]] = {}
-    simple, at_equal_accuracy = [], []
+    alone, at_equal_accuracy = [], []
     for world in worlds:
         mixtures = mixtures_of(world)
         for label in ("members alone", "as trained", "tempered at random", "each at its own T"):
             outcomes.setdefault(label, []).append(float(np.mean([m[label] for m in mixtures])))
-        simple.append(rank_correlation(mixtures, "ece", "tempered at random", None))
+        alone.append(rank_correlation(mixtures, "ece", "tempered at random", None))
         at_equal_accuracy.append(
             rank_correlation(mixtures, "ece", "tempered at random", "accuracy")
         )
@@ -375,7 +375,7 @@ def mixture_text(worlds: Sequence[WorldOfModels]) -> str:
         table.add(label, cell_text(values))
     return (
         f"{table}\nmean ECE of tempered members with r* of the mixture's choice:"
-        f" {correlation_text(simple)}; at equal mean accuracy: {correlation_text(at_equal_accuracy)}"
+        f" {correlation_text(alone)}; at equal accuracy: {correlation_text(at_equal_accuracy)}"
     )
 
 

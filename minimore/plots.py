@@ -174,6 +174,28 @@ def draw_curves(curves: dict[str, list[tuple]], across: str, up: str, path: Path
     return _save(figure, path)
 
 
+def draw_points(panels: list[tuple[str, str, dict[str, tuple]]], path: Path) -> Path:
+    """Panels side by side: (across, up, {label: (x, y)}), points of one kind a label."""
+    figure = _figure(1.2 * len(panels))
+    for axis, (across, up, points) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels
+    ):
+        for k, (label, (x, y)) in enumerate(points.items()):
+            axis.plot(
+                x,
+                y,
+                MARKERS[k % len(MARKERS)],
+                color=PALETTE[k % len(PALETTE)],
+                markersize=4,
+                alpha=0.7,
+                label=_plain(label),
+            )
+        axis.set(xlabel=across, ylabel=up)
+        axis.grid(color="0.9")
+    figure.axes[0].legend(fontsize="x-small")
+    return _save(figure, path)
+
+
 def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The ends of the 95% interval of a share of `count` pairs, taken as independent.
 

@@ -19,8 +19,9 @@ metrics resume run training train
 alignment.portions alignment.policy alignment.generate alignment.sample alignment.selection
 alignment.language alignment.responses alignment.finetune alignment.perplexity
 alignment.judges alignment.answers alignment.endpoint alignment.questions alignment.compare
-lab.features lab.probe lab.published lab.grid lab.drift lab.cells lab.estimate lab.statistics
-lab.scheme_tables lab.experiments lab.reproduce lab.demo
+lab.features lab.probe lab.published lab.policies lab.best_of lab.association lab.scale_matters
+lab.recipes lab.grid lab.drift lab.testbed lab.cells lab.estimate lab.statistics lab.scheme_tables
+lab.finished lab.alignment_figures lab.figure7 lab.experiments lab.reproduce lab.demo
 check cli
 """  # one order; a line may be a wing, or a part of one
 ORDER = PAGE.split()

@@ -26,7 +26,7 @@ from ..reward import ModelOptions, check_length
 from ..tables import Table, number
 from .language import Responses, pack_responses
 from .policy import LanguageModel, open_policy
-from .responses import ResponseTexts, encoded, fitted
+from .responses import ResponseTexts, cut_to_length, encoded
 
 SIDES = ("chosen", "rejected")
 
@@ -74,7 +74,7 @@ def read_sides(options: PerplexityOptions, tokenizer: Tokenizer) -> list[Respons
     ]
     bos = len(tokenizer.bos)
     read = [
-        fitted(prompt, sides, [None, None], bos, options.max_length)[0]
+        cut_to_length(prompt, sides, [None, None], bos, options.max_length)[0]
         for prompt, *sides in encoded(texts, tokenizer)
     ]
     items = [item for item in read if item is not None]

@@ -128,7 +128,7 @@ def _add_as_ids(
         file.blank += len(texts.responses) - len(visible)
         if not visible:
             continue
-        item, was_cut = fitted(
+        item, was_cut = cut_to_length(
             prompt,
             [wholes[i] for i in visible],
             [eos if texts.ends[i] else None for i in visible],
@@ -162,7 +162,7 @@ def encoded(all_texts: Sequence[ResponseTexts], tokenizer: Tokenizer) -> list[li
     return ids
 
 
-def fitted(
+def cut_to_length(
     prompt: list[int],
     wholes: Sequence[list[int]],
     ends: Sequence[int | None],
@@ -175,7 +175,7 @@ def fitted(
     with it. ends: the id that is put behind each response, if it has none. bos: how many ids stand
     in front of every text. None if a response or the prompt has no token of its own.
 
-    >>> fitted([7, 8, 9], [[7, 8, 9, 1], [7, 8, 9, 2, 3]], [0, None], 0, 4)
+    >>> cut_to_length([7, 8, 9], [[7, 8, 9, 1], [7, 8, 9, 2, 3]], [0, None], 0, 4)
     (Responses(prompt=[8, 9], responses=[[1, 0], [2, 3]]), True)
     """
     shared = min(_common_length(prompt, whole) for whole in wholes)

@@ -22,16 +22,17 @@ from torch import Tensor
 
 from ..checksums import read_checked_json, require_directory_as_written, write_checked_json
 from ..data.pairs import load_source
-from ..data.world import small_gpt_neox
+from ..data.world import World, small_gpt_neox
 from ..files import directory_written_whole, make_directory
 from ..model.checkpoint import Checkpoint, random_checkpoint
 from ..model.tensors import require_as_written, write_tensors
 from ..options import InputError
 from ..report import source_margins
-from ..reward import ModelOptions, open_reward_model
+from ..reward import ModelOptions, RewardModel, open_reward_model
 from ..train import TrainOptions, train
 from .drift import DriftWatch
 from .grid import Cell, ReproduceOptions, train_options
+from .testbed import chosen_for, open_testbed
 
 HELD_OUT = 4  # one of so many test prompts fits temperatures, under --protocol clean
 
@@ -75,7 +76,10 @@ def fingerprint(cell: Cell) -> str:
         training_files = [train_path for train_path, _ in cell.sources.values()]
         files = [*cell.tests.values(), *training_files]
         content = [Checkpoint(str(cell.model)).identity(), *map(content_digest, files)]
-    return json.dumps([options, list(cell.sources), list(cell.tests), str(cell.world), content])
+    parts = [options, list(cell.sources), list(cell.tests), str(cell.world), content]
+    if cell.testbed:
+        parts += [str(cell.testbed.world), str(cell.design)]
+    return json.dumps(parts)
 
 
 @cache
@@ -125,7 +129,11 @@ def run_cell(output: Path, cell: Cell) -> int:
             exit_code = train(options, watch)
             if exit_code:
                 return exit_code
-        tensors = margins_and_prompts(cell, options)
+        model, checkpoint = open_trained(cell, options)
+        tensors = margins_and_prompts(model, checkpoint, cell, options)
+        if cell.testbed:
+            testbed = open_testbed(*cell.testbed, cell.design)
+            tensors |= chosen_for(testbed, model, checkpoint)
     if watch and watch.points:
         write_checked_json(drift_file(output, cell), {"points": watch.points})
     write_tensors(margins_file(output, cell), tensors, {"of": fingerprint(cell)})
@@ -137,30 +145,41 @@ def prepare(cell: Cell) -> None:
 
     With real data there is nothing to write.
     """
-    world = cell.world
-    if world is None:
+    if cell.world is None:
         return
     model = Path(cell.model)  # .../WORLD/width-SIZE
     world_directory = model.parent  # holds its files of pairs and its tokenizer, too
-    if not world_directory.exists():
-        make_directory(world_directory.parent)
-        with directory_written_whole(world_directory) as unfinished:
-            world.write(unfinished)
-    require_directory_as_written(world_directory)
+    prepare_world(world_directory, cell.world)
+    if cell.testbed:
+        prepare_world(*cell.testbed)
     if not model.exists():
         config = small_gpt_neox(width=int(cell.at["size"]))
         tokenizer = world_directory / "tokenizer.json"
         with directory_written_whole(model) as unfinished:
-            random_checkpoint(unfinished, config, tokenizer, seed=world.seed)
+            random_checkpoint(unfinished, config, tokenizer, seed=cell.world.seed)
 
 
-def margins_and_prompts(cell: Cell, options: TrainOptions) -> dict[str, Tensor]:
-    """What is stored of a cell: "margins.k" and "prompt.k" (N,) of the pairs of test source k."""
-    is_trained = bool(cell.sources)  # a raw model is scored as it was opened
-    directory = options.output if is_trained else str(cell.model)
-    model, checkpoint = open_reward_model(
+def prepare_world(directory: Path, world: World) -> None:
+    """Write a world, unless it is there."""
+    if not directory.exists():
+        make_directory(directory.parent)
+        with directory_written_whole(directory) as unfinished:
+            world.write(unfinished)
+    require_directory_as_written(directory)
+
+
+def open_trained(cell: Cell, options: TrainOptions) -> tuple[RewardModel, Checkpoint]:
+    """The reward model of a cell; a raw one is opened as it was before any training."""
+    directory = options.output if cell.sources else str(cell.model)
+    return open_reward_model(
         ModelOptions(model=directory, device=options.device, seed=options.seed)
     )
+
+
+def margins_and_prompts(
+    model: RewardModel, checkpoint: Checkpoint, cell: Cell, options: TrainOptions
+) -> dict[str, Tensor]:
+    """What is stored of a cell: "margins.k" and "prompt.k" (N,) of the pairs of test source k."""
     tensors = {}
     for k, (name, path) in enumerate(cell.tests.items()):
         source = load_source(name, path, checkpoint.tokenizer, options.max_length)

@@ -15,6 +15,8 @@ STEP_SECONDS = 0.02  # of a step, whatever its size
 CELL_SECONDS = 1.0  # to load a model and to store margins
 WORLD_TOKENS = 60  # of a pair
 REAL_TOKENS = 400  # of a pair, at most
+POLICY_SECONDS = 8.0  # to tune a policy on 1000 prompts and to judge it
+WORLD_SECONDS = 40.0  # to make the base policy of a world, its samples and its controls
 TRAIN_FLOPS, SCORE_FLOPS = 6, 2  # a parameter and token
 
 
@@ -23,17 +25,23 @@ def estimated_seconds(options: ReproduceOptions, cells: Iterable[Cell]) -> float
     speed = SHARE_OF_SPEED * flops_per_second(on_gpu=device_of(options) == "cuda")
     seconds = 0.0
     parameters: dict[str, int] = {}  # of each model
+    worlds = set()  # in which policies are still to be made
     for cell in cells:
         model = str(cell.model)
         if model not in parameters:
             parameters[model] = matrix_parameters(cell)
         tokens = WORLD_TOKENS if cell.world else min(options.max_length, REAL_TOKENS)
         pairs = cell.options["pairs_per_source"] * len(cell.sources)
-        test_pairs = options.test_pairs * len(cell.tests)
+        test_pairs = options.test_pair_count() * len(cell.tests)
         flops = TRAIN_FLOPS * pairs + SCORE_FLOPS * test_pairs  # a token and parameter
         seconds += STEP_SECONDS * pairs / cell.options["batch_size"]
         seconds += flops * tokens * parameters[model] / speed
         seconds += CELL_SECONDS
+        if cell.testbed:
+            share = cell.design.prompts / 1000
+            seconds += share * POLICY_SECONDS
+            seconds += share * WORLD_SECONDS * (cell.testbed not in worlds)
+            worlds.add(cell.testbed)
     return seconds
 
 

@@ -3,9 +3,7 @@
 A finished grid goes in; `REPORTS` names the function of each experiment.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,10 @@ from ..tables import Table
 from ..uncertainty import detectable, over_seeds
 from . import published
 from .cells import drift_file
-from .grid import REGIMES, Cell, ReproduceOptions
+from .figure7 import every_figure as every_figure_of_policies
+from .figure7 import report_figure7
+from .finished import Curves, Grid, notes
+from .grid import REGIMES
 from .scheme_tables import (
     by_source,
     cell_text,
@@ -27,68 +28,7 @@ from .scheme_tables import (
     scheme_table,
     shared,
 )
-from .statistics import Results, Schemes, by_seed, is_single
-
-Curves = dict[str, list[tuple]]  # label -> points (x, mean over seeds, half its interval)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A finished grid: its options, its cells, their margins by name, and its directory."""
-
-    options: ReproduceOptions
-    cells: Sequence[Cell]
-    results: Results
-    output: Path
-
-    @property
-    def names(self) -> list[str]:
-        """The test sources."""
-        return list(self.cells[0].tests)
-
-    def values(self, *keys: str) -> list[tuple[Any, ...]]:
-        """The combinations of these keys of `Cell.at` that occur, in order."""
-        return list(dict.fromkeys(tuple(cell.at[key] for key in keys) for cell in self.cells))
-
-    def schemes_at(self, **place: Any) -> Schemes:
-        """The figures of every scheme at one place of the grid."""
-        return by_seed(self.cells, self.results, **place)
-
-    def draw_curves(self, name: str, curves: Curves, across: str, up: str) -> None:
-        """Draw curves to figures/NAME.png, if there are any and it is possible."""
-        if plots.available() and curves:
-            plots.draw_curves(curves, across, up, self.output / "figures" / f"{name}.png")
-
-
-def notes(options: ReproduceOptions, with_pairs: bool = True) -> str:
-    """What ± and ! mean in this experiment.
-
-    with_pairs: the noise of test pairs that seeds share is in the intervals.
-    """
-    if options.seeds > 2:
-        flag = (
-            "! a difference whose interval excludes 0 (of 20 that are none, one looks like one;"
-            " ECEs near their floor are never flagged)"
-        )
-    else:
-        flag = (
-            "fewer than three seeds say nothing of what training adds, so no difference is flagged"
-        )
-    over = interval_over(options, with_pairs)
-    return f"{options.seeds} seeds; ± is half a 95% interval {over}; {flag}"
-
-
-def interval_over(options: ReproduceOptions, with_pairs: bool) -> str:
-    """Over what the intervals are taken, in words."""
-    if not options.model:
-        return "over seeds (t); every seed is another world, model and order"
-    parts = []
-    if options.seeds > 2:
-        parts.append("over seeds (t), which share their data")
-    if with_pairs:
-        parts.append("over test pairs (bootstrap by prompt; not for worst and NLL)")
-    return " and ".join(parts) or "nothing"
-
+from .statistics import Schemes, every_figure, is_single
 
 # ---- Table 2 -------------------------------------------------------------------------------------
 
@@ -99,8 +39,8 @@ def report_table2(grid: Grid) -> str:
     for (size,) in grid.values("size"):
         schemes = grid.schemes_at(size=size)
         table = scheme_table(schemes, grid.names, real=bool(grid.options.model))
-        if grid.options.seeds > 2 and {"more", "uniform"} <= set(schemes):
-            table += "\n" + detectable_text(schemes, grid.options.seeds)
+        if grid.options.seed_count() > 2 and {"more", "uniform"} <= set(schemes):
+            table += "\n" + detectable_text(schemes, grid.options.seed_count())
         parts += [f"size {size}", table]
         if any(map(is_single, schemes)):
             title = "cross-source accuracy of the single models (Fig. 1)"
@@ -258,4 +198,12 @@ REPORTS: dict[str, Callable[[Grid], str]] = {
     "sources": report_sources,
     "scaling": report_scaling,
     "drift": report_drift,
+    "figure7": report_figure7,
 }
+
+
+def every_entry(grid: Grid) -> list[dict[str, Any]]:
+    """Every figure, as report.json holds it."""
+    if grid.options.has_policies():
+        return every_figure_of_policies(grid)
+    return every_figure(grid.cells, grid.results)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from ..data.world import World
@@ -17,6 +17,8 @@ from ..model.recompute import RECOMPUTE
 from ..options import Range, check_ranges, option, parse_sources, require, require_tests
 from ..reward import check_length, device_of
 from ..train import TrainOptions, check_options
+from .policies import FULL, QUICK, Design
+from .recipes import RECIPES
 
 # What may set uniform and MORE apart in the world: fields of World. In `sizes`, train_pairs are
 # shares of --pairs. Small sources are resampled to as many pairs as the largest, up to 33 times
@@ -42,7 +44,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "group dro": {"method": "group_dro"},
     "smoothing": {"method": "uniform", "label_smoothing": 0.1},
 }
+OTHER_SEED = 1000  # so many seeds apart are two models of one world
 AUTHORS = {"lambda_scope": "group", "gradient_average": 0.99}  # --protocol authors: MORE's options
+
+# Experiments in which reward models choose what a policy learns from.
+POLICY_EXPERIMENTS = ("figure7",)
 
 PROTOCOLS = {
     "authors": "weights per group of one pair a source, gradient average .99, every test pair used,"
@@ -62,10 +68,11 @@ class ReproduceOptions:
 
     experiment: str = option(
         value="EXPERIMENT",
-        choices=("table2", "regimes", "sources", "scaling", "drift"),
+        choices=("table2", "regimes", "sources", "scaling", "drift", "figure7"),
         positional=True,
         help="table2: schemes by size; regimes: where weights matter; sources: K = 2 to 5 (Fig. 6);"
-        " scaling: sizes and amounts of data; drift: what rewards consist of",
+        " scaling: sizes and amounts of data; drift: what rewards consist of; figure7: whether a"
+        " lower ECE makes a better policy",
     )
     output: str = option(value="DIR", help="directory of the grid; the same command continues it")
     model: tuple[str, ...] = option(
@@ -86,10 +93,11 @@ class ReproduceOptions:
     protocol: str = option(
         "clean", choices=tuple(PROTOCOLS), help="which of the authors' choices are kept; printed"
     )
-    seeds: int = option(
-        3,
+    seeds: int | None = option(
+        None,
         within=Range(least=1, most=1000),
-        help="runs of every cell; in the world a seed is also another world",
+        help="runs of every cell; in the world a seed is also another world (default: 3, of"
+        " figure7 5)",
     )
     width: tuple[int, ...] = option(
         (), repeat=True, help="ladder: once per width of the model (default: 16, 32 and 64)"
@@ -97,15 +105,18 @@ class ReproduceOptions:
     pairs: int | None = option(
         None,
         within=Range(least=1, most=10**7),
-        help="training pairs of each source an epoch (default: 6400 in the world, 40000 else)",
+        help="training pairs of each source an epoch (default: 6400 in the world, figure7 1600,"
+        " 40000 else)",
     )
-    test_pairs: int = option(
-        1200, within=Range(least=1, most=10**6), help="world: test pairs of each annotator"
+    test_pairs: int | None = option(
+        None,
+        within=Range(least=1, most=10**6),
+        help="world: test pairs of each annotator (default: 1200, of figure7 800)",
     )
     regime: str = option(
         "conflict",
         choices=tuple(REGIMES),
-        help="world: which one table2, sources, scaling and drift use",
+        help="world: which one table2, sources, scaling, drift and the policies of figure7 use",
     )
     learning_rate: float | None = option(
         None, help="peak learning rate (default: 3e-3 on the ladder, else the paper's 1e-6)"
@@ -137,11 +148,42 @@ class ReproduceOptions:
             return self.pairs
         if self.model:
             return 40_000
-        return 640 if self.quick else 6400
+        pairs = 1600 if self.has_policies() else 6400
+        return pairs // 10 if self.quick else pairs
+
+    def test_pair_count(self) -> int:
+        """World: test pairs of each annotator."""
+        if self.test_pairs is not None:
+            return self.test_pairs
+        if self.has_policies():
+            return 120 if self.quick else 800
+        return 1200
+
+    def seed_count(self) -> int:
+        """Runs of every cell."""
+        if self.seeds is not None:
+            return self.seeds
+        return 5 if self.has_policies() and not self.quick else 3
+
+    def has_policies(self) -> bool:
+        """Whether its reward models choose for a policy."""
+        return self.experiment in POLICY_EXPERIMENTS
 
 
 Place = dict[str, Any]  # size, scheme and seed, and regime, K or pairs where an experiment has them
 Files = dict[str, tuple[str, str]]  # name of a source -> its training and its test file
+
+
+class Home(NamedTuple):
+    """A world, and the directory in which it is written."""
+
+    directory: Path
+    world: World
+
+    def files(self) -> Files:
+        """The training and the test file of every annotator."""
+        paths = self.world.paths(self.directory)
+        return {name: (str(train), str(test)) for name, (train, test) in paths.items()}
 
 
 @dataclass(frozen=True)
@@ -151,7 +193,8 @@ class Cell:
     at: its place in the grid, by which tables are sorted. sources: what it is trained on; nothing
     for a raw model. tests: the test files whose margins are stored. options: of TrainOptions.
     world: where model and files come from, if they are not real. is_watched: take the margins apart
-    while training.
+    while training. testbed: where the model chooses for a policy, if it does; design: how much that
+    policy writes.
     """
 
     at: Place
@@ -161,6 +204,8 @@ class Cell:
     options: dict[str, Any] = field(default_factory=dict)
     world: World | None = None
     is_watched: bool = False
+    testbed: Home | None = None
+    design: Design = FULL
 
     @property
     def name(self) -> str:
@@ -177,7 +222,7 @@ def cells_of(options: ReproduceOptions) -> list[Cell]:
     places = PLACES[options.experiment](options)
     return [
         cell
-        for seed in range(options.seeds)
+        for seed in range(options.seed_count())
         for place in places
         for cell in cells_at(options, place | {"seed": seed})
     ]
@@ -218,6 +263,12 @@ def drift_places(options: ReproduceOptions) -> list[Place]:
     return _combinations(size=options.sizes()[-1:], scheme=schemes)
 
 
+def figure7_places(options: ReproduceOptions) -> list[Place]:
+    """Every recipe of a reward model."""
+    recipes = [recipe for recipe in RECIPES if recipe.quick or not options.quick]
+    return [recipe.place(options.regime) for recipe in recipes]
+
+
 def _combinations(**values: Sequence[Any]) -> list[Place]:
     """All combinations of values, the last key changing first."""
     return [dict(zip(values, combination)) for combination in product(*values.values())]
@@ -229,6 +280,7 @@ PLACES: dict[str, Callable[[ReproduceOptions], list[Place]]] = {
     "sources": sources_places,
     "scaling": scaling_places,
     "drift": drift_places,
+    "figure7": figure7_places,
 }
 
 
@@ -237,6 +289,8 @@ PLACES: dict[str, Callable[[ReproduceOptions], list[Place]]] = {
 
 def cells_at(options: ReproduceOptions, place: Place) -> list[Cell]:
     """The cells at one place of the grid: one, or for the scheme "single" one a source."""
+    if "recipe" in place:
+        return [choosing_cell(options, place)]
     pairs = place.get("pairs", options.training_pairs())
     model, files, world = _materials(options, place, pairs)
     files = dict(list(files.items())[: place.get("K")])
@@ -282,17 +336,43 @@ def _materials(
     if options.model:
         return place["size"], parse_sources(options.source), None
     regime = place.get("regime", options.regime)
+    home = home_of(options, regime, pairs, options.test_pair_count(), place["seed"])
+    return home.directory / f"width-{place['size']}", home.files(), home.world
+
+
+def home_of(options: ReproduceOptions, regime: str, pairs: int, test_pairs: int, seed: int) -> Home:
+    """A world of this regime; pairs: training pairs of the largest source."""
     fields = REGIMES[regime]
     train_pairs = [max(2, int(share * pairs)) for share in fields.get("train_pairs", (1.0,))]
+    changes = {"train_pairs": tuple(train_pairs), "test_pairs": test_pairs, "seed": seed}
+    directory = Path(options.output) / "worlds" / f"{regime}-{pairs}-{seed}"
+    return Home(directory, World(**(fields | changes)))
+
+
+def choosing_cell(options: ReproduceOptions, place: Place) -> Cell:
+    """A reward model of a recipe (recipes.py), which is tested in the world of the policies."""
+    pairs, seed = options.training_pairs(), place["seed"]
+    testbed = home_of(options, options.regime, pairs, options.test_pair_count(), seed)
+    own_pairs = max(2, int(place["pairs"] * pairs))
+    is_there = (place["regime"], own_pairs) == (options.regime, pairs)
+    home = testbed if is_there else home_of(options, place["regime"], own_pairs, 1, seed)
+    sources = dict(list(home.files().items())[: place["K"]])
     changes = {
-        "train_pairs": tuple(train_pairs),
-        "test_pairs": options.test_pairs,
-        "seed": place["seed"],
+        "batch_size": 16 * len(sources) if options.batch_size is None else options.batch_size,
+        "pairs_per_source": max(2, int(place["seen"] * pairs)),
+        "label_smoothing": place["smoothing"],
+        "seed": seed + OTHER_SEED * place["again"],
     }
-    world = World(**(fields | changes))
-    home = Path(options.output) / "worlds" / f"{regime}-{pairs}-{place['seed']}"
-    files = {name: (str(train), str(test)) for name, (train, test) in world.paths(home).items()}
-    return home / f"width-{place['size']}", files, world
+    return Cell(
+        at=place,
+        model=home.directory / f"width-{place['size']}",
+        sources=sources,
+        tests={name: test for name, (_, test) in testbed.files().items()},
+        options=_common_options(options, place, pairs) | SCHEMES[place["scheme"]] | changes,
+        world=home.world,
+        testbed=testbed,
+        design=QUICK if options.quick else FULL,
+    )
 
 
 def _common_options(options: ReproduceOptions, place: Place, pairs: int) -> dict[str, Any]:
@@ -371,6 +451,13 @@ def _check_experiment(options: ReproduceOptions) -> None:
         " one; expected other schemes and regimes",
     )
 
+    is_own = not options.scheme and not options.width and options.regime != "reversed"
+    require(
+        options.experiment != "figure7" or is_own,
+        "figure7: has schemes, widths and regimes of its own; --regime is that of its policies, in"
+        " which no annotator may be reversed",
+    )
+
 
 def _check_real_data(options: ReproduceOptions) -> None:
     """Refuse --model without --source, with options of the ladder, or with files not there."""
@@ -382,7 +469,7 @@ def _check_real_data(options: ReproduceOptions) -> None:
     if not options.model:
         return
     require(
-        options.experiment not in ("regimes", "drift"),
+        options.experiment not in ("regimes", "drift", *POLICY_EXPERIMENTS),
         f"{options.experiment}: exists in the world only",
     )
     require(

@@ -19,9 +19,9 @@ from ..files import make_directory, sweep, write_json, write_text
 from ..options import InputError, require
 from .cells import is_finished, margins_of, run_cell
 from .estimate import SHARE_OF_SPEED, STEP_SECONDS, estimated_seconds
-from .experiments import REPORTS, Grid
+from .experiments import REPORTS, every_entry
+from .finished import Grid
 from .grid import PROTOCOLS, Cell, ReproduceOptions, checked_cells
-from .statistics import every_figure
 
 # Options that leave a grid what it is. It may be continued with other values of these.
 FREE = ("output", "dry_run", "device", "micro_tokens", "recompute", "memory", "seeds")
@@ -106,8 +106,9 @@ def run_cells(output: Path, cells: Sequence[Cell], unfinished: Sequence[Cell]) -
 def report(options: ReproduceOptions, cells: Sequence[Cell], output: Path) -> None:
     """Print the experiment's tables, and write them, every figure and the drawings."""
     results = {cell.name: margins_of(output, cell, options) for cell in cells}
-    text = REPORTS[options.experiment](Grid(options, cells, results, output))
-    write_json(output / "report.json", every_figure(cells, results))
+    grid = Grid(options, cells, results, output)
+    text = REPORTS[options.experiment](grid)
+    write_json(output / "report.json", every_entry(grid))
     write_text(output / "report.txt", text + "\n")
     drawings = f", drawings to {output}/figures" if plots.available() else ""
     print(f"\n{text}")

@@ -6,7 +6,7 @@ import pytest
 from conftest import write_checkpoint
 from reference import reference_model
 
-from minimore.alignment.responses import encoded, fitted, read_responses, texts_to_learn
+from minimore.alignment.responses import cut_to_length, encoded, read_responses, texts_to_learn
 from minimore.options import InputError
 
 HH = "\n\nHuman: q\n\nAssistant:"
@@ -122,11 +122,11 @@ def test_a_cut_takes_from_the_prompt_and_leaves_the_response(checkpoint):
         checkpoint.tokenizer,
     )
     ((prompt, *texts),) = encoded(learned, checkpoint.tokenizer)
-    whole, was_cut = fitted(prompt, texts, [2, 2], 1, 512)
+    whole, was_cut = cut_to_length(prompt, texts, [2, 2], 1, 512)
     assert not was_cut and all(response[-1] == 2 for response in whole.responses)
     longest = max(map(len, whole.responses))
     for max_length in (longest + len(whole.prompt), longest + 5, longest + 2):
-        cut, was_cut = fitted(prompt, texts, [2, 2], 1, max_length)
+        cut, was_cut = cut_to_length(prompt, texts, [2, 2], 1, max_length)
         assert cut.responses == whole.responses and cut.prompt[0] == whole.prompt[0] == 1
         assert len(cut.prompt) + longest == max_length
         assert was_cut == (max_length < longest + len(whole.prompt))
@@ -134,9 +134,12 @@ def test_a_cut_takes_from_the_prompt_and_leaves_the_response(checkpoint):
 
 
 def test_a_response_that_is_too_long_loses_its_end():
-    item, was_cut = fitted([1, 5], [[1, 5, 6, 7, 8, 9]], [2], 1, 4)
+    item, was_cut = cut_to_length([1, 5], [[1, 5, 6, 7, 8, 9]], [2], 1, 4)
     assert item == ([1, 5], [[6, 7]]) and was_cut
-    assert fitted([1, 5], [[1, 5]], [2], 1, 9) == (None, False)  # no token of its own
-    assert fitted([], [[6]], [2], 0, 9) == (None, False)  # nothing in front of it
-    assert fitted([1, 5], [[1, 5, 6]], [2], 1, 2) == (None, False)  # no room
-    assert fitted([1, 5], [[1, 5, 6, 2, 3]], [2], 1, 9)[0] == ([1, 5], [[6, 2, 3]])  # has its end
+    assert cut_to_length([1, 5], [[1, 5]], [2], 1, 9) == (None, False)  # no token of its own
+    assert cut_to_length([], [[6]], [2], 0, 9) == (None, False)  # nothing in front of it
+    assert cut_to_length([1, 5], [[1, 5, 6]], [2], 1, 2) == (None, False)  # no room
+    assert cut_to_length([1, 5], [[1, 5, 6, 2, 3]], [2], 1, 9)[0] == (
+        [1, 5],
+        [[6, 2, 3]],
+    )  # has its end

@@ -21,7 +21,7 @@ alignment.language alignment.responses alignment.finetune alignment.perplexity
 alignment.judges alignment.answers alignment.endpoint alignment.questions alignment.compare
 lab.features lab.probe lab.published lab.policies lab.best_of lab.association lab.scale_matters
 lab.recipes lab.grid lab.drift lab.testbed lab.cells lab.estimate lab.statistics lab.scheme_tables
-lab.finished lab.alignment_figures lab.figure7 lab.experiments lab.reproduce lab.demo
+lab.finished lab.alignment_figures lab.figure7 lab.table1 lab.experiments lab.reproduce lab.demo
 check cli
 """  # one order; a line may be a wing, or a part of one
 ORDER = PAGE.split()

@@ -33,6 +33,8 @@ from .scale_matters import (
 from .statistics import held_out_margins, test_margins
 from .testbed import Judgement, controls_of, first, open_testbed
 
+ROUNDING = 1e-9  # two sums of the same word values may differ by so much
+
 Figures = dict[str, float]
 
 
@@ -90,7 +92,7 @@ def chooser_of(output: Path, cell: Cell, margins: ModelMargins) -> Chooser:
     """The stored rewards of a finished cell."""
     with safe_open(margins_file(output, cell), framework="np") as file:
         few, many = file.get_tensor("few"), file.get_tensor("many")
-        names = ("policy.rewards", "policy.kl", "policy.perplexity")
+        names = [f"policy.{field}" for field in Judgement._fields]
         tensors = {name: torch.from_numpy(np.asarray(file.get_tensor(name))) for name in names}
     policy = Judgement.of_tensors(tensors, "policy")
     return Chooser(cell.at["recipe"], cell.at["seed"], margins, few, many, policy)
@@ -148,6 +150,7 @@ def policy_of(policy: Judgement, truth: Truth) -> Figures:
 
     gain: r* over the policy that was tuned on random samples; over base: over the base. win: how
     often its response to a prompt beats one of plain fine-tuning by r*, a tie being half a win.
+    perplexity: of preferred responses, the mean over annotators.
     """
     random, base, sft = (truth.controls[name] for name in ("random", "base", "sft"))
     return {
@@ -155,14 +158,28 @@ def policy_of(policy: Judgement, truth: Truth) -> Figures:
         "over base": float((policy.rewards.mean() - base.rewards.mean()) / truth.sigma),
         "win": win_rate(policy.rewards, sft.rewards),
         "kl": policy.kl,
-        "perplexity": policy.perplexity,
+        "perplexity": mean(policy.perplexities),
     }
 
 
 def win_rate(rewards: np.ndarray, others: np.ndarray) -> float:
-    """How often a response has more than another policy's to the same prompt; (P, n) and (P, n)."""
+    """`verdicts` as one number: the share of wins, a tie being half a win."""
+    win, tie, _ = verdicts(rewards, others)
+    return win + tie / 2
+
+
+def verdicts(rewards: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
+    """How often a response wins, ties and loses against another policy's to the same prompt.
+
+    rewards, others: (P, n); every response of one meets every response of the other.
+    """
     difference = rewards[:, :, None] - others[:, None, :]
-    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+    is_tie = np.abs(difference) < ROUNDING
+    return (
+        float((~is_tie & (difference > 0)).mean()),
+        float(is_tie.mean()),
+        float((~is_tie & (difference < 0)).mean()),
+    )
 
 
 def scale_of(chooser: Chooser, truth: Truth, temperature: float = 1.0) -> Figures:

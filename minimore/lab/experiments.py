@@ -12,10 +12,8 @@ from .. import plots
 from ..checksums import read_checked_json
 from ..tables import Table
 from ..uncertainty import detectable, over_seeds
-from . import published
+from . import figure7, published, table1
 from .cells import drift_file
-from .figure7 import every_figure as every_figure_of_policies
-from .figure7 import report_figure7
 from .finished import Curves, Grid, notes
 from .grid import REGIMES
 from .scheme_tables import (
@@ -198,12 +196,18 @@ REPORTS: dict[str, Callable[[Grid], str]] = {
     "sources": report_sources,
     "scaling": report_scaling,
     "drift": report_drift,
-    "figure7": report_figure7,
+    "figure7": figure7.report_figure7,
+    "table1": table1.report_table1,
+}
+
+# Of experiments whose figures are not those of margins alone.
+ENTRIES: dict[str, Callable[[Grid], list[dict[str, Any]]]] = {
+    "figure7": figure7.every_figure,
+    "table1": table1.every_figure,
 }
 
 
 def every_entry(grid: Grid) -> list[dict[str, Any]]:
     """Every figure, as report.json holds it."""
-    if grid.options.has_policies():
-        return every_figure_of_policies(grid)
-    return every_figure(grid.cells, grid.results)
+    own = ENTRIES.get(grid.options.experiment)
+    return own(grid) if own else every_figure(grid.cells, grid.results)

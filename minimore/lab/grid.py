@@ -18,7 +18,7 @@ from ..options import Range, check_ranges, option, parse_sources, require, requi
 from ..reward import check_length, device_of
 from ..train import TrainOptions, check_options
 from .policies import FULL, QUICK, Design
-from .recipes import RECIPES
+from .recipes import RECIPES, table_1_recipes
 
 # What may set uniform and MORE apart in the world: fields of World. In `sizes`, train_pairs are
 # shares of --pairs. Small sources are resampled to as many pairs as the largest, up to 33 times
@@ -40,6 +40,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "multitask": {"method": "proportional", "sampling": "proportional"},
     "uniform": {"method": "uniform"},
     "more": {"method": "more"},
+    "more unscaled": {"method": "more", "normalize": "none"},
     "more per group": {"method": "more", "lambda_scope": "group"},
     "group dro": {"method": "group_dro"},
     "smoothing": {"method": "uniform", "label_smoothing": 0.1},
@@ -48,7 +49,9 @@ OTHER_SEED = 1000  # so many seeds apart are two models of one world
 AUTHORS = {"lambda_scope": "group", "gradient_average": 0.99}  # --protocol authors: MORE's options
 
 # Experiments in which reward models choose what a policy learns from.
-POLICY_EXPERIMENTS = ("figure7",)
+POLICY_EXPERIMENTS = ("figure7", "table1")
+TWO_ANNOTATORS = ("ana", "ben")  # of table1
+REGIMES_OF_TWO = ("mild", "conflict", "revealed", "ties")
 
 PROTOCOLS = {
     "authors": "weights per group of one pair a source, gradient average .99, every test pair used,"
@@ -68,11 +71,11 @@ class ReproduceOptions:
 
     experiment: str = option(
         value="EXPERIMENT",
-        choices=("table2", "regimes", "sources", "scaling", "drift", "figure7"),
+        choices=("table2", "regimes", "sources", "scaling", "drift", "figure7", "table1"),
         positional=True,
         help="table2: schemes by size; regimes: where weights matter; sources: K = 2 to 5 (Fig. 6);"
         " scaling: sizes and amounts of data; drift: what rewards consist of; figure7: whether a"
-        " lower ECE makes a better policy",
+        " lower ECE makes a better policy; table1: MultiTask against MORE, two sources",
     )
     output: str = option(value="DIR", help="directory of the grid; the same command continues it")
     model: tuple[str, ...] = option(
@@ -97,7 +100,7 @@ class ReproduceOptions:
         None,
         within=Range(least=1, most=1000),
         help="runs of every cell; in the world a seed is also another world (default: 3, of"
-        " figure7 5)",
+        " figure7 and table1 5)",
     )
     width: tuple[int, ...] = option(
         (), repeat=True, help="ladder: once per width of the model (default: 16, 32 and 64)"
@@ -105,18 +108,18 @@ class ReproduceOptions:
     pairs: int | None = option(
         None,
         within=Range(least=1, most=10**7),
-        help="training pairs of each source an epoch (default: 6400 in the world, figure7 1600,"
-        " 40000 else)",
+        help="training pairs of each source an epoch (default: 6400 in the world, of"
+        " figure7 and table1 1600, 40000 else)",
     )
     test_pairs: int | None = option(
         None,
         within=Range(least=1, most=10**6),
-        help="world: test pairs of each annotator (default: 1200, of figure7 800)",
+        help="world: test pairs of each annotator (default: 1200, of figure7 and table1 800)",
     )
     regime: str = option(
         "conflict",
         choices=tuple(REGIMES),
-        help="world: which one table2, sources, scaling, drift and the policies of figure7 use",
+        help="world: which one table2, sources, scaling, drift and policies use",
     )
     learning_rate: float | None = option(
         None, help="peak learning rate (default: 3e-3 on the ladder, else the paper's 1e-6)"
@@ -269,6 +272,11 @@ def figure7_places(options: ReproduceOptions) -> list[Place]:
     return [recipe.place(options.regime) for recipe in recipes]
 
 
+def table1_places(options: ReproduceOptions) -> list[Place]:
+    """MultiTask and MORE at every size."""
+    return [recipe.place(options.regime) for recipe in table_1_recipes(options.sizes())]
+
+
 def _combinations(**values: Sequence[Any]) -> list[Place]:
     """All combinations of values, the last key changing first."""
     return [dict(zip(values, combination)) for combination in product(*values.values())]
@@ -281,6 +289,7 @@ PLACES: dict[str, Callable[[ReproduceOptions], list[Place]]] = {
     "scaling": scaling_places,
     "drift": drift_places,
     "figure7": figure7_places,
+    "table1": table1_places,
 }
 
 
@@ -343,6 +352,8 @@ def _materials(
 def home_of(options: ReproduceOptions, regime: str, pairs: int, test_pairs: int, seed: int) -> Home:
     """A world of this regime; pairs: training pairs of the largest source."""
     fields = REGIMES[regime]
+    if options.experiment == "table1":
+        fields = fields | {"annotators": TWO_ANNOTATORS}
     train_pairs = [max(2, int(share * pairs)) for share in fields.get("train_pairs", (1.0,))]
     changes = {"train_pairs": tuple(train_pairs), "test_pairs": test_pairs, "seed": seed}
     directory = Path(options.output) / "worlds" / f"{regime}-{pairs}-{seed}"
@@ -451,11 +462,23 @@ def _check_experiment(options: ReproduceOptions) -> None:
         " one; expected other schemes and regimes",
     )
 
-    is_own = not options.scheme and not options.width and options.regime != "reversed"
+    if options.has_policies():
+        _check_policies(options)
+
+
+def _check_policies(options: ReproduceOptions) -> None:
+    """Refuse options that an experiment with policies sets itself."""
+    name = options.experiment
+    require(not options.scheme, f"{name}: has schemes of its own; expected no --scheme")
+    if name == "figure7":
+        require(not options.width, "figure7: has widths of its own; expected no --width")
+        regimes = tuple(regime for regime in REGIMES if "reversed" not in REGIMES[regime])
+    else:
+        regimes = REGIMES_OF_TWO
     require(
-        options.experiment != "figure7" or is_own,
-        "figure7: has schemes, widths and regimes of its own; --regime is that of its policies, in"
-        " which no annotator may be reversed",
+        options.regime in regimes,
+        f"{name}: policies live in a world of regime {', '.join(regimes)}; got --regime"
+        f" {options.regime}",
     )
 
 

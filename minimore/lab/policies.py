@@ -62,7 +62,7 @@ class Design:
     curve_samples: int = 64
     test_prompts: int = 200
     test_samples: int = 8
-    preferred: int = 40
+    preferred: int = 100
 
 
 FULL = Design()

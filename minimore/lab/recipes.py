@@ -1,9 +1,10 @@
-"""The reward models of `figure7`: one recipe each, trained in every world.
+"""The reward models of `figure7` and `table1`: one recipe each, trained in every world.
 
-They are to differ in accuracy, and in calibration at equal accuracy: by scheme, width, number of
-sources, amount of data and of noise, regime, seed, and by what they have memorised.
+Those of `figure7` are to differ in accuracy, and in calibration at equal accuracy: by scheme,
+width, number of sources, amount of data and of noise, regime, seed, and by what they memorised.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,9 +51,9 @@ RECIPES = (
     RewardRecipe("2 sources", K=2),
     RewardRecipe("3 sources", K=3),
     RewardRecipe("4 sources", K=4),
-    RewardRecipe("2 sources more", "more", K=2),
+    RewardRecipe("3 sources more", "more", K=3),
+    RewardRecipe("half", seen=1 / 2),
     RewardRecipe("quarter", seen=1 / 4),
-    RewardRecipe("eighth", seen=1 / 8),
     RewardRecipe("eighth by heart", pairs=1 / 8),
     RewardRecipe("sixteenth by heart", pairs=1 / 16, quick=True),
     RewardRecipe("sixteenth by heart more", "more", pairs=1 / 16),
@@ -65,3 +66,17 @@ RECIPES = (
     RewardRecipe("reversed", regime="reversed"),
     RewardRecipe("reversed more", "more", regime="reversed"),
 )
+
+
+# Schemes of `table1`. With two sources MORE is uniform weights, unless the gradients keep their
+# lengths: two gradients of equal length always get weights 1/2.
+TABLE_1_SCHEMES = ("multitask", "more", "more unscaled")
+
+
+def table_1_recipes(sizes: Sequence[int]) -> list[RewardRecipe]:
+    """Every scheme of `table1` at every width, of the world's two sources."""
+    return [
+        RewardRecipe(f"{scheme} {size}", scheme, size=size, K=2)
+        for size in sizes
+        for scheme in TABLE_1_SCHEMES
+    ]

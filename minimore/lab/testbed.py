@@ -48,26 +48,26 @@ class Judgement(NamedTuple):
     """What a policy is worth.
 
     rewards: (P, n) r* of n responses to each test prompt. kl: from the base, nats a response.
-    perplexity: of preferred held-out responses.
+    perplexities: (K,) of held-out responses that each annotator preferred.
     """
 
     rewards: np.ndarray
     kl: float
-    perplexity: float
+    perplexities: np.ndarray
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """As tensors to store, whose names begin with `name`."""
         return {
             f"{name}.rewards": torch.from_numpy(self.rewards),
             f"{name}.kl": torch.tensor(self.kl, dtype=torch.float64),
-            f"{name}.perplexity": torch.tensor(self.perplexity, dtype=torch.float64),
+            f"{name}.perplexities": torch.from_numpy(self.perplexities),
         }
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor], name: str) -> "Judgement":
         """What `tensors` made."""
-        kl, perplexity = (float(tensors[f"{name}.{key}"]) for key in ("kl", "perplexity"))
-        return cls(tensors[f"{name}.rewards"].numpy(), kl, perplexity)
+        rewards, kl, perplexities = (tensors[f"{name}.{field}"] for field in cls._fields)
+        return cls(rewards.numpy(), float(kl), perplexities.numpy())
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,8 @@ class Testbed:
     """The base policy of a world, and what it wrote.
 
     home: the world's directory. prompts: texts of the training prompts; samples: responses to each,
-    in this order. test_prompts: ids. preferred: held-out prompts with their chosen response.
+    in this order. test_prompts: ids. preferred: of every annotator, held-out
+    prompts with their chosen responses.
     """
 
     home: Path
@@ -86,7 +87,7 @@ class Testbed:
     prompts: list[str]
     samples: list[Responses]
     test_prompts: list[list[int]]
-    preferred: list[Responses]
+    preferred: list[list[Responses]]
 
     # ---- samples and their truth ----
 
@@ -135,7 +136,7 @@ class Testbed:
         return Judgement(
             np.stack([of_prompt.shared for of_prompt in rewards]),
             divergence(policy, self.base, items),
-            perplexity(policy, self.preferred),
+            np.array([perplexity(policy, items) for items in self.preferred]),
         )
 
 
@@ -175,14 +176,13 @@ def open_testbed(home: Path, world: World, design: Design) -> Testbed:
     directory = home / "policies"
     make_directory(directory)
     checkpoint = Checkpoint(str(home / "model"))
-    training, test = (
-        by_turns([true_pairs(both[i]) for both in world.paths(home).values()]) for i in (0, 1)
-    )
+    paths = world.paths(home).values()
+    training = by_turns([true_pairs(path) for path, _ in paths])
+    tests = [true_pairs(path) for _, path in paths]
     base = base_policy(directory / "base.safetensors", checkpoint, training, design, world.seed)
     prompts = [pair.prompt for pair in training[: design.prompts]]
     samples = samples_of_base(directory / "samples.json", base, checkpoint, prompts, design, world)
-    held_out = chosen_sides(test, checkpoint)
-    count = design.preferred * len(world.annotators)
+    test_pairs = by_turns(tests)[: design.test_prompts]
     return Testbed(
         home,
         world,
@@ -191,8 +191,8 @@ def open_testbed(home: Path, world: World, design: Design) -> Testbed:
         base,
         prompts,
         samples,
-        test_prompts=[item.prompt for item in held_out[: design.test_prompts]],
-        preferred=held_out[:count],
+        test_prompts=[item.prompt for item in chosen_sides(test_pairs, checkpoint)],
+        preferred=[chosen_sides(pairs[: design.preferred], checkpoint) for pairs in tests],
     )
 
 

@@ -59,17 +59,20 @@ def test_the_quick_cut_is_a_part_of_it():
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "command, message",
     [
-        ["--scheme", "more"],
-        ["--width", "16"],
-        ["--regime", "reversed"],
+        (["figure7", "--scheme", "more"], "figure7: has schemes of its own"),
+        (["table1", "--scheme", "more"], "table1: has schemes of its own"),
+        (["figure7", "--width", "16"], "figure7: has widths of its own"),
+        (["figure7", "--regime", "reversed"], "got --regime reversed"),
+        (["table1", "--regime", "noise"], "got --regime noise"),
+        (["figure7", "--model", "x", "--source", "a=b,c"], "figure7: exists in the world only"),
     ],
 )
-def test_what_is_its_own_is_refused(tmp_path, capsys, flags):
-    assert main(["reproduce", "figure7", "--output", str(tmp_path / "x"), *flags]) == 2
+def test_what_they_set_themselves_is_refused(tmp_path, capsys, command, message):
+    assert main(["reproduce", *command, "--output", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
-    assert "figure7: has schemes, widths and regimes of its own" in error
+    assert message in error
     assert error.count("\n") == 1 and not (tmp_path / "x").exists()
 
 

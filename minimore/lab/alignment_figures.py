@@ -122,7 +122,7 @@ def calibration_of(chooser: Chooser, temperature: float = 1.0) -> Figures:
 
 
 def own_temperature(chooser: Chooser) -> float:
-    """The temperature that fits the held-out pairs best; 1 where none does, or none are held out."""
+    """The temperature that fits the held-out pairs best; 1 where none does, or none are there."""
     held_out = held_out_margins(chooser.margins)
     temperature = fit_temperature(held_out) if len(held_out) else 1.0
     return temperature if 0 < temperature < math.inf else 1.0
@@ -136,8 +136,9 @@ def choices_at(chooser: Chooser, temperature: float) -> np.ndarray:
 def ranking_of(chooser: Chooser, truth: Truth) -> Figures:
     """What depends on the order of rewards only.
 
-    tau: Kendall's rank correlation with r* within a prompt, 0 where all rewards are equal. best of 4, best of all: r* of the
-    sample that it chooses, over the mean sample; regret: what the truly best sample has more.
+    tau: Kendall's rank correlation with r* within a prompt, 0 where all rewards are equal. best of
+    4, best of all: r* of the sample that it chooses, over the mean sample; regret: what the truly
+    best sample has more.
     """
     many = truth.many / truth.sigma
     all_samples = many.shape[1]

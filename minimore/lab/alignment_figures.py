@@ -5,6 +5,7 @@ All rewards and gains are in σ, the standard deviation of r* over what the base
 P prompts, N samples of each, K annotators.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,15 @@ def truth_of(cell: Cell) -> Truth:
         many=testbed.many,
         preferred=preferences(values, world.decisiveness),
         sigma=float(testbed.many.std()),
-        odds=1 / fit_temperature(world.true_margins(pairs).mean(1)),
+        odds=log_odds_of(world.true_margins(pairs).mean(1)),
         controls=controls_of(testbed),
     )
+
+
+def log_odds_of(margins: np.ndarray) -> float:
+    """Log-odds a unit of r*, from r* margins (N,) of labelled pairs; 1 where these do not tell."""
+    temperature = fit_temperature(margins)
+    return 1 / temperature if 0 < temperature < math.inf else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +122,10 @@ def calibration_of(chooser: Chooser, temperature: float = 1.0) -> Figures:
 
 
 def own_temperature(chooser: Chooser) -> float:
-    """The temperature that fits the held-out pairs best; 1 where none does."""
-    temperature = fit_temperature(held_out_margins(chooser.margins))
-    return temperature if 0 < temperature < float("inf") else 1.0
+    """The temperature that fits the held-out pairs best; 1 where none does, or none are there."""
+    held_out = held_out_margins(chooser.margins)
+    temperature = fit_temperature(held_out) if len(held_out) else 1.0
+    return temperature if 0 < temperature < math.inf else 1.0
 
 
 def choices_at(chooser: Chooser, temperature: float) -> np.ndarray:
@@ -128,8 +136,9 @@ def choices_at(chooser: Chooser, temperature: float) -> np.ndarray:
 def ranking_of(chooser: Chooser, truth: Truth) -> Figures:
     """What depends on the order of rewards only.
 
-    tau: Kendall's rank correlation with r* within a prompt. best of 4, best of all: r* of the
-    sample that it chooses, over the mean sample; regret: what the truly best sample has more.
+    tau: Kendall's rank correlation with r* within a prompt, 0 where all rewards are equal. best of
+    4, best of all: r* of the sample that it chooses, over the mean sample; regret: what the truly
+    best sample has more.
     """
     many = truth.many / truth.sigma
     all_samples = many.shape[1]
@@ -137,7 +146,7 @@ def ranking_of(chooser: Chooser, truth: Truth) -> Figures:
     own = chosen(few, choices(chooser.few))
     best_of_all = curve(chooser.many, many, [all_samples])[0]
     return {
-        "tau": float(np.nanmean(kendall(chooser.many, many))),
+        "tau": float(np.nan_to_num(kendall(chooser.many, many)).mean()),
         "best of 4": float((own - few.mean(1)).mean()),
         "regret of 4": float((few.max(1) - own).mean()),
         "best of all": float(best_of_all - many.mean()),
@@ -196,14 +205,22 @@ def scale_of(chooser: Chooser, truth: Truth, temperature: float = 1.0) -> Figure
     log_odds = truth.many * truth.odds
     weights = tilted(many)
     return {
-        "threshold": use_of_threshold(is_kept, truth.preferred)
-        / use_of_threshold(best_kept, truth.preferred),
+        "threshold": share_of(
+            use_of_threshold(is_kept, truth.preferred), use_of_threshold(best_kept, truth.preferred)
+        ),
         "kept": float(is_kept.mean()),
         "kept reward": float((is_kept * rewards[:, 1:]).mean()),
-        "penalty": use_of_penalty(weights, log_odds) / use_of_penalty(tilted(log_odds), log_odds),
+        "penalty": share_of(
+            use_of_penalty(weights, log_odds), use_of_penalty(tilted(log_odds), log_odds)
+        ),
         "tilted": float(((weights * truth.many).sum(1) - truth.many.mean(1)).mean() / truth.sigma),
         "tilted kl": float(divergence_of(weights).mean()),
     }
+
+
+def share_of(won: float, most: float) -> float:
+    """What is won as a share of the most; 0 where nothing can be won."""
+    return won / most if most > 0 else 0.0
 
 
 def figures_of(chooser: Chooser, truth: Truth) -> Figures:

@@ -208,7 +208,7 @@ def correlation_text(correlations: Sequence[float]) -> str:
     return "-" if np.isnan(correlations).any() else difference_text(correlations)
 
 
-def verdict(correlations: Sequence[float]) -> str:
+def verdict(correlations: Sequence[float], outcome: str = "gain") -> str:
     """What correlations of the ECE with an outcome say, in words."""
     if np.isnan(correlations).any():
         return "too few models, or all of them the same, to say anything"
@@ -219,7 +219,7 @@ def verdict(correlations: Sequence[float]) -> str:
     if abs(centre) <= half:
         return f"no connection can be told from chance ({shown})"
     better = "larger" if centre < 0 else "smaller"
-    return f"a lower ECE goes with a {better} gain ({shown})"
+    return f"a lower ECE goes with a {better} {outcome} ({shown})"
 
 
 # ---- temperatures --------------------------------------------------------------------------------
@@ -346,8 +346,18 @@ def scale_text(worlds: Sequence[WorldOfModels]) -> str:
         f"threshold: keep samples that beat the prompt's first one with a probability over"
         f" {THRESHOLD:g}; penalty: weigh samples by exp(r / {BETA:g}), the best policy for reward"
         f" minus {BETA:g} KL; use: what is won so, as a share of what the truth would"
-        f" win\n{table}\n\n{prediction}"
+        f" win\n{table}\n\n{prediction}\n{scale_verdicts(worlds)}"
     )
+
+
+def scale_verdicts(worlds: Sequence[WorldOfModels]) -> str:
+    """What the ECE of models as trained says of a threshold and of a penalty, in words."""
+    lines = []
+    for outcome in ("threshold", "penalty"):
+        values = [rank_correlation(world.figures, "ece", outcome, "accuracy") for world in worlds]
+        said = verdict(values, f"use of the {outcome}")
+        lines.append(f"ECE and the {outcome} at equal accuracy, as trained: {said}")
+    return "\n".join(lines)
 
 
 def rank_correlation(rows: Sequence[Figures], name: str, outcome: str, other: str | None) -> float:

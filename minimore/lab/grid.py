@@ -323,9 +323,7 @@ def cells_at(options: ReproduceOptions, place: Place) -> list[Cell]:
             )
             for name in files
         ]
-    changes = {"batch_size": batch_size} | SCHEMES[scheme]
-    if options.protocol == "authors" and scheme == "more":
-        changes |= AUTHORS
+    changes = {"batch_size": batch_size} | scheme_options(options, scheme)
     cell = Cell(
         at=place,
         model=model,
@@ -360,6 +358,12 @@ def home_of(options: ReproduceOptions, regime: str, pairs: int, test_pairs: int,
     return Home(directory, World(**(fields | changes)))
 
 
+def scheme_options(options: ReproduceOptions, scheme: str) -> dict[str, Any]:
+    """The TrainOptions that make a scheme under the protocol."""
+    is_authors = options.protocol == "authors" and scheme == "more"
+    return SCHEMES[scheme] | (AUTHORS if is_authors else {})
+
+
 def choosing_cell(options: ReproduceOptions, place: Place) -> Cell:
     """A reward model of a recipe (recipes.py), which is tested in the world of the policies."""
     pairs, seed = options.training_pairs(), place["seed"]
@@ -379,7 +383,9 @@ def choosing_cell(options: ReproduceOptions, place: Place) -> Cell:
         model=home.directory / f"width-{place['size']}",
         sources=sources,
         tests={name: test for name, (_, test) in testbed.files().items()},
-        options=_common_options(options, place, pairs) | SCHEMES[place["scheme"]] | changes,
+        options=_common_options(options, place, pairs)
+        | scheme_options(options, place["scheme"])
+        | changes,
         world=home.world,
         testbed=testbed,
         design=QUICK if options.quick else FULL,

@@ -15,26 +15,30 @@ STEP_SECONDS = 0.02  # of a step, whatever its size
 CELL_SECONDS = 1.0  # to load a model and to store margins
 WORLD_TOKENS = 60  # of a pair
 REAL_TOKENS = 400  # of a pair, at most
-TRAIN_FLOPS, SCORE_FLOPS = 6, 2  # a parameter and token
+TRAIN_FLOPS, SCORE_FLOPS = 6, 2  # of a token with a parameter
 
 
 def estimated_seconds(options: ReproduceOptions, cells: Iterable[Cell]) -> float:
     """Seconds that training and scoring these cells will take."""
     speed = SHARE_OF_SPEED * flops_per_second(on_gpu=device_of(options) == "cuda")
+    parameters: dict[str, int] = {}  # of each model, which many cells share
     seconds = 0.0
-    parameters: dict[str, int] = {}  # of each model
     for cell in cells:
         model = str(cell.model)
         if model not in parameters:
             parameters[model] = matrix_parameters(cell)
-        tokens = WORLD_TOKENS if cell.world else min(options.max_length, REAL_TOKENS)
-        pairs = cell.options["pairs_per_source"] * len(cell.sources)
-        test_pairs = options.test_pairs * len(cell.tests)
-        flops = TRAIN_FLOPS * pairs + SCORE_FLOPS * test_pairs  # a token and parameter
-        seconds += STEP_SECONDS * pairs / cell.options["batch_size"]
-        seconds += flops * tokens * parameters[model] / speed
-        seconds += CELL_SECONDS
+        seconds += cell_seconds(options, cell, parameters[model], speed)
     return seconds
+
+
+def cell_seconds(options: ReproduceOptions, cell: Cell, parameters: int, speed: float) -> float:
+    """Seconds of one cell, with a model of so many parameters, at so many FLOPs a second."""
+    pairs = cell.options["pairs_per_source"] * len(cell.sources)
+    test_pairs = options.test_pairs * len(cell.tests)
+    tokens_a_pair = WORLD_TOKENS if cell.world else min(options.max_length, REAL_TOKENS)
+    flops = (TRAIN_FLOPS * pairs + SCORE_FLOPS * test_pairs) * tokens_a_pair * parameters
+    steps = pairs / cell.options["batch_size"]
+    return CELL_SECONDS + STEP_SECONDS * steps + flops / speed
 
 
 def flops_per_second(on_gpu: bool) -> float:

@@ -370,9 +370,9 @@ class StepShape:
         # What the last block left; that in fp32, normalised, and weighted; the gradients of the
         # last and of the first of these three.
         of_states = narrow + 3 * wide + 2 * wide
+        of_gradient = wide + narrow  # the sum over chunks, and one term of it, or its cast
         return {
-            "gradients": (wide + narrow)
-            * self.unembedding,  # the sum, and a term of it or its cast
+            "gradients": of_gradient * self.unembedding,
             "casts": narrow * self.unembedding if is_cast else 0,
             "logits": of_logits * logits,
             "scratch": of_states * states,

@@ -10,7 +10,7 @@ from . import calibration, uncertainty
 from .data.pairs import Source
 from .reward import RewardModel, pair_rewards
 from .tables import Table, number, with_interval
-from .uncertainty import Interval
+from .uncertainty import Floor, Interval
 
 ROUNDING = 1e-6  # margins below this are what is left of the rounding of two rewards in fp32
 RATES = (
@@ -24,6 +24,8 @@ RATES = (
     "length_accuracy",
     "random_accuracy",
 )
+
+MISCALIBRATED = ("over-confident", "under-confident")  # what may be said with an interval
 
 Margins = dict[str, np.ndarray]  # name of a source -> (N,) float64
 Report = dict[str, Any]
@@ -71,10 +73,9 @@ def source_report(margins: np.ndarray, source: Source) -> Report:
     Intervals are 95%, and whole prompts are resampled. ece_debiased is the ECE less what noise adds
     to it; ece_floor is what it would be by noise alone.
 
-    `calibration` is a verdict: "over-confident", "under-confident", "indistinguishable" from
-    calibrated, or "no margins" where all of them are rounding. ece_interval is that of
-    ece_debiased. It is None in the last two cases, because a bootstrap of so small an ECE covers
-    too little.
+    `calibration` is what `calibration_kind` says. ece_interval is the interval of ece_debiased; it
+    is None unless the model is over- or under-confident, because a bootstrap of so small an ECE
+    covers too little.
 
     Baselines on the same pairs: length_accuracy prefers the longer response, counted in characters;
     random_accuracy is 1/2.
@@ -82,7 +83,8 @@ def source_report(margins: np.ndarray, source: Source) -> Report:
     prompts = np.array([pair.prompt for pair in source.pairs])
     accuracy, debiased_ece = uncertainty.intervals(margins, prompts)
     floor = uncertainty.noise_floor(margins, prompts)
-    report: Report = {
+    kind = calibration_kind(margins, floor)
+    return {
         "pairs": len(margins),
         "prompts": len(np.unique(prompts)),
         "label_ties": source.label_ties,
@@ -105,17 +107,23 @@ def source_report(margins: np.ndarray, source: Source) -> Report:
         "mean_margin": float(margins.mean()),
         "length_accuracy": calibration.accuracy([pair.longer for pair in source.pairs]),
         "random_accuracy": 0.5,
-        "calibration": "indistinguishable",
-        "ece_interval": None,
+        "calibration": kind,
+        "ece_interval": ends_of(debiased_ece) if kind in MISCALIBRATED else None,
     }
+
+
+def calibration_kind(margins: np.ndarray, floor: Floor) -> str:
+    """One of MISCALIBRATED, or "indistinguishable" from calibrated, or "no margins".
+
+    There are none where all of them are rounding. floor: of the ECE of these margins.
+    """
     if np.abs(margins).max() < ROUNDING:
-        report["calibration"] = "no margins"
-    elif uncertainty.is_miscalibrated(report["ece"], floor):
-        confidence = calibration.probability(np.abs(margins)).mean()
-        is_over = confidence > report["accuracy"]
-        report["calibration"] = "over-confident" if is_over else "under-confident"
-        report["ece_interval"] = ends_of(debiased_ece)
-    return report
+        return "no margins"
+    if not uncertainty.is_miscalibrated(calibration.pair_ece(margins), floor):
+        return "indistinguishable"
+    confidence = calibration.probability(np.abs(margins)).mean()
+    is_over = confidence > calibration.accuracy(margins)
+    return "over-confident" if is_over else "under-confident"
 
 
 def ends_of(interval: Interval) -> list[float | None]:
@@ -154,15 +162,13 @@ def table(report: Report) -> str:
     mean, worst = report["mean"], report["worst"]
     rows.add(
         "mean",
-        None,
-        None,
+        *(None, None),
         number(mean["accuracy"]),
         number(mean["nll"]),
         number(mean["mean_margin"]),
         number(mean["length_accuracy"]),
         number(mean["ece"]),
-        None,
-        None,
+        *(None, None),
     )
     rows.add(
         "worst",

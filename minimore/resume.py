@@ -30,6 +30,8 @@ from .model.checkpoint import Checkpoint, model_tensors, write_model
 from .model.tensors import Lazy, write_tensors
 from .options import InputError
 
+ROOM = 1.2  # times a copy of the state, that must be free in memory before one is made
+
 # What may go wrong when a checkpoint is not what it should be.
 UNREADABLE = (OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError)
 
@@ -69,16 +71,16 @@ class Saver:
         model: Any,
         optimizer: AdamW,
         weighting_state: Mapping[str, Tensor],
-        log: str,
+        log_checksum: str,
     ) -> None:
-        """Save the state after step `optimizer.steps`; log: the checksum of the log so far.
+        """Save the state after step `optimizer.steps`, at once or by a thread that begins here.
 
-        model: a RewardModel or a LanguageModel. An error of the thread is raised by the next `save`
-        or `wait`.
+        model: a RewardModel or a LanguageModel. log_checksum: of the log so far. An error of the
+        thread is raised by the next `save` or `wait`.
         """
         self.wait()
-        has_room = available_memory() > 1.2 * bytes_to_copy(model, optimizer)
-        snapshot = self._snapshot(model, optimizer, weighting_state, log, copy=has_room)
+        has_room = available_memory() > ROOM * bytes_to_copy(model, optimizer)
+        snapshot = self._snapshot(model, optimizer, weighting_state, log_checksum, copy=has_room)
         if has_room:
             self.thread = Thread(target=self._write_in_thread, args=(snapshot,))
             self.thread.start()
@@ -112,7 +114,7 @@ class Saver:
         model: Any,
         optimizer: AdamW,
         weighting_state: Mapping[str, Tensor],
-        log: str,
+        log_checksum: str,
         copy: bool,
     ) -> Snapshot:
         top = model.saved_top(self.origin.family)
@@ -134,7 +136,7 @@ class Saver:
             "step": optimizer.steps,
             "environment": environment(),
             "data": dict(self.digests),
-            "log": log,
+            "log": log_checksum,
             "weighting": sorted(weighting_state),
         }
         return Snapshot(model.kind, tensors, state, facts)

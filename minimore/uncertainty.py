@@ -166,9 +166,10 @@ def _erf(x: np.ndarray) -> np.ndarray:
 def debiased_ece(margins: ArrayLike, prompts: ArrayLike | None = None, bins: int = 10) -> float:
     """The paper's ECE less what noise adds to it, at least 0.
 
-    Every bin's gap is taken as normal around its true value, with the spread that prompts show. The
-    expected absolute value of such a normal exceeds the true gap by as much as is taken off here.
-    Source: the folded normal; compare Kumar et al. 2019, arXiv 1909.10155, section 4.
+    Every bin's gap d is taken as normal around its true value, with the spread s that prompts show.
+    Then |d| is larger than the true |gap| on average. How much larger is estimated as if d were the
+    true gap, E |normal(d, s)| - |d|, and taken off. Source: the folded normal; compare Kumar et al.
+    2019, arXiv 1909.10155, section 4.
     """
     sums = prompt_sums(margins, prompts, bins)
     gaps, squares = sums.gaps.sum(0), (sums.gaps**2).sum(0)

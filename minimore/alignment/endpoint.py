@@ -42,8 +42,8 @@ IN_TROUBLE = (408, 409, 425, 429)  # and 500 upwards: a status that may pass
 class Endpoint:
     """One model of one server.
 
-    key: what the server knows the user by. max_calls: requests that may be sent, those that fail
-    included. calls: sent so far. reused: answers that came from the file.
+    key: the user's secret. max_calls: requests that may be sent, those that fail included. calls:
+    sent so far. reused: answers that came from the file.
     """
 
     model: str
@@ -82,7 +82,6 @@ class Endpoint:
 
     def _asked(self, messages: Messages) -> str:
         """The answer of the server, which is asked again while it is in trouble."""
-        reason = ""
         for tries in range(1, TRIES + 1):
             self._count_call()
             try:
@@ -187,7 +186,7 @@ def refuse_unless_in_trouble(error: Exception, reason: str, model: str) -> None:
 
 
 def wait_before_next(tries: int, error: Exception) -> float:
-    """Seconds to wait after so many tries: what the server asks for, or else twice as many each."""
+    """Seconds to wait after so many tries: what the server asks for, or else ever twice as many."""
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     asked_for = str(headers.get("Retry-After", ""))
     wait = float(asked_for) if asked_for.isdecimal() else FIRST_WAIT * 2 ** (tries - 1)

@@ -163,35 +163,18 @@ def with_prompt(record: Record, where: str, chat: bool = False) -> Record:
     """
     in_front = [key for key in BEFORE_A_PROMPT if record.get(key)]
     if "prompt" not in record and is_whole(record):
-        has_system = begins_with_system(record["chosen"])
-        require(
-            not in_front or (in_front == ["system"] and has_system),
-            f'{where}: "{"".join(in_front[:1])}" beside whole dialogues would not be read; write it'
-            " into them, or remove it",
-        )
+        _require_inside_dialogues(record, in_front, where)
         return record
-    keys = [key for key in PROMPT_KEYS if record.get(key)]
-    if "prompt" in record and (record["prompt"] or not keys):
-        for key in keys:
-            _require_part_of_prompt(record, key, where)
-        keys = ["prompt"]
-    if not keys:
+    key = _prompt_key(record, where)
+    if key is None:
         if in_front:
             raise InputError(
                 f'{where}: "{in_front[0]}" stands in front of no "prompt"; expected one'
             )
         return record
-    require(
-        len(keys) == 1,
-        f"{where}: the prompt may be in {' or '.join(map(repr, keys))}; expected it in"
-        ' "prompt", as a string or as messages',
-    )
-    prompt = record[keys[0]]
+    prompt = record[key]
     if in_front == ["system"] and (chat or is_conversation(prompt)):
-        if isinstance(prompt, str):
-            prompt = {"role": "user", "content": prompt}
-        messages = [prompt] if isinstance(prompt, dict) else prompt
-        prompt = [{"role": "system", "content": record["system"]}, *messages]
+        prompt = _with_system(record["system"], prompt)
     elif in_front:
         advice = ", or give --chat, which makes messages of both" if in_front == ["system"] else ""
         raise InputError(
@@ -199,6 +182,44 @@ def with_prompt(record: Record, where: str, chat: bool = False) -> Record:
             + advice
         )
     return record | {"prompt": prompt}
+
+
+def _require_inside_dialogues(record: Record, in_front: Sequence[str], where: str) -> None:
+    """Refuse what stands in front of a prompt beside dialogues that do not hold it."""
+    if not in_front or (in_front == ["system"] and begins_with_system(record["chosen"])):
+        return
+    raise InputError(
+        f'{where}: "{in_front[0]}" beside whole dialogues would not be read; write it into them, or'
+        " remove it"
+    )
+
+
+def _prompt_key(record: Record, where: str) -> str | None:
+    """The key under which a record has its prompt; None if it has none.
+
+    Raises InputError where that may be one key or another, or where another one would be dropped.
+    """
+    others = [key for key in PROMPT_KEYS if record.get(key)]
+    if "prompt" in record and (record["prompt"] or not others):
+        for other in others:
+            _require_part_of_prompt(record, other, where)
+        return "prompt"
+    if not others:
+        return None
+    require(
+        len(others) == 1,
+        f"{where}: the prompt may be in {' or '.join(map(repr, others))}; expected it in"
+        ' "prompt", as a string or as messages',
+    )
+    return others[0]
+
+
+def _with_system(system: Any, prompt: Any) -> list[Any]:
+    """A prompt as messages, of which the first is the system's."""
+    if isinstance(prompt, str):
+        prompt = {"role": "user", "content": prompt}
+    messages = [prompt] if isinstance(prompt, dict) else prompt
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _require_part_of_prompt(record: Record, key: str, where: str) -> None:

@@ -356,22 +356,26 @@ class StepShape:
         return self.itemsize * self.unembedding if self.top == "tied" else 0
 
     def language_loss(self, micro_batches: Sequence[Items]) -> dict[str, int]:
-        """Bytes of the loss of these micro-batches, and of its gradients.
+        """Bytes of the loss of these micro-batches and of its gradients, as TokenLoss makes them.
 
-        The logits of a chunk of targets, their softmax and its gradient are fp32; the gradient of
-        the unembedding is summed in fp32, and then in the compute type. Of every target there are
-        the state, what the final norm made of it, and the gradients of both.
+        The logits exist for a chunk of targets at a time, the states for all of them.
         """
+        narrow, wide = self.itemsize, max(4, self.itemsize)  # the compute type, and at least fp32
         targets = sum(sum(item[1:]) for items in micro_batches for item in items)
-        vocabulary, wide = self.config.vocabulary, max(4, self.itemsize)
-        narrow = self.itemsize if self.itemsize < wide else 0
-        chunk = min(targets, LOGITS_AT_ONCE) * vocabulary
+        logits = min(targets, LOGITS_AT_ONCE) * self.config.vocabulary
+        states = targets * self.config.width
         is_cast = MATRIX_ITEMSIZE[self.recipe.parameters] != self.itemsize
+        # The logits, their softmax, and its gradient before and after it is cast.
+        of_logits = 3 * wide + (narrow if narrow < wide else 0)
+        # What the last block left; that in fp32, normalised, and weighted; the gradients of the
+        # last and of the first of these three.
+        of_states = narrow + 3 * wide + 2 * wide
+        of_gradient = wide + narrow  # the sum over chunks, and one term of it, or its cast
         return {
-            "gradients": (wide + self.itemsize) * self.unembedding,
-            "casts": self.itemsize * self.unembedding if is_cast else 0,
-            "logits": 3 * wide * chunk + narrow * chunk,
-            "scratch": (5 * wide + self.itemsize) * targets * self.config.width,
+            "gradients": of_gradient * self.unembedding,
+            "casts": narrow * self.unembedding if is_cast else 0,
+            "logits": of_logits * logits,
+            "scratch": of_states * states,
         }
 
 

@@ -89,9 +89,9 @@ def read_moments(state: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor]:
 def write_moments(
     state: dict[str, Tensor], m: Tensor, v: Tensor, bits: Callable[[str], Tensor]
 ) -> None:
-    """Store both moments (n,). What rounds is unbiased: what is read again is m and v on average.
+    """Store both moments (n,). Rounding is unbiased: on average, m and v are what is read again.
 
-    bits: bits("first") and bits("second") are random bits (n,) int32 for m and for v.
+    bits: the name of a moment, "first" or "second" -> random bits (n,) int32 to round it with.
     """
     if "m_code" in state:
         write_codes(state, m, v, chance(bits("first")), chance(bits("second")))

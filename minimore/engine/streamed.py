@@ -90,7 +90,7 @@ class StreamedStep:
         for block in self.blocks:
             self._block_forward(block, activations)
         read = [x.index_select(0, part.reads) for x, part in zip(activations, self.micro_batches)]
-        return self._top(torch.cat(read))
+        return self._top_forward(torch.cat(read))
 
     def _micro_batch(self, batch: Batch) -> "MicroBatch":
         device = self.model.top.device
@@ -116,21 +116,26 @@ class StreamedStep:
             if self.host:
                 self.host.end_part()
 
-    def _top(self, read: Tensor) -> Any:
-        """The objective's loss over all items, and its gradient at the tokens that it reads.
+    def _top_forward(self, read: Tensor) -> Any:
+        """Return the objective's result, and keep the gradients of its loss for backward.
 
-        read: (M, D), what the last block returned there. It is all that the objective sees.
+        read: (M, D), what the last block returned at the tokens that the objective reads. Kept are
+        d_read (M, D), the gradients d_top of the parameters of the top, and d_tied (V, D): that of
+        an unembedding which is the embedding, whose own gradient comes last. Else d_tied is None.
         """
         read = read.detach().requires_grad_()
         norm = compute_copy(self.trunk.final_norm, torch.float32)
         top = compute_parameter(self.model.top, self.trunk.compute_dtype).requires_grad_()
         loss, result = self.objective.loss(top, norm(at_least_fp32(read)), self.batches)
-        self.d_read, d_top, *d_norm = torch.autograd.grad(loss, [read, top, *norm.parameters()])
+        self.d_read, d_parameter, *d_norm = torch.autograd.grad(
+            loss, [read, top, *norm.parameters()]
+        )
         names = [f"trunk.final_norm.{name}" for name, _ in norm.named_parameters()]
         self.d_top = dict(zip(names, d_norm))
-        self.d_tied = d_top if self.model.top is self.trunk.embedding.weight else None
-        if self.d_tied is None:
-            self.d_top |= {name_of_top(self.model): d_top}
+        is_tied = self.model.top is self.trunk.embedding.weight
+        self.d_tied = d_parameter if is_tied else None
+        if not is_tied:
+            self.d_top[name_of_top(self.model)] = d_parameter
         return result
 
     # ---- backward ----

@@ -17,32 +17,36 @@ WORLD_TOKENS = 60  # of a pair
 REAL_TOKENS = 400  # of a pair, at most
 POLICY_SECONDS = 8.0  # to tune a policy on 1000 prompts and to judge it
 WORLD_SECONDS = 40.0  # to make the base policy of a world, its samples and its controls
-TRAIN_FLOPS, SCORE_FLOPS = 6, 2  # a parameter and token
+TRAIN_FLOPS, SCORE_FLOPS = 6, 2  # of a token with a parameter
 
 
 def estimated_seconds(options: ReproduceOptions, cells: Iterable[Cell]) -> float:
     """Seconds that training and scoring these cells will take."""
     speed = SHARE_OF_SPEED * flops_per_second(on_gpu=device_of(options) == "cuda")
+    parameters: dict[str, int] = {}  # of each model, which many cells share
     seconds = 0.0
-    parameters: dict[str, int] = {}  # of each model
-    worlds = set()  # in which policies are still to be made
+    worlds = set()  # whose policies are counted already
     for cell in cells:
         model = str(cell.model)
         if model not in parameters:
             parameters[model] = matrix_parameters(cell)
-        tokens = WORLD_TOKENS if cell.world else min(options.max_length, REAL_TOKENS)
-        pairs = cell.options["pairs_per_source"] * len(cell.sources)
-        test_pairs = options.test_pair_count() * len(cell.tests)
-        flops = TRAIN_FLOPS * pairs + SCORE_FLOPS * test_pairs  # a token and parameter
-        seconds += STEP_SECONDS * pairs / cell.options["batch_size"]
-        seconds += flops * tokens * parameters[model] / speed
-        seconds += CELL_SECONDS
+        seconds += cell_seconds(options, cell, parameters[model], speed)
         if cell.testbed:
             share = cell.design.prompts / 1000
             seconds += share * POLICY_SECONDS
             seconds += share * WORLD_SECONDS * (cell.testbed not in worlds)
             worlds.add(cell.testbed)
     return seconds
+
+
+def cell_seconds(options: ReproduceOptions, cell: Cell, parameters: int, speed: float) -> float:
+    """Seconds of one cell, with a model of so many parameters, at so many FLOPs a second."""
+    pairs = cell.options["pairs_per_source"] * len(cell.sources)
+    test_pairs = options.test_pair_count() * len(cell.tests)
+    tokens_a_pair = WORLD_TOKENS if cell.world else min(options.max_length, REAL_TOKENS)
+    flops = (TRAIN_FLOPS * pairs + SCORE_FLOPS * test_pairs) * tokens_a_pair * parameters
+    steps = pairs / cell.options["batch_size"]
+    return CELL_SECONDS + STEP_SECONDS * steps + flops / speed
 
 
 def flops_per_second(on_gpu: bool) -> float:

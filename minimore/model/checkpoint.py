@@ -137,9 +137,7 @@ class Checkpoint:
         self, theirs: str, ours: Sequence[str], trunk: Trunk, dtype: torch.dtype
     ) -> list[Tensor]:
         """The parameters that one stored tensor holds: one, or the parts of a fused one."""
-        empty = [trunk.get_parameter(name) for name in ours]
-        shape = (sum(p.shape[0] for p in empty), *empty[0].shape[1:])
-        tensor = self.tensors.read(theirs, shape, dtype)
+        tensor = self.tensors.read(theirs, fused_shape(trunk, ours), dtype)
         return [tensor] if len(ours) == 1 else split_heads(tensor, self.config.heads)
 
     def _require_these_keys(self, table: Mapping[str, Sequence[str]]) -> None:
@@ -281,36 +279,43 @@ def model_tensors(
     dtype: str = "float32",
     value: Hold | None = None,
 ) -> dict[str, Lazy]:
-    """The tensors of a saved model, by the family's names, made when they are written.
+    """The tensors of a saved model, by the family's names; each is made when it is written.
 
     top: what stands on the trunk, by its key in the file. value: name of a parameter and what the
-    model holds of it -> the number that it stands for.
+    model holds of it -> the numbers that this stands for. Making a tensor raises FloatingPointError
+    if a number of it is not finite.
     """
 
     def value_of(name: str, p: Tensor) -> Tensor:
         return value(name, p) if value else p.detach()
 
-    def make(names: Sequence[str]) -> Tensor:
+    def of_trunk(names: Sequence[str]) -> Tensor:
         parts = [value_of(f"trunk.{name}", trunk.get_parameter(name)) for name in names]
         return parts[0] if len(parts) == 1 else fuse_heads(parts, origin.config.heads)
 
-    storage = STORAGE[dtype]
+    def lazy(key: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Lazy:
+        return Lazy(shape, STORAGE[dtype], partial(_stored, key, make, STORAGE[dtype]))
+
     tensors = {
-        key: Lazy(tuple(p.shape), storage, partial(value_of, name, p))
-        for key, (name, p) in top.items()
+        key: lazy(key, tuple(p.shape), partial(value_of, name, p)) for key, (name, p) in top.items()
     }
     for theirs, ours in name_table(origin.family, trunk).items():
-        shapes = [trunk.get_parameter(name).shape for name in ours]
-        shape = (sum(s[0] for s in shapes), *shapes[0][1:])
-        tensors[origin.family.prefix + theirs] = Lazy(shape, storage, partial(make, ours))
-    return {key: lazy._replace(make=partial(_checked, key, lazy)) for key, lazy in tensors.items()}
+        key, shape = origin.family.prefix + theirs, fused_shape(trunk, ours)
+        tensors[key] = lazy(key, shape, partial(of_trunk, ours))
+    return tensors
 
 
-def _checked(key: str, lazy: Lazy) -> Tensor:
-    """The tensor in its storage type; FloatingPointError if a number of it is not finite."""
-    tensor = lazy.make().to(device="cpu", dtype=lazy.dtype)
+def fused_shape(trunk: Trunk, names: Sequence[str]) -> tuple[int, ...]:
+    """The shape of the stored tensor that holds these parameters: their rows, one after another."""
+    shapes = [trunk.get_parameter(name).shape for name in names]
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _stored(key: str, make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    """A tensor in its storage type; FloatingPointError if a number of it is not finite."""
+    tensor = make().to(device="cpu", dtype=dtype)
     if not all(map(math.isfinite, tensor.aminmax())):
-        name = str(lazy.dtype).removeprefix("torch.")
+        name = str(dtype).removeprefix("torch.")
         raise FloatingPointError(f"{key} is not finite in {name}: the model was not written")
     return tensor
 

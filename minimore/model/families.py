@@ -1,7 +1,6 @@
 """Families of transformers: how each one's config.json and tensor names map to ours.
 
 A family is an entry of FAMILIES: a function from config.json to ModelConfig, and a table of names.
-It is data, not code.
 """
 
 import json

@@ -408,7 +408,8 @@ def test_a_budget_counts_requests_that_fail(serve):
     assert len(server.requests) == 3
 
 
-@pytest.mark.parametrize("deadly", [1, 6, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("deadly", [1, 6, 12])
 def test_a_killed_command_goes_on(serve, deadly):
     """SIGKILL while a question is open: it alone is asked again."""
     files()

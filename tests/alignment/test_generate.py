@@ -162,6 +162,7 @@ def test_top_p_keeps_at_least_the_likeliest_token():
     assert (probabilities[0] > 0).tolist() == [True] + [False] * 5
 
 
+@pytest.mark.slow
 def test_top_p_and_top_k_cut_a_large_vocabulary_as_sorting_does():
     """No two of the 5000 logits are equal; with 1 to 5000 tokens that stay."""
     logits = torch.randn(4, 5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

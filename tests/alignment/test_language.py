@@ -96,6 +96,7 @@ def test_chunks_change_nothing(transformers, tmp_path, monkeypatch):
     torch.testing.assert_close(other.loss, result.loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_steps_lower_the_loss_with_every_storage(transformers, tmp_path, tied):
     """Plain fp32, and streamed with every storage, offloaded or not: all learn the same texts."""

@@ -239,15 +239,17 @@ def _of_pairs(pairs: Sequence[Pair], which: str) -> list[ResponseTexts]:
     rejected = {(pair.prompt, pair.rejected) for pair in pairs}
     to_learn: dict[str, list[str]] = {}  # by prompt
     for pair in pairs:
+        responses = to_learn.setdefault(pair.prompt, [])
         if which == "all":
-            to_learn.setdefault(pair.prompt, []).extend([pair.chosen, pair.rejected])
+            responses += [pair.chosen, pair.rejected]
         elif (pair.prompt, pair.chosen) not in rejected:
-            to_learn.setdefault(pair.prompt, []).append(pair.chosen)
+            responses.append(pair.chosen)
     texts = []
     for prompt, responses in to_learn.items():
         each_once = list(dict.fromkeys(responses))
-        ends = [True] * len(each_once)
-        texts.append(ResponseTexts(prompt, each_once, pairs[0].rendered, ends))
+        if each_once:
+            ends = [True] * len(each_once)
+            texts.append(ResponseTexts(prompt, each_once, pairs[0].rendered, ends))
     return texts
 
 

@@ -151,7 +151,7 @@ def samples_of(options: SelectOptions) -> list[tuple[str, Record]]:
         check_responses(record, where, "align select")
         prompt_of(record, where)  # refuses a record without one
         first = with_first_responses(record, where, options.first)
-        check_kind(first["responses"], where, options.by)
+        check_kind(record["responses"], where, options.by)
         records.append((where, first))
     require(records, f"{options.input}: is empty; expected at least one line")
     return records

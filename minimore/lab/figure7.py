@@ -10,7 +10,7 @@ M models of a world.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,14 +65,21 @@ class WorldOfModels:
         """The place of the model of a recipe."""
         return [chooser.recipe for chooser in self.choosers].index(recipe)
 
-    @property
-    def at_temperatures(self) -> list[Figures]:
+    @cached_property
+    def tempered(self) -> list[list[Figures]]:
         """The figures of every model at every temperature; those of its policy stay the same."""
         return [
-            figures | calibration_of(chooser, T) | scale_of(chooser, self.truth, T)
+            [
+                figures | calibration_of(chooser, T) | scale_of(chooser, self.truth, T)
+                for T in TEMPERATURES
+            ]
             for chooser, figures in zip(self.choosers, self.figures)
-            for T in TEMPERATURES
         ]
+
+    @property
+    def at_temperatures(self) -> list[Figures]:
+        """The same one after the other."""
+        return [figures for of_model in self.tempered for figures in of_model]
 
 
 @lru_cache(maxsize=1)  # the text and the file of figures need the same
@@ -397,21 +404,17 @@ def mixtures_of(world: WorldOfModels) -> list[Figures]:
     mixtures = []
     for _ in range(MIXTURES):
         members = random.choice(len(world.choosers), MEMBERS, replace=False)
-        drawn = random.choice(TEMPERATURES, MEMBERS)
+        places = random.integers(len(TEMPERATURES), size=MEMBERS)
         rewards = [world.choosers[member].few for member in members]
         by_label = {
             "as trained": np.ones(MEMBERS),
-            "tempered at random": drawn,
+            "tempered at random": np.array(TEMPERATURES)[places],
             "each at its own T": np.array([own[member] for member in members]),
         }
         figures = {
-            "members alone": float(np.mean([world.figures[m]["best of 4"] for m in members])),
-            "accuracy": float(np.mean([world.figures[m]["accuracy"] for m in members])),
-            "ece": float(
-                np.mean(
-                    [calibration_of(world.choosers[m], T)["ece"] for m, T in zip(members, drawn)]
-                )
-            ),
+            "members alone": mean([world.figures[m]["best of 4"] for m in members]),
+            "accuracy": mean([world.figures[m]["accuracy"] for m in members]),
+            "ece": mean([world.tempered[m][place]["ece"] for m, place in zip(members, places)]),
         }
         for label, temperatures in by_label.items():
             mixed = np.mean([r / T for r, T in zip(rewards, temperatures)], 0)

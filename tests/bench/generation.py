@@ -5,8 +5,9 @@
 16 prompts of unequal lengths, which transformers gets padded on the left, and 128 new tokens each.
 Both write in turn within one process, and each round begins with another one. A ratio above 1 says
 that ours is the faster one. --clock cpu counts the seconds of the processor instead of the wall's,
-which other work on the machine hardly changes. The weights are random, so that the logits are nearly flat, for which
-top-p has the most to sort. That both write the same tokens when greedy is checked.
+which other work on the machine hardly changes. The weights are random, so that the logits are
+nearly flat, for which top-p has the most to sort. That both write the same tokens when greedy is
+checked.
 """
 
 import argparse

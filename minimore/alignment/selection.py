@@ -26,7 +26,7 @@ from ..model.checkpoint import Checkpoint
 from ..options import COUNT, Range, check_ranges, option, require
 from ..reward import ReadingOptions, load_reward_model
 from ..score import Scorer, best_of_rewards, check_responses, json_line, with_one_response
-from .portions import Unfinished, begin_or_continue
+from .portions import Unfinished, alone, begin_or_continue
 
 RESPONSES_AT_ONCE = 256  # scored between two writes to the disk
 BY_REWARD = ("best", "worst")
@@ -88,22 +88,28 @@ def select(options: SelectOptions) -> None:
     refuse_existing(options.output)
     checkpoints = reward_models(options)
     records = samples_of(options)
-    work = None
     if checkpoints:
-        work = scored_in_portions(records, checkpoints, options)
-        rewards = combined(stored_rewards(work, options, len(records)), options.pessimism)
-        choices = [by_reward(of_prompt, options.by) for of_prompt in rewards]
+        path = Path(f"{options.output}.unfinished")
+        with alone(path):
+            work = scored_in_portions(path, records, checkpoints, options)
+            rewards = combined(stored_rewards(work, options, len(records)), options.pessimism)
+            write_chosen(records, [by_reward(one, options.by) for one in rewards], options)
+            work.remove()
     else:
-        choices = [unjudged(record, options) for _, record in records]
+        write_chosen(records, [unjudged(record, options) for _, record in records], options)
+    print(f"{options.output}: {options.by} of the responses to each of {len(records)} prompts")
+
+
+def write_chosen(
+    records: Sequence[tuple[str, Record]], choices: Sequence[Choice], options: SelectOptions
+) -> None:
+    """Write every record with the response that was chosen."""
     with (
         written_whole(options.output) as unfinished,
         open(unfinished, "x", encoding="utf-8") as file,
     ):
         for (where, record), choice in zip(records, choices, strict=True):
             file.write(json_line(with_one_response(record, *choice), where) + "\n")
-    if work:
-        work.remove()
-    print(f"{options.output}: {options.by} of the responses to each of {len(records)} prompts")
 
 
 def check_models(options: SelectOptions) -> None:
@@ -140,6 +146,7 @@ def samples_of(options: SelectOptions) -> list[tuple[str, Record]]:
     for where, record in read_records(options.input):
         check_responses(record, where, "align select")
         prompt_of(record, where)
+        json_line(with_one_response(record, 0, None, None), where)  # can it be written again?
         records.append((where, with_first_responses(record, where, options)))
     require(records, f"{options.input}: is empty; expected at least one line")
     return records
@@ -176,6 +183,7 @@ def with_first_responses(record: Record, where: str, options: SelectOptions) -> 
 
 
 def scored_in_portions(
+    path: Path,
     records: Sequence[tuple[str, Record]],
     checkpoints: Sequence[Checkpoint],
     options: SelectOptions,
@@ -185,7 +193,6 @@ def scored_in_portions(
     A record of it is {"rewards": those of every response to some prompts, "truncated": how many of
     these prompts were cut}. What is there already is not scored again.
     """
-    path = Path(f"{options.output}.unfinished")
     work = begin_or_continue(path, identity_of(options, checkpoints), options.resume)
     most = max(len(record["responses"]) for _, record in records)
     portion = max(1, RESPONSES_AT_ONCE // most)
@@ -217,11 +224,12 @@ def add_rewards(
 ) -> None:
     """Add the rewards of one model, which leaves the memory before the next one comes."""
     model, rules = load_reward_model(checkpoint, options), options.rules(checkpoint)
-    for number, part in enumerate(parts, 1):
+    left = sum(map(len, parts))
+    for part in parts:
         scorer = Scorer(model, checkpoint, rules, options.micro_tokens)
         rewards = [record["rewards"] for _, record in scorer.scored(part)]
         work.append([{"rewards": rewards, "truncated": scorer.counts.truncated}])
-        left = sum(map(len, parts[number:]))
+        left -= len(part)
         print(f"{checkpoint.directory}: {left} prompts left", file=sys.stderr, flush=True)
 
 

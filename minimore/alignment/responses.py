@@ -5,15 +5,22 @@ looks like. The loss of a response is the sum of the losses of its tokens (langu
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from ..data.forms import Pair, record_pairs, whole_conversation, with_prompt
-from ..data.messages import Messages, is_conversation, messages_of, string_of
-from ..data.pairs import refuse_doubled_bos
+from ..data.forms import (
+    MOST_RESPONSES,
+    Pair,
+    record_pairs,
+    refuse_unread_system,
+    whole_conversation,
+    with_prompt,
+)
+from ..data.messages import Messages, is_conversation, messages_of, shown, string_of
+from ..data.pairs import CHARACTERS_AT_ONCE, refuse_doubled_bos
 from ..data.records import Record, read_records
 from ..model.checkpoint import Checkpoint, named_id
 from ..model.tokenizer import Tokenizer
@@ -22,19 +29,28 @@ from .language import Responses
 
 WHICH = ("chosen", "all")  # of a pair, the responses that are learned
 ENCODED_AT_ONCE = 512  # records
+PROBE = (
+    "\ue000"  # a character that nobody uses, to see what a chat template writes behind a response
+)
 
 
 class Answers(NamedTuple):
     """A prompt and responses to it as texts, joined with nothing between.
 
     is_rendered: the texts were written by a chat template. ends: of each response, whether it ended
-    by itself, so that its end is learned, too.
+    by itself, so that its end is learned, too. blank: of each, whether it says nothing visible.
     """
 
     prompt: str
     responses: list[str]
     is_rendered: bool
     ends: list[bool]
+    blank: list[bool]
+
+    @property
+    def characters(self) -> int:
+        """Of all texts that are encoded: the prompt stands in front of each."""
+        return len(self.prompt) * (1 + len(self.responses)) + sum(map(len, self.responses))
 
 
 @dataclass
@@ -42,7 +58,8 @@ class ResponseFile:
     """The responses of a file as token ids, with counts of what is not used as it came.
 
     truncated: a text was cut. blank: a response has no visible character. dropped: a prompt or a
-    response has no token of its own. Blank and dropped responses are left out.
+    response has no token of its own. Blank and dropped responses are left out. ties: a record of
+    which no response is preferred to another, so that there is none to learn.
     """
 
     path: str
@@ -50,16 +67,18 @@ class ResponseFile:
     truncated: int = 0
     blank: int = 0
     dropped: int = 0
+    ties: int = 0
 
     def line(self) -> str:
         """One line for the log."""
         responses = sum(len(item.responses) for item in self.items)
         tokens = sum(len(response) for item in self.items for response in item.responses)
-        return (
+        line = (
             f"{self.path}: {responses} responses to {len(self.items)} prompts,"
             f" {tokens / responses:.0f} mean tokens, {self.truncated} truncated,"
             f" {self.blank} blank and {self.dropped} without a token left out"
         )
+        return line + (f"; {self.ties} records prefer no response" if self.ties else "")
 
     def digest(self) -> str:
         """sha256 over the ids, in order: the same digest, the same training data."""
@@ -84,33 +103,68 @@ def read_responses(
     read, or if nothing usable is left.
     """
     tokenizer, eos = checkpoint.tokenizer, eos_of(checkpoint)
-    file, waiting = ResponseFile(path), []
-    for where, record in read_records(path):
-        for answers in answers_of(record, where, tokenizer, which, chat):
-            for response in answers.responses:
-                text = answers.prompt + response
-                refuse_doubled_bos(text, answers.is_rendered, where, tokenizer)
-            waiting.append(answers)
-        if len(waiting) >= ENCODED_AT_ONCE:
-            _encode(file, waiting, tokenizer, eos, max_length)
-            waiting = []
-    _encode(file, waiting, tokenizer, eos, max_length)
+    require_length(max_length, tokenizer)
+    file = ResponseFile(path)
+    for waiting in in_portions(_answers_of_file(file, tokenizer, which, chat)):
+        _encode(file, waiting, tokenizer, eos, max_length)
     if not file.items:
         raise InputError(
-            f"{path}: has no usable response ({file.blank} blank, {file.dropped} without a token);"
-            " expected at least one"
+            f"{path}: has no usable response ({file.blank} blank, {file.dropped} without a token,"
+            f" {file.ties} records that prefer none); expected at least one"
         )
     return file
 
 
+def require_length(max_length: int, tokenizer: Tokenizer) -> None:
+    """Refuse a length that has no room for any response (InputError)."""
+    shortest = len(tokenizer.bos) + 2
+    require(
+        max_length >= shortest,
+        f"--max-length {max_length}: expected at least {shortest}, for what begins every text and a"
+        " token each of prompt and response",
+    )
+
+
+def _answers_of_file(
+    file: ResponseFile, tokenizer: Tokenizer, which: str, chat: bool
+) -> Iterator[Answers]:
+    """What is learned of every record; records without a preference are counted."""
+    for where, record in read_records(file.path):
+        of_record = answers_of(record, where, tokenizer, which, chat)
+        file.ties += not of_record
+        for answers in of_record:
+            for response in answers.responses:
+                text = answers.prompt + response
+                refuse_doubled_bos(text, answers.is_rendered, where, tokenizer)
+            yield answers
+
+
+def in_portions(answers: Iterable[Answers]) -> Iterator[list[Answers]]:
+    """Answers in lists that can be encoded at once: not too many, and not too many characters."""
+    waiting: list[Answers] = []
+    characters = 0
+    for one in answers:
+        waiting.append(one)
+        characters += one.characters
+        if len(waiting) >= ENCODED_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield waiting
+            waiting, characters = [], 0
+    if waiting:
+        yield waiting
+
+
 def eos_of(checkpoint: Checkpoint) -> int | None:
-    """The id that ends what a model writes: the tokenizer's, or the first of config.json."""
+    """The id that ends what a model writes: the tokenizer's, or the first of config.json.
+
+    None if neither names one that is a row of the embedding.
+    """
     named = named_id(checkpoint.tokenizer, "eos_token")
     if named is not None:
         return named
     stored = checkpoint.json.get("eos_token_id")
     ids = stored if isinstance(stored, list) else [stored]
-    return next((id for id in ids if type(id) is int), None)
+    rows = range(checkpoint.config.vocabulary)
+    return next((id for id in ids if type(id) is int and id in rows), None)
 
 
 def _encode(
@@ -122,11 +176,10 @@ def _encode(
 ) -> None:
     """Add answers to a file as ids, or count why they are not added."""
     for answers, ids in zip(waiting, encoded(waiting, tokenizer)):
-        is_visible = [bool(response.strip()) for response in answers.responses]
-        file.blank += is_visible.count(False)
+        file.blank += answers.blank.count(True)
         prompt, *texts = ids
         ends = [eos if ends else None for ends in answers.ends]
-        places = [i for i, shown in enumerate(is_visible) if shown]
+        places = [i for i, is_blank in enumerate(answers.blank) if not is_blank]
         if not places:
             continue
         own_texts, own_ends = [texts[i] for i in places], [ends[i] for i in places]
@@ -138,9 +191,8 @@ def _encode(
             file.truncated += was_cut
 
 
-def encoded(answers: Iterable[Answers], tokenizer: Tokenizer) -> list[list[list[int]]]:
+def encoded(answers: Sequence[Answers], tokenizer: Tokenizer) -> list[list[list[int]]]:
     """Of all answers the ids of the prompt, and of the prompt with each response."""
-    answers = list(answers)
     ids: list[list[list[int]]] = [[] for _ in answers]
     for is_rendered in (False, True):
         places = [i for i, one in enumerate(answers) if one.is_rendered == is_rendered]
@@ -204,7 +256,9 @@ def answers_of(
     Of pairs these are the chosen ones, which no other response beats, or all. Of samples it is
     every response. Of messages it is the last one, which is the assistant's.
     """
-    if is_conversation(record.get("messages")) and "prompt" not in record:
+    others = {"prompt", "chosen", "rejected", "response", "responses"}  # beside them it is a prompt
+    if is_conversation(record.get("messages")) and not others & set(record):
+        refuse_unread_system(record, where, "messages")
         messages = messages_of(record["messages"], f'{where}: "messages"', tokenizer, "user")
         require(
             len(messages) > 1 and messages[-1]["role"] == "assistant",
@@ -215,23 +269,44 @@ def answers_of(
     is_sample = "response" in record or ("responses" in record and not has_scores)
     if "chosen" not in record and is_sample:
         return [_sampled(with_prompt(record, where, chat), where, tokenizer, chat)]
+    finished = record.get("finished")
+    is_cut = finished is False or (isinstance(finished, list) and False in finished)
+    require(
+        not is_cut or "responses" not in record,
+        f'{where}: "finished" is not read beside "scores"; select the responses to learn, or remove'
+        " it",
+    )
     pairs, _ = record_pairs(record, where, tokenizer, chat)
+    for pair in pairs:
+        require_split(pair, where)
     return _of_pairs(pairs, which)
+
+
+def require_split(pair: Pair, where: str) -> None:
+    """Refuse a pair of which it cannot be told where the prompt ends (InputError)."""
+    require(
+        pair.is_split,
+        f"{where}: the chat template writes the prompt otherwise when a response follows it, so"
+        " that it cannot be told where a response begins; give strings instead of messages",
+    )
 
 
 def _of_pairs(pairs: Sequence[Pair], which: str) -> list[Answers]:
     """The chosen or all responses of the pairs of a record, each once."""
     rejected = {(pair.prompt, pair.rejected) for pair in pairs}
-    prompts: dict[str, dict[str, None]] = {}
+    prompts: dict[str, dict[str, bool]] = {}  # of every prompt: response -> whether it is blank
     for pair in pairs:
         responses = prompts.setdefault(pair.prompt, {})
+        is_blank, other_is_blank = pair.blank
         if which == "all" or (pair.prompt, pair.chosen) not in rejected:
-            responses[pair.chosen] = None
+            responses[pair.chosen] = is_blank
         if which == "all":
-            responses[pair.rejected] = None
+            responses[pair.rejected] = other_is_blank
     is_rendered = bool(pairs) and pairs[0].rendered
     return [
-        Answers(prompt, list(responses), is_rendered, [True] * len(responses))
+        Answers(
+            prompt, list(responses), is_rendered, [True] * len(responses), [*responses.values()]
+        )
         for prompt, responses in prompts.items()
         if responses
     ]
@@ -243,8 +318,9 @@ def _sampled(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> An
     are_several = "responses" in record
     responses = record["responses"] if are_several else [record["response"]]
     require(
-        isinstance(responses, list) and responses,
-        f'{where}: "responses" is empty or no list; expected responses',
+        isinstance(responses, list) and 1 <= len(responses) <= MOST_RESPONSES,
+        f'{where}: "responses" is {shown(responses)}; expected a list of responses,'
+        f" at most {MOST_RESPONSES}",
     )
     ends = record.get("finished", True)
     ends = ends if isinstance(ends, list) else [ends] * len(responses)
@@ -266,7 +342,8 @@ def _sampled(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> An
         string_of(response, f'{where}: "responses"[{i}]', "a string, or messages")
         for i, response in enumerate(responses)
     ]
-    return Answers(string_of(values[0], f'{where}: "prompt"'), texts, False, ends)
+    blank = [not text.strip() for text in texts]
+    return Answers(string_of(values[0], f'{where}: "prompt"'), texts, False, ends, blank)
 
 
 def _rendered(
@@ -275,15 +352,35 @@ def _rendered(
     """Conversations with one prompt as texts, by the chat template; the last turns are learned."""
     prompt = conversations[0][:-1]
     require(
+        all(messages[-1]["role"] == "assistant" for messages in conversations),
+        f"{where}: a conversation does not end with an answer of the assistant; expected one",
+    )
+    require(
         all(messages[:-1] == prompt for messages in conversations),
         f"{where}: the responses are conversations with different prompts; expected one prompt",
     )
     beginning = tokenizer.render(prompt, prompt=True)
-    texts = [tokenizer.render(messages) for messages in conversations]
+    texts = [
+        tokenizer.render(messages) if ends_itself else _without_its_end(messages, tokenizer)
+        for messages, ends_itself in zip(conversations, ends)
+    ]
     require(
         all(text.startswith(beginning) for text in texts),
         f"{where}: the chat template writes the prompt otherwise when a response follows it, so"
         " that it cannot be told which tokens to learn; give strings instead of messages",
     )
     rests = [text[len(beginning) :] for text in texts]
-    return Answers(beginning, rests, tokenizer.template is not None, ends)
+    blank = [not messages[-1]["content"].strip() for messages in conversations]
+    return Answers(beginning, rests, tokenizer.template is not None, ends, blank)
+
+
+def _without_its_end(messages: Messages, tokenizer: Tokenizer) -> str:
+    """A conversation as text that ends with what its last message says.
+
+    What a template writes behind that, such as <|im_end|>, was not written by a response that was
+    cut. It is what stands behind a character that is put at the end of the message.
+    """
+    last = messages[-1]
+    probed = [*messages[:-1], {**last, "content": last["content"] + PROBE}]
+    _, _, behind = tokenizer.render(probed).rpartition(PROBE)
+    return tokenizer.render(messages).removesuffix(behind)

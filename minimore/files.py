@@ -16,6 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
+
 from .options import InputError
 
 Kind = TypeVar("Kind", dict, list)
@@ -114,6 +119,25 @@ def to_disk(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def locked(path: Path, taken: str) -> int | None:
+    """Lock a file or a directory until the descriptor that is returned is closed.
+
+    None if the system has no such locks. Raises InputError, with the message `taken`, if another
+    process holds it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(taken) from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 # ---- text and JSON -------------------------------------------------------------------------------

@@ -15,14 +15,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
-
 from .checksums import read_checked_json, write_checked_json
 from .engine.recipe import Recipe
-from .files import make_directory, one_line, sweep, write_json
+from .files import locked, make_directory, one_line, sweep, write_json
 from .model.checkpoint import Checkpoint
 from .options import InputError, flag_of, require
 from .resume import checkpoints, environment, remove
@@ -120,18 +115,13 @@ class Lock:
 
     def _lock(self) -> None:
         """Lock it once, if it is there and if the system has such locks."""
-        if fcntl is None or self.descriptor is not None or not self.run.is_dir():
+        if self.descriptor is not None or not self.run.is_dir():
             return
-        self.descriptor = os.open(self.run, os.O_RDONLY)
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"--output {self.run}: another process is training there;"
-                " wait for it, or stop it first"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        self.descriptor = locked(
+            self.run,
+            f"--output {self.run}: another process is training there;"
+            " wait for it, or stop it first",
+        )
 
 
 # ---- the recipe of a run -------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from .data.forms import (
     MOST_RESPONSES,
     prompt_end,
     record_pairs,
+    refuse_unread_system,
     text_of,
     texts_of,
     whole_conversation,
@@ -200,6 +201,7 @@ def _texts_of_form(record: Record, where: str, tokenizer: Tokenizer, chat: bool)
     if "responses" in record:
         return _several_responses(with_prompt(record, where, chat), where, tokenizer, chat)
     if is_conversation(record.get("messages")):
+        refuse_unread_system(record, where, "messages")
         turns = messages_of(record["messages"], f'{where}: "messages"', tokenizer, "user")
         return _conversation(turns, tokenizer)
     if "text" in record:

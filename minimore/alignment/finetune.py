@@ -12,7 +12,7 @@ The run is a directory like any other: safe to kill, continued with --resume, an
 checkpoint that transformers' AutoModelForCausalLM opens.
 """
 
-import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..engine.cost import in_time
 from ..engine.streamed import open_engine
-from ..engine.workload import Workload
+from ..engine.workload import EPOCHS, Workload
 from ..files import write_text
 from ..metrics import finite
 from ..model.checkpoint import Checkpoint, files_to_save
@@ -42,9 +42,9 @@ from ..training import (
     write_finished,
     write_weights,
 )
-from .language import LanguageObjective, LanguageResult, Responses
+from .language import LanguageObjective, LanguageResult, Responses, perplexity_of
 from .policy import open_policy, require_language_model
-from .responses import WHICH, ResponseFile, read_responses
+from .responses import WHICH, ResponseFile, eos_of, read_responses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +124,9 @@ class PolicyTraining(Training):
 
     def progress_line(self, record: dict[str, Any], seconds_left: float) -> str:
         """Loss, perplexity, the time left."""
-        perplexity = math.exp(min(record["loss"], 700))
         line = (
             f"step {record['step']}/{self.schedule.steps}  loss {record['loss']:.4f}"
-            f"  perplexity {perplexity:,.2f}"
+            f"  perplexity {perplexity_of(record['loss'])[1]}"
         )
         return line + (f"  {in_time(seconds_left)} left" if seconds_left > 0 else "")
 
@@ -141,9 +140,10 @@ def check_options(options: FinetuneOptions) -> None:
     """Refuse options that cannot be run (InputError)."""
     check_ranges(options)
     require(options.input, "--input: expected at least one file")
-    for path in options.input:
+    files = [os.path.realpath(path) for path in options.input]
+    for path, file in zip(options.input, files):
         require(
-            options.input.count(path) == 1,
+            files.count(file) == 1,
             f"--input {path}: is given twice; for more passes use --epochs",
         )
     check_recipe_options(options)
@@ -189,20 +189,31 @@ def read_files(options: FinetuneOptions, checkpoint: Checkpoint) -> list[Respons
             read_responses(path, checkpoint, options.max_length, options.responses, options.chat)
         )
         print(files[-1].line(), flush=True)
+    if eos_of(checkpoint) is None:
+        print(
+            f"{checkpoint.directory}: names no EOS, so the policy does not learn where a response"
+            " ends; name one in tokenizer_config.json",
+            flush=True,
+        )
     return files
 
 
 def workload_of(schedule: Schedule, files: Sequence[ResponseFile], origin: Checkpoint) -> Workload:
-    """The shapes of the step with the most tokens, and the tokens of all steps."""
+    """The shapes of the step with the most tokens, and the tokens of all steps.
+
+    At most EPOCHS epochs are counted; each later one is taken to be like their mean.
+    """
+    counted_steps = schedule.steps // schedule.epochs * min(schedule.epochs, EPOCHS)
     largest: list[Responses] = []
     most_tokens = tokens = 0
-    for step in range(1, schedule.steps + 1):
+    for step in range(1, counted_steps + 1):
         items = [files[k].items[i] for k, i in schedule.sampled_at(step)]
         tokens_of_step = sum(item.tokens for item in items)
         tokens += tokens_of_step
         if tokens_of_step > most_tokens:
             largest, most_tokens = items, tokens_of_step
     shapes = tuple((len(prompt), *map(len, responses)) for prompt, responses in largest)
+    tokens = tokens * schedule.steps // counted_steps
     return Workload(shapes, schedule.steps, tokens, "tied" if origin.is_tied else "untied")
 
 

@@ -12,6 +12,7 @@ at a time, never those of all.
 M targets, D width, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,6 +72,16 @@ class LanguageResult(NamedTuple):
         """The result of a step from those of its parts, each with its share of the loss."""
         losses, targets = zip(*parts)
         return cls(sum(losses), sum(targets))
+
+
+def perplexity_of(loss: float) -> tuple[float, str]:
+    """exp(loss), the perplexity of a mean loss in nats, as a number and as text.
+
+    >>> perplexity_of(8.0)[1], perplexity_of(1000.0)[1]
+    ('2,980.96', '1.01e+304')
+    """
+    value = math.exp(min(loss, 700))  # 709 is the last one that a float can hold
+    return value, f"{value:,.2f}" if value < 1e9 else f"{value:.2e}"
 
 
 def pack_responses(items: Sequence[Responses]) -> LanguageBatch:

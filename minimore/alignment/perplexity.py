@@ -8,7 +8,7 @@ it in the perplexity of the chosen responses.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,16 @@ from ..model.tokenizer import Tokenizer
 from ..options import COUNT, InputError, check_ranges, option
 from ..reward import ModelOptions, check_length
 from ..tables import Table, number
-from .language import Responses, pack_responses
+from .language import Responses, pack_responses, perplexity_of
 from .policy import LanguageModel, open_policy
-from .responses import ResponseTexts, cut_to_length, encoded
+from .responses import (
+    ResponseTexts,
+    cut_to_length,
+    encoded,
+    in_portions,
+    require_length,
+    require_split,
+)
 
 SIDES = ("chosen", "rejected")
 
@@ -36,7 +43,12 @@ class PerplexityOptions(ModelOptions):
     """What `align perplexity` takes."""
 
     input: str = option(value="PAIRS.jsonl", help="a file of preference pairs (.gz too)")
-    max_length: int = option(512, within=COUNT, help="tokens a text, cut on the left")
+    max_length: int = option(
+        512,
+        within=COUNT,
+        help="tokens of prompt and response; the prompt is cut on the left, a longer response on "
+        "the right",
+    )
     chat: bool = option(False, help="read prompts and responses that are strings as messages")
     json: str | None = option(None, value="FILE", help="write all figures here; must not exist")
 
@@ -57,9 +69,9 @@ def perplexity(options: PerplexityOptions) -> None:
         tokens = sum(len(item.responses[side]) for item in items)
         if not math.isfinite(total):
             raise FloatingPointError(f"{options.model}: a loss is not finite; is it damaged?")
-        value = math.exp(min(total / tokens, 700))
+        value, shown = perplexity_of(total / tokens)
         figures[name] = {"number": len(items), "tokens": tokens, "loss": total, "perplexity": value}
-        table.add(name, len(items), tokens, number(total / tokens), f"{value:,.2f}")
+        table.add(name, len(items), tokens, number(total / tokens), shown)
     print(table)
     if options.json:
         write_json(options.json, figures)
@@ -67,23 +79,33 @@ def perplexity(options: PerplexityOptions) -> None:
 
 def read_sides(options: PerplexityOptions, tokenizer: Tokenizer) -> list[Responses]:
     """The prompt of every pair with its chosen and its rejected response, as ids without an end."""
-    texts = [
-        ResponseTexts(pair.prompt, [pair.chosen, pair.rejected], pair.rendered, [False, False])
-        for where, record in read_records(options.input)
-        for pair in record_pairs(record, where, tokenizer, options.chat)[0]
-    ]
+    require_length(options.max_length, tokenizer)
     bos = len(tokenizer.bos)
-    read = [
-        cut_to_length(prompt, sides, [None, None], bos, options.max_length)[0]
-        for prompt, *sides in encoded(texts, tokenizer)
-    ]
-    items = [item for item in read if item is not None]
+    items, dropped, truncated = [], 0, 0
+    for portion in in_portions(_both_sides(options, tokenizer)):
+        for prompt, *sides in encoded(portion, tokenizer):
+            item, was_cut = cut_to_length(prompt, sides, [None, None], bos, options.max_length)
+            truncated += was_cut
+            if item is None:
+                dropped += 1
+            else:
+                items.append(item)
     if not items:
         raise InputError(f"{options.input}: has no usable pair; expected at least one")
-    if len(items) < len(read):
-        dropped = len(read) - len(items)
+    if dropped:
         print(f"{dropped} pairs left out: a response has no token of its own, or no prompt")
+    if truncated:
+        print(f"{truncated} pairs truncated to {options.max_length} tokens")
     return items
+
+
+def _both_sides(options: PerplexityOptions, tokenizer: Tokenizer) -> Iterator[ResponseTexts]:
+    """The prompt of every pair with both of its responses, as texts."""
+    for where, record in read_records(options.input):
+        for pair in record_pairs(record, where, tokenizer, options.chat)[0]:
+            require_split(pair, where)
+            sides = [pair.chosen, pair.rejected]
+            yield ResponseTexts(pair.prompt, sides, pair.rendered, [False, False], [*pair.blank])
 
 
 @torch.no_grad()

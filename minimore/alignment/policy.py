@@ -82,9 +82,13 @@ def open_policy(
 
 
 def require_language_model(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint without a language-model head (InputError)."""
+    """Refuse a checkpoint without a language-model head (InputError).
+
+    A reward model has none, although config.json may still say that it is tied to the embedding.
+    """
+    is_tied = checkpoint.is_tied and not checkpoint.has_head
     require(
-        checkpoint.is_tied or checkpoint.language_head,
+        is_tied or checkpoint.language_head,
         f"{checkpoint.directory}: has no language-model head, so it cannot write; expected the"
         " checkpoint of a causal language model",
     )

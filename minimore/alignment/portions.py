@@ -10,13 +10,14 @@ that is damaged, cut short or in another place, and stops in front of it.
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checksums import checksum
-from ..files import to_disk
+from ..files import locked, to_disk
 from ..options import InputError, require
 
 
@@ -50,12 +51,36 @@ class Unfinished:
         self.checksum = so_far
 
     def stored(self) -> Iterator[dict[str, Any]]:
-        """The records, in order; the line of the identity is none."""
-        return (line.value for line in islice(whole_lines(self.path), 1, None))
+        """The records, in order; the line of the identity is none.
+
+        Raises InputError behind the last one if some of those that were added are not there.
+        """
+        count = 0
+        for line in islice(whole_lines(self.path), 1, None):
+            count += 1
+            yield line.value
+        require(
+            count == self.records,
+            f"{self.path}: holds {count} whole records, but {self.records} were written; something"
+            " else has changed it. Remove it to begin anew",
+        )
 
     def remove(self) -> None:
         """Remove the file, as soon as the result is on the disk."""
         self.path.unlink()
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Within, no other process writes this unfinished file (InputError)."""
+    with open(path, "ab"):  # there must be something to lock
+        pass
+    descriptor = locked(path, f"{path}: another process is writing it; wait for it, or stop it")
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def begin_or_continue(
@@ -74,7 +99,7 @@ def begin_or_continue(
 
 
 def _begun(path: Path, identity: dict[str, Any]) -> Unfinished:
-    path.unlink(missing_ok=True)
+    path.write_bytes(b"")  # another file of this name would not have the lock of `alone`
     work = Unfinished(path, -1, checksum(b""))  # the identity that comes first is no record
     work.append([identity])
     to_disk(path.absolute().parent)

@@ -5,16 +5,24 @@ looks like. The loss of a response is the sum of the losses of its tokens (langu
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.forms import Named, Pair, record_pairs, whole_conversation, with_prompt
-from ..data.messages import Messages, is_conversation, messages_of, string_of
-from ..data.pairs import refuse_doubled_bos
+from ..data.forms import (
+    MOST_RESPONSES,
+    Named,
+    Pair,
+    record_pairs,
+    refuse_unread_system,
+    whole_conversation,
+    with_prompt,
+)
+from ..data.messages import Messages, is_conversation, messages_of, shown, string_of
+from ..data.pairs import CHARACTERS_AT_ONCE, refuse_doubled_bos
 from ..data.records import Record, read_records
 from ..model.checkpoint import Checkpoint, named_id
 from ..model.tokenizer import Tokenizer
@@ -23,19 +31,26 @@ from .language import Responses
 
 WHICH = ("chosen", "all")  # of a pair, the responses that are learned
 ENCODED_AT_ONCE = 512  # records
+PROBE = "\ue000"  # nobody writes it; it shows what a chat template puts behind a response
 
 
 class ResponseTexts(NamedTuple):
     """A prompt and responses to it as texts, joined with nothing between.
 
     is_rendered: the texts were written by a chat template. ends: of each response, whether it ended
-    by itself, so that its end is learned, too.
+    by itself, so that its end is learned, too. blank: of each, whether it says nothing visible.
     """
 
     prompt: str
     responses: list[str]
     is_rendered: bool
     ends: list[bool]
+    blank: list[bool]
+
+    @property
+    def characters(self) -> int:
+        """Of all texts that are encoded: the prompt stands in front of each."""
+        return len(self.prompt) * (1 + len(self.responses)) + sum(map(len, self.responses))
 
 
 @dataclass
@@ -44,7 +59,8 @@ class ResponseFile:
 
     items: each prompt with its responses. truncated: how many of them were cut. blank: responses
     left out because they have no visible character. dropped: those left out because they, or their
-    prompt, have no token of their own.
+    prompt, have no token of their own. ties: records that prefer no response to another, so that
+    there is none to learn.
     """
 
     path: str
@@ -52,16 +68,18 @@ class ResponseFile:
     truncated: int = 0
     blank: int = 0
     dropped: int = 0
+    ties: int = 0
 
     def line(self) -> str:
         """One line for the log."""
         responses = sum(len(item.responses) for item in self.items)
         tokens = sum(len(response) for item in self.items for response in item.responses)
-        return (
+        line = (
             f"{self.path}: {responses} responses to {len(self.items)} prompts,"
             f" {tokens / responses:.0f} mean tokens, {self.truncated} truncated,"
             f" {self.blank} blank and {self.dropped} without a token left out"
         )
+        return line + (f"; {self.ties} records prefer no response" if self.ties else "")
 
     def digest(self) -> str:
         """SHA-256 over the ids, in order: files of equal digest are the same training data."""
@@ -86,45 +104,80 @@ def read_responses(
     read, or if nothing usable is left.
     """
     tokenizer, eos = checkpoint.tokenizer, eos_of(checkpoint)
-    file, waiting = ResponseFile(path), []
-    for where, record in read_records(path):
-        for texts in texts_to_learn(record, where, tokenizer, which, chat):
-            for response in texts.responses:
-                whole = texts.prompt + response
-                refuse_doubled_bos(whole, texts.is_rendered, where, tokenizer)
-            waiting.append(texts)
-        if len(waiting) >= ENCODED_AT_ONCE:
-            _add_as_ids(file, waiting, tokenizer, eos, max_length)
-            waiting = []
-    _add_as_ids(file, waiting, tokenizer, eos, max_length)
+    require_length(max_length, tokenizer)
+    file = ResponseFile(path)
+    for portion in in_portions(_texts_of_file(file, tokenizer, which, chat)):
+        _add_as_ids(file, portion, tokenizer, eos, max_length)
     if not file.items:
         raise InputError(
-            f"{path}: has no usable response ({file.blank} blank, {file.dropped} without a token);"
-            " expected at least one"
+            f"{path}: has no usable response ({file.blank} blank, {file.dropped} without a token,"
+            f" {file.ties} records that prefer none); expected at least one"
         )
     return file
 
 
+def require_length(max_length: int, tokenizer: Tokenizer) -> None:
+    """Refuse a length that has no room for any response (InputError)."""
+    shortest = len(tokenizer.bos) + 2
+    require(
+        max_length >= shortest,
+        f"--max-length {max_length}: expected at least {shortest}, for what begins every text and a"
+        " token each of prompt and response",
+    )
+
+
+def _texts_of_file(
+    file: ResponseFile, tokenizer: Tokenizer, which: str, chat: bool
+) -> Iterator[ResponseTexts]:
+    """What is learned of every record; records without a preference are counted."""
+    for where, record in read_records(file.path):
+        of_record = texts_to_learn(record, where, tokenizer, which, chat)
+        file.ties += not of_record
+        for texts in of_record:
+            for response in texts.responses:
+                whole = texts.prompt + response
+                refuse_doubled_bos(whole, texts.is_rendered, where, tokenizer)
+            yield texts
+
+
+def in_portions(all_texts: Iterable[ResponseTexts]) -> Iterator[list[ResponseTexts]]:
+    """Texts in lists that can be encoded at once: not too many, and not too many characters."""
+    portion: list[ResponseTexts] = []
+    characters = 0
+    for texts in all_texts:
+        portion.append(texts)
+        characters += texts.characters
+        if len(portion) >= ENCODED_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield portion
+            portion, characters = [], 0
+    if portion:
+        yield portion
+
+
 def eos_of(checkpoint: Checkpoint) -> int | None:
-    """The id that ends what a model writes: the tokenizer's, or the first of config.json."""
+    """The id that ends what a model writes: the tokenizer's, or the first of config.json.
+
+    None if neither names one that is a row of the embedding.
+    """
     named = named_id(checkpoint.tokenizer, "eos_token")
     if named is not None:
         return named
     stored = checkpoint.json.get("eos_token_id")
     ids = stored if isinstance(stored, list) else [stored]
-    return next((id for id in ids if type(id) is int), None)
+    rows = range(checkpoint.config.vocabulary)
+    return next((id for id in ids if type(id) is int and id in rows), None)
 
 
 def _add_as_ids(
     file: ResponseFile,
-    waiting: Sequence[ResponseTexts],
+    portion: Sequence[ResponseTexts],
     tokenizer: Tokenizer,
     eos: int | None,
     max_length: int,
 ) -> None:
     """Add responses to a file as ids, or count why they are left out."""
-    for texts, (prompt, *wholes) in zip(waiting, encoded(waiting, tokenizer)):
-        visible = [i for i, response in enumerate(texts.responses) if response.strip()]
+    for texts, (prompt, *wholes) in zip(portion, encoded(portion, tokenizer)):
+        visible = [i for i, is_blank in enumerate(texts.blank) if not is_blank]
         file.blank += len(texts.responses) - len(visible)
         if not visible:
             continue
@@ -219,7 +272,9 @@ def texts_to_learn(
     Of pairs these are the chosen ones, which no other response beats, or all; a label tie has none.
     Of samples it is every response. Of messages it is the last one, which is the assistant's.
     """
-    if is_conversation(record.get("messages")) and "prompt" not in record:
+    others = {"prompt", "chosen", "rejected", "response", "responses"}  # beside them it is a prompt
+    if is_conversation(record.get("messages")) and not others & set(record):
+        refuse_unread_system(record, where, "messages")
         messages = messages_of(record["messages"], f'{where}: "messages"', tokenizer, "user")
         require(
             len(messages) > 1 and messages[-1]["role"] == "assistant",
@@ -230,26 +285,55 @@ def texts_to_learn(
     is_sample = "response" in record or ("responses" in record and not has_scores)
     if "chosen" not in record and is_sample:
         return [_sampled(with_prompt(record, where, chat), where, tokenizer, chat)]
+    finished = record.get("finished")
+    is_cut = finished is False or (isinstance(finished, list) and False in finished)
+    require(
+        not is_cut or "responses" not in record,
+        f'{where}: "finished" is not read beside "scores"; select the responses to learn, or remove'
+        " it",
+    )
     pairs, _ = record_pairs(record, where, tokenizer, chat)
+    for pair in pairs:
+        require_split(pair, where)
     return _of_pairs(pairs, which)
+
+
+def _refuse_unread_finished(record: Record, where: str) -> None:
+    """Refuse "finished" beside "scores" if it says that a response was cut (InputError)."""
+    finished = record.get("finished")
+    was_cut = finished is False or (isinstance(finished, list) and False in finished)
+    require(
+        not was_cut or "responses" not in record,
+        f'{where}: "finished" is not read beside "scores"; select the responses to learn, or remove'
+        " it",
+    )
+
+
+def require_split(pair: Pair, where: str) -> None:
+    """Refuse a pair of which it cannot be told where the prompt ends (InputError)."""
+    require(
+        pair.is_split,
+        f"{where}: the chat template writes the prompt otherwise when a response follows it, so"
+        " that it cannot be told where a response begins; give strings instead of messages",
+    )
 
 
 def _of_pairs(pairs: Sequence[Pair], which: str) -> list[ResponseTexts]:
     """The chosen or all responses of the pairs of a record, each once."""
     rejected = {(pair.prompt, pair.rejected) for pair in pairs}
-    to_learn: dict[str, list[str]] = {}  # by prompt
+    to_learn: dict[str, dict[str, bool]] = {}  # of every prompt: response -> whether it is blank
     for pair in pairs:
-        responses = to_learn.setdefault(pair.prompt, [])
+        responses = to_learn.setdefault(pair.prompt, {})
+        sides = list(zip((pair.chosen, pair.rejected), pair.blank))
         if which == "all":
-            responses += [pair.chosen, pair.rejected]
+            responses.update(sides)
         elif (pair.prompt, pair.chosen) not in rejected:
-            responses.append(pair.chosen)
+            responses.update(sides[:1])
     texts = []
-    for prompt, responses in to_learn.items():
-        each_once = list(dict.fromkeys(responses))
-        if each_once:
-            ends = [True] * len(each_once)
-            texts.append(ResponseTexts(prompt, each_once, pairs[0].rendered, ends))
+    for prompt, is_blank in to_learn.items():
+        if is_blank:
+            ends, blank = [True] * len(is_blank), list(is_blank.values())
+            texts.append(ResponseTexts(prompt, list(is_blank), pairs[0].rendered, ends, blank))
     return texts
 
 
@@ -266,7 +350,8 @@ def _sampled(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> Re
         ]
         return _rendered(wholes, ends, where, tokenizer)
     texts = [string_of(value, name, "a string, or messages") for name, value in responses]
-    return ResponseTexts(string_of(prompt, f'{where}: "prompt"'), texts, False, ends)
+    blank = [not text.strip() for text in texts]
+    return ResponseTexts(string_of(prompt, f'{where}: "prompt"'), texts, False, ends, blank)
 
 
 def _responses_with_names(record: Record, where: str) -> list[Named]:
@@ -275,8 +360,9 @@ def _responses_with_names(record: Record, where: str) -> list[Named]:
         return [Named(f'{where}: "response"', record["response"])]
     responses = record["responses"]
     require(
-        isinstance(responses, list) and responses,
-        f'{where}: "responses" is empty or no list; expected responses',
+        isinstance(responses, list) and 1 <= len(responses) <= MOST_RESPONSES,
+        f'{where}: "responses" is {shown(responses)}; expected a list of responses,'
+        f" at most {MOST_RESPONSES}",
     )
     return [Named(f'{where}: "responses"[{i}]', value) for i, value in enumerate(responses)]
 
@@ -299,15 +385,35 @@ def _rendered(
     """Conversations with one prompt as texts, by the chat template; the last turns are learned."""
     prompt = conversations[0][:-1]
     require(
+        all(messages[-1]["role"] == "assistant" for messages in conversations),
+        f"{where}: a conversation does not end with an answer of the assistant; expected one",
+    )
+    require(
         all(messages[:-1] == prompt for messages in conversations),
         f"{where}: the responses are conversations with different prompts; expected one prompt",
     )
     beginning = tokenizer.render(prompt, prompt=True)
-    texts = [tokenizer.render(messages) for messages in conversations]
+    texts = [
+        tokenizer.render(messages) if ends_itself else _without_its_end(messages, tokenizer)
+        for messages, ends_itself in zip(conversations, ends)
+    ]
     require(
         all(text.startswith(beginning) for text in texts),
         f"{where}: the chat template writes the prompt otherwise when a response follows it, so"
         " that it cannot be told which tokens to learn; give strings instead of messages",
     )
     rests = [text[len(beginning) :] for text in texts]
-    return ResponseTexts(beginning, rests, tokenizer.template is not None, ends)
+    blank = [not messages[-1]["content"].strip() for messages in conversations]
+    return ResponseTexts(beginning, rests, tokenizer.template is not None, ends, blank)
+
+
+def _without_its_end(messages: Messages, tokenizer: Tokenizer) -> str:
+    """A conversation as text that ends with what its last message says.
+
+    What a template writes behind that, such as <|im_end|>, was not written by a response that was
+    cut. It is what stands behind a character that is put at the end of the message.
+    """
+    last = messages[-1]
+    probed = [*messages[:-1], {**last, "content": last["content"] + PROBE}]
+    _, _, behind = tokenizer.render(probed).rpartition(PROBE)
+    return tokenizer.render(messages).removesuffix(behind)

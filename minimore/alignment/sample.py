@@ -23,9 +23,10 @@ from ..model.checkpoint import Checkpoint, ids_of_eos
 from ..model.tokenizer import Tokenizer
 from ..options import COUNT, Range, check_ranges, option, require
 from ..reward import ModelOptions, check_length
+from ..score import json_line
 from .generate import Sample, Sampling, Stop, generate
-from .policy import LanguageModel, open_policy
-from .portions import begin_or_continue
+from .policy import LanguageModel, open_policy, require_language_model
+from .portions import Unfinished, alone, begin_or_continue
 
 LOWEST_TEMPERATURE = 1e-3  # besides 0; below it logits may become infinite
 
@@ -72,11 +73,16 @@ class SampleOptions(ModelOptions):
 
 
 class Prompt(NamedTuple):
-    """A prompt as it is in the file, as text, and as ids."""
+    """A prompt as it is in the file, "file:line", as text, and as ids.
+
+    has_space: the form of its conversation puts a space between it and what is said next.
+    """
 
     given: Any
+    where: str
     text: str
     ids: list[int]
+    has_space: bool = False
 
 
 def sample(options: SampleOptions) -> None:
@@ -98,11 +104,28 @@ def sample(options: SampleOptions) -> None:
         Path(options.model),
         "--max-length and --max-new-tokens together",
     )
+    require_language_model(checkpoint)
     prompts = read_prompts(options, checkpoint.tokenizer)
+    path = Path(f"{options.output}.unfinished")
+    with alone(path):
+        work = written_in_portions(path, prompts, checkpoint, options)
+        with (
+            written_whole(options.output) as unfinished,
+            open(unfinished, "x", encoding="utf-8") as file,
+        ):
+            for prompt, record in zip(prompts, work.stored(), strict=True):
+                file.write(json_line(record, prompt.where) + "\n")
+        work.remove()
+    print(f"{options.output}: {options.samples} responses to each of {len(prompts)} prompts")
+
+
+def written_in_portions(
+    path: Path, prompts: Sequence[Prompt], checkpoint: Checkpoint, options: SampleOptions
+) -> Unfinished:
+    """The unfinished file with the samples of all prompts; what is there already stays."""
     portion = max(1, options.batch_size // options.samples)
     identity = identity_of(options, checkpoint)
-    unfinished_path = Path(f"{options.output}.unfinished")
-    work = begin_or_continue(unfinished_path, identity, options.resume, portion)
+    work = begin_or_continue(path, identity, options.resume, portion)
     model = open_policy(checkpoint, options)
     began, tokens = time.monotonic(), 0
     for start in range(work.records, len(prompts), portion):
@@ -116,14 +139,7 @@ def sample(options: SampleOptions) -> None:
             file=sys.stderr,
             flush=True,
         )
-    with (
-        written_whole(options.output) as unfinished,
-        open(unfinished, "x", encoding="utf-8") as file,
-    ):
-        for record in work.stored():
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    work.remove()
-    print(f"{options.output}: {options.samples} responses to each of {len(prompts)} prompts")
+    return work
 
 
 def identity_of(options: SampleOptions, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -141,18 +157,20 @@ def read_prompts(options: SampleOptions, tokenizer: Tokenizer) -> list[Prompt]:
     prompts: dict[str, Prompt] = {}
     for where, record in read_records(options.input):
         given = prompt_of(record, where, options.chat)
-        is_rendered = False
+        json_line({"prompt": given}, where)  # what cannot be written again is refused now
+        is_rendered = has_space = False
         if options.chat or is_conversation(given):
             messages = messages_of(given, f'{where}: "prompt"', tokenizer, "user")
             text = tokenizer.render(messages, prompt=True)
             is_rendered = tokenizer.template is not None
+            has_space = not is_rendered
         else:
             text = string_of(given, f'{where}: "prompt"', "a string, or messages")
         refuse_doubled_bos(text, is_rendered, where, tokenizer)
         if text not in prompts:
             (ids,), _ = encode([text], tokenizer, options.max_length, [is_rendered])
             require(len(ids), f"{where}: the prompt is empty; expected some text")
-            prompts[text] = Prompt(given, text, ids.tolist())
+            prompts[text] = Prompt(given, where, text, ids.tolist(), has_space)
     require(prompts, f"{options.input}: is empty; expected at least one prompt")
     return list(prompts.values())
 
@@ -209,6 +227,8 @@ def sampled(
         text = response_text(tokenizer, prompts[one.prompt].ids, one.tokens, sampling.eos)
         for end in options.stop:
             text = text.split(end)[0]
+        if prompts[one.prompt].has_space:
+            text = text.removeprefix(" ")
         records[one.prompt]["responses"].append(text)
         records[one.prompt]["finished"].append(one.is_finished)
     return records, sum(len(one.tokens) for one in samples)

@@ -26,7 +26,7 @@ from ..model.checkpoint import Checkpoint
 from ..options import COUNT, Range, check_ranges, option, require
 from ..reward import ReadingOptions, load_reward_model
 from ..score import Scorer, best_of_rewards, check_responses, json_line, with_one_response
-from .portions import Unfinished, begin_or_continue
+from .portions import Unfinished, alone, begin_or_continue
 
 RESPONSES_AT_ONCE = 256  # scored between two writes to the disk
 BY_REWARD = ("best", "worst")
@@ -95,15 +95,17 @@ def select(options: SelectOptions) -> None:
     refuse_existing(options.output)
     checkpoints = reward_models(options)
     records = samples_of(options)
-    work = scored_in_portions(records, checkpoints, options) if checkpoints else None
-    if work:
-        rewards = combined(stored_rewards(work, options), options.pessimism)
-        choices = [by_reward(of_prompt, options.by) for of_prompt in rewards]
+    if checkpoints:
+        path = Path(f"{options.output}.unfinished")
+        with alone(path):
+            work = scored_in_portions(path, records, checkpoints, options)
+            rewards = combined(stored_rewards(work, options), options.pessimism)
+            choices = [by_reward(of_prompt, options.by) for of_prompt in rewards]
+            write_selected(records, choices, options.output)
+            work.remove()
     else:
         choices = [without_reward(record, options) for _, record in records]
-    write_selected(records, choices, options.output)
-    if work:
-        work.remove()
+        write_selected(records, choices, options.output)
     print(f"{options.output}: {options.by} of the responses to each of {len(records)} prompts")
 
 
@@ -150,6 +152,7 @@ def samples_of(options: SelectOptions) -> list[tuple[str, Record]]:
     for where, record in read_records(options.input):
         check_responses(record, where, "align select")
         prompt_of(record, where)  # refuses a record without one
+        json_line(with_one_response(record, 0, None, None), where)  # can it be written again?
         first = with_first_responses(record, where, options.first)
         check_kind(record["responses"], where, options.by)
         records.append((where, first))
@@ -193,6 +196,7 @@ def check_kind(responses: Sequence[Any], where: str, by: str) -> None:
 
 
 def scored_in_portions(
+    path: Path,
     records: Sequence[tuple[str, Record]],
     checkpoints: Sequence[Checkpoint],
     options: SelectOptions,
@@ -202,7 +206,6 @@ def scored_in_portions(
     A record of it is {"rewards": those of every response to some prompts, "truncated": to how many
     of these prompts a response was cut}. What is there already is not scored again.
     """
-    path = Path(f"{options.output}.unfinished")
     work = begin_or_continue(path, identity_of(options, checkpoints), options.resume)
     most = max(len(record["responses"]) for _, record in records)
     portion = max(1, RESPONSES_AT_ONCE // most)
@@ -234,11 +237,12 @@ def add_rewards(
 ) -> None:
     """Add the rewards of one model, which is in memory no longer than this takes."""
     model, rules = load_reward_model(checkpoint, options), options.rules(checkpoint)
-    for number, part in enumerate(parts, 1):
+    left = sum(map(len, parts))
+    for part in parts:
         scorer = Scorer(model, checkpoint, rules, options.micro_tokens)
         rewards = [record["rewards"] for _, record in scorer.scored(part)]
         work.append([{"rewards": rewards, "truncated": scorer.counts.truncated}])
-        left = sum(map(len, parts[number:]))
+        left -= len(part)
         print(f"{checkpoint.directory}: {left} prompts left", file=sys.stderr, flush=True)
 
 

@@ -37,21 +37,27 @@ class Pair(NamedTuple):
     """One preference as texts; the model reads prompt + response, joined with nothing between.
 
     rendered: the texts were written by a chat template, so the markers in them are special tokens.
-    blank: a response has no visible character; None means that one has to look.
+    said: what each response says where a template writes more than that. is_split: the prompt ends
+    where the responses begin; it does not if a template writes it otherwise in front of them.
     """
 
     prompt: str
     chosen: str
     rejected: str
     rendered: bool = False
-    blank: bool | None = None
+    said: tuple[str, str] | None = None
+    is_split: bool = True
+
+    @property
+    def blank(self) -> tuple[bool, bool]:
+        """Of each response, whether it has no visible character."""
+        chosen, rejected = self.said or (self.chosen, self.rejected)
+        return not chosen.strip(), not rejected.strip()
 
     @property
     def is_blank(self) -> bool:
         """Whether a response has no visible character."""
-        if self.blank is not None:
-            return self.blank
-        return not (self.chosen.strip() and self.rejected.strip())
+        return any(self.blank)
 
 
 class Named(NamedTuple):
@@ -220,6 +226,17 @@ def _with_system(system: Any, prompt: Any) -> list[Any]:
         prompt = {"role": "user", "content": prompt}
     messages = [prompt] if isinstance(prompt, dict) else prompt
     return [{"role": "system", "content": system}, *messages]
+
+
+def refuse_unread_system(record: Record, where: str, key: str) -> None:
+    """Refuse a text beside a whole conversation that belongs in front of it (InputError)."""
+    for name in BEFORE_A_PROMPT:
+        has_system = name == "system" and begins_with_system(record[key])
+        require(
+            not record.get(name) or has_system,
+            f'{where}: "{name}" beside "{key}" would not be read; write it into them as a message,'
+            " or remove it",
+        )
 
 
 def _require_part_of_prompt(record: Record, key: str, where: str) -> None:
@@ -403,20 +420,18 @@ def _shared_turns(chosen: Messages, rejected: Messages) -> int:
 def _render(prompt: Messages, chosen: Messages, rejected: Messages, tokenizer: Tokenizer) -> Pair:
     """Messages as a Pair.
 
-    Where its prompt ends matters for counts only, since tokens are shared by what they are.
+    Where its prompt ends matters little to a reward, since tokens are shared by what they are.
     """
     texts = [tokenizer.render(prompt + response) for response in (chosen, rejected)]
     beginning = tokenizer.render(prompt, prompt=True) if prompt else ""
-    if not all(text.startswith(beginning) for text in texts):
-        beginning = os.path.commonprefix(texts)
-    end = len(beginning)
-    has_text = [
-        any(message["content"].strip() for message in response) for response in (chosen, rejected)
-    ]
+    is_split = all(text.startswith(beginning) for text in texts)
+    end = len(beginning if is_split else os.path.commonprefix(texts))
+    said = ["".join(message["content"] for message in side) for side in (chosen, rejected)]
     return Pair(
         prompt=texts[0][:end],
         chosen=texts[0][end:],
         rejected=texts[1][end:],
         rendered=tokenizer.template is not None,
-        blank=not all(has_text),
+        said=(said[0], said[1]),
+        is_split=is_split,
     )

@@ -136,7 +136,7 @@ def both_sides(pairs: Iterable[Pair], checkpoint: Checkpoint) -> list[Responses]
     Those without a token of their own on some side are left out.
     """
     texts = [
-        ResponseTexts(pair.prompt, [pair.chosen, pair.rejected], False, [True, True])
+        ResponseTexts(pair.prompt, [pair.chosen, pair.rejected], False, [True, True], [*pair.blank])
         for pair in pairs
     ]
     bos, ends = len(checkpoint.tokenizer.bos), [eos_of(checkpoint)] * 2

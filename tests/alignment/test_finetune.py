@@ -6,14 +6,14 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_checkpoint
+from conftest import edit_json, write_checkpoint
 from power_cut import Disk, restore
 from reference import SIZES, reference_model
 from runs import RECIPES
 from safetensors.torch import load_file, save_file
 
 import minimore.training as training
-from minimore.alignment.finetune import FinetuneOptions, finetune
+from minimore.alignment.finetune import FinetuneOptions, finetune, workload_of
 from minimore.alignment.perplexity import response_losses
 from minimore.alignment.policy import open_policy
 from minimore.alignment.responses import read_responses
@@ -139,6 +139,29 @@ def test_it_learns_and_metrics_and_card_say_so(home, tmp_path, capsys):
         main(["align", "finetune"])
 
 
+def test_a_model_without_an_end_says_so(home, tmp_path, capsys):
+    assert finetune(options(home, tmp_path / "with", max_length=8)) == 0
+    assert "names no EOS" not in capsys.readouterr().out
+    shutil.copytree(home / "model", tmp_path / "model")
+    edit_json(tmp_path / "model/config.json", {"eos_token_id": 9999})
+    (tmp_path / "model/tokenizer_config.json").unlink(missing_ok=True)
+    changes = {"model": str(tmp_path / "model"), "max_length": 8}
+    assert finetune(options(home, tmp_path / "run", **changes)) == 0
+    assert "names no EOS, so the policy does not learn where" in capsys.readouterr().out
+
+
+def test_the_work_of_many_epochs_is_that_of_some(home):
+    """As for a reward model, so that a memory is planned before the last day."""
+    origin = Checkpoint(str(home / "model"))
+    files = [read_responses(str(home / "data/ana.train.jsonl"), origin, 512)]
+    tokens = sum(item.tokens for item in files[0].items)
+    for epochs in (1, 3, 10**9):
+        schedule = training.Schedule(options(home, ""), epochs, (len(files[0].items),), 5)
+        work = workload_of(schedule, files, origin)
+        assert work.steps == 8 * epochs and work.tokens == tokens * epochs
+        assert len(work.largest) == 5
+
+
 # ---- what survives a kill ------------------------------------------------------------------------
 
 
@@ -207,7 +230,9 @@ def test_what_is_refused(home, tmp_path, capsys, monkeypatch):
     refused("no such file", input=(str(tmp_path / "missing"),))
     refused("needs --engine streamed", parameters="split")
     refused("--batch-size 0", batch_size=0)
-    refused("no usable response", max_length=1)
+    refused("--max-length 1: expected at least 2", max_length=1)
+    again = home / "data" / ".." / "data/ana.train.jsonl"
+    refused("is given twice", input=(str(home / "data/ana.train.jsonl"), str(again)))
     reward = tmp_path / "reward"
     shutil.copytree(home / "model", reward)
     tensors = load_file(reward / "model.safetensors")

@@ -73,6 +73,10 @@ def test_the_command(transformers, tmp_path, capsys):
         assert found[side]["loss"] == pytest.approx(total, rel=1e-5)
         assert found[side]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
     assert "perplexity" in capsys.readouterr().out
+    assert main([*command, "--max-length", "4"]) == 0
+    assert "2 pairs truncated to 4 tokens" in capsys.readouterr().out
+    assert main([*command, "--max-length", "2"]) == 2
+    assert "--max-length 2: expected at least 3" in capsys.readouterr().err
     path.write_text(json.dumps({"prompt": "a", "chosen": "", "rejected": ""}))
     assert main(command) == 2
     assert "no usable pair" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from conftest import edit_json, write_checkpoint
 from reference import SIZES, reference_model, reference_texts
 from safetensors.torch import load_file, save_file
 
-from minimore.alignment.policy import LanguageModel, token_losses
+from minimore.alignment.policy import LanguageModel, require_language_model, token_losses
 from minimore.model.attention import pack
 from minimore.model.checkpoint import Checkpoint
 from minimore.options import InputError
@@ -75,6 +75,19 @@ def test_a_checkpoint_without_a_language_model_head_has_none(golden, damaged):
     checkpoint = Checkpoint(str(damaged("llama", dict(tie_word_embeddings="yes"))))
     with pytest.raises(InputError, match="tie_word_embeddings"):
         checkpoint.unembedding(checkpoint.load()[0])
+
+
+def test_a_reward_model_is_no_policy_even_if_its_config_says_tied(damaged):
+    with_both = damaged("llama", dict(tie_word_embeddings=True))
+    assert Checkpoint(str(with_both)).has_head and Checkpoint(str(with_both)).is_tied
+    with pytest.raises(InputError, match="no language-model head, so it cannot write"):
+        require_language_model(Checkpoint(str(with_both)))
+    tied = damaged(
+        "llama",
+        dict(tie_word_embeddings=True),
+        weights=lambda t: {key: value for key, value in t.items() if key != "score.weight"},
+    )
+    require_language_model(Checkpoint(str(tied)))
 
 
 def test_a_head_of_another_shape_is_refused(damaged):

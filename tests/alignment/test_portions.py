@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minimore.alignment.portions import begin_or_continue
+from minimore.alignment.portions import alone, begin_or_continue
 from minimore.checksums import checksum
 from minimore.options import InputError
 
@@ -65,3 +65,23 @@ def test_what_was_begun_is_neither_overwritten_nor_mixed(path):
     with pytest.raises(InputError, match="begun with other options"):
         begin_or_continue(path, IDENTITY, True)
     assert path.read_bytes() == b"x" + whole
+
+
+def test_two_commands_do_not_write_one_file(path):
+    with alone(path):
+        with pytest.raises(InputError, match="another process is writing it"), alone(path):
+            pass
+        work = begin_or_continue(path, IDENTITY, resume=False)
+        work.append(RECORDS)
+    with alone(path):
+        assert begin_or_continue(path, IDENTITY, resume=True).records == 7
+
+
+def test_records_that_another_wrote_between_ours_are_missed(path):
+    """As two processes do it where the file system has no locks."""
+    ours = begin_or_continue(path, IDENTITY, resume=False)
+    theirs = begin_or_continue(path, IDENTITY, resume=True)
+    theirs.append(RECORDS[:1])
+    ours.append(RECORDS[:3])
+    with pytest.raises(InputError, match="holds 1 whole records, but 3 were written"):
+        list(ours.stored())

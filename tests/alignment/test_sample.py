@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import minimore.alignment.sample as sampling
 from minimore.alignment.generate import Sample
+from minimore.alignment.responses import texts_to_learn
 from minimore.alignment.sample import response_text, stop_at
 from minimore.cli import main
 from minimore.data.world import World
@@ -269,7 +270,37 @@ def test_a_model_that_cannot_write_and_an_empty_prompt_are_one_line(policy, tmp_
     assert main(words) == 2
     said = capsys.readouterr().err
     assert "no language-model head" in said and said.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
     (tmp_path / "empty.jsonl").write_text('{"prompt": ""}\n')
     assert main(command(policy, tmp_path / "out", "--input", tmp_path / "empty.jsonl")) == 2
     said = capsys.readouterr().err
     assert "the prompt is empty" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "extra, words", [("NaN", "holds a number that is not finite"), ('"\\ud800"', None)]
+)
+def test_what_cannot_be_written_again_is_refused_before_anything_is(
+    policy, tmp_path, capsys, extra, words
+):
+    line = '{"prompt": [{"role": "user", "content": "q", "name": EXTRA}]}\n'.replace("EXTRA", extra)
+    (tmp_path / "in.jsonl").write_text(line)
+    code = main(command(policy, tmp_path / "out", "--input", tmp_path / "in.jsonl"))
+    if words is None:  # half of a surrogate pair is written as it came
+        assert code == 0
+        assert read(tmp_path / "out")[0]["prompt"] == json.loads(line)["prompt"]
+    else:
+        assert code == 2 and words in capsys.readouterr().err
+        assert not list(tmp_path.glob("out*"))
+
+
+def test_a_sample_of_messages_is_learned_as_it_was_written(policy, tmp_path, monkeypatch):
+    """Without a template, "Assistant: " has the space in it with which a response begins."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": [{"role": "user", "content": "q"}]}\n')
+    monkeypatch.setattr(sampling, "response_text", lambda *_: " yes ")
+    assert main(command(policy, tmp_path / "out", "--input", tmp_path / "in.jsonl")) == 0
+    tokenizer = Checkpoint(str(policy / "model")).tokenizer
+    (texts,) = texts_to_learn(read(tmp_path / "out")[0], "", tokenizer)
+    assert texts.prompt + texts.responses[0] == "\n\nHuman: q\n\nAssistant: yes "
+    strings = command(policy, tmp_path / "strings")
+    assert main(strings) == 0 and read(tmp_path / "strings")[0]["responses"][0] == " yes "

@@ -380,11 +380,19 @@ def keys_of_reward_model(origin: Checkpoint) -> dict[str, Any]:
 
 
 def keys_of_language_model(origin: Checkpoint) -> dict[str, Any]:
-    """What config.json says of a language model."""
-    return {
+    """What config.json says of a language model.
+
+    The tokenizer's EOS is among its ends, so that whoever samples stops where a policy learned to.
+    """
+    ours = {
         "architectures": [origin.family.language_class],
         "tie_word_embeddings": origin.is_tied,
     }
+    stored, named = origin.json.get("eos_token_id"), named_id(origin.tokenizer, "eos_token")
+    if named is None or named == stored or (isinstance(stored, list) and named in stored):
+        return ours
+    ends = sorted(ids_of_eos(origin))
+    return ours | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
 
 
 KINDS = {"reward": keys_of_reward_model, "language": keys_of_language_model}

@@ -118,6 +118,21 @@ def test_transformers_opens_it_with_equal_logits(transformers, tmp_path, family,
     assert (logits - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("stored, saved", [(None, 2), (2, 2), ([5, 2], [5, 2]), (5, [2, 5])])
+def test_transformers_stops_at_the_end_that_is_learned(transformers, tmp_path, stored, saved):
+    """The tokenizer names </s>, which has the id 2; config.json may name another, or none."""
+    theirs = reference_model("llama", head="ForCausalLM")
+    write_checkpoint(theirs, tmp_path / "model")
+    edit_json(tmp_path / "model/config.json", {"eos_token_id": stored})
+    (tmp_path / "model/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in SAMPLES))
+    changes = {"model": str(tmp_path / "model"), "input": (str(path),), "save_steps": 1}
+    assert finetune(options(tmp_path, tmp_path / "run", max_length=60, **changes)) == 0
+    trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert trained.generation_config.eos_token_id == saved
+
+
 def test_it_learns_and_metrics_and_card_say_so(home, tmp_path, capsys):
     run = tmp_path / "run"
     assert finetune(options(home, run, epochs=8, learning_rate=3e-3, log_steps=10)) == 0

@@ -202,6 +202,7 @@ def test_bad_options_are_one_line(policy, tmp_path, capsys, more, words):
     assert words in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_command_with_fewer_at_a_time_writes_the_same(policy, tmp_path):
     """Prompts in parts, and the samples of one prompt in more than one batch."""
     assert main(command(policy, tmp_path / "whole")) == 0
@@ -235,6 +236,7 @@ def test_a_stop_is_seen_with_the_token_that_ends_it(family):
                 break
 
 
+@pytest.mark.slow
 def test_more_tokens_than_positions_are_one_line(transformers, tmp_path, policy, capsys):
     theirs = reference_model("opt", head="ForCausalLM", max_position_embeddings=40)
     write_checkpoint(theirs, tmp_path / "opt")

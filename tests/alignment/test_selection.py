@@ -237,6 +237,7 @@ class Killed(BaseException):
     """What no code of ours catches."""
 
 
+@pytest.mark.slow
 def test_a_command_killed_at_every_portion_ends_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(selection, "RESPONSES_AT_ONCE", 10)  # two prompts
     write(tmp_path / "in.jsonl", samples())
@@ -279,6 +280,7 @@ def test_a_command_killed_at_every_portion_ends_the_same(tmp_path, monkeypatch, 
     assert "begun with other options, another model or another input" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_power_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "RESPONSES_AT_ONCE", 10)
     root = tmp_path / "disk"

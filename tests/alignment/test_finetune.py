@@ -180,7 +180,9 @@ def test_the_work_of_many_epochs_is_that_of_some(home):
 # ---- what survives a kill ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*RECIPES, "plain"])
+@pytest.mark.parametrize(
+    "name", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES)]
+)
 def test_a_crashed_run_resumes_bitwise(home, tmp_path, name, monkeypatch):
     changes = RECIPES.get(name, {}) | {"save_steps": 3}
     assert finetune(options(home, tmp_path / "whole", **changes)) == 0

@@ -65,7 +65,9 @@ def test_true_rewards_are_sums_of_word_values():
 
 
 def test_a_world_is_read_back(tmp_path):
-    world = World(conflict=0.3, decisiveness=(1.0, 2.0, 3.0, 4.0, 5.0), train_pairs=(4,), seed=3)
+    world = World(
+        conflict=0.3, decisiveness=(1.0, 2.0, 3.0, 4.0, 5.0), train_pairs=(4,), test_pairs=4, seed=3
+    )
     world.write(tmp_path)
     assert World.read(tmp_path) == world
     with pytest.raises(InputError, match="no such file; expected the directory of a world"):

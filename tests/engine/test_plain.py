@@ -68,7 +68,7 @@ def test_micro_batches_equal_one_batch(float64, method, scope, sampling, source)
     model, pairs, _ = float64
     results = []
     for micro_tokens in (10**9, 150, 1):
-        z_chosen, _, weights, loss = run_step(
+        _, z_chosen, _, weights, loss = run_step(
             model,
             pairs,
             source,

@@ -285,13 +285,7 @@ def texts_to_learn(
     is_sample = "response" in record or ("responses" in record and not has_scores)
     if "chosen" not in record and is_sample:
         return [_sampled(with_prompt(record, where, chat), where, tokenizer, chat)]
-    finished = record.get("finished")
-    is_cut = finished is False or (isinstance(finished, list) and False in finished)
-    require(
-        not is_cut or "responses" not in record,
-        f'{where}: "finished" is not read beside "scores"; select the responses to learn, or remove'
-        " it",
-    )
+    _refuse_unread_finished(record, where)
     pairs, _ = record_pairs(record, where, tokenizer, chat)
     for pair in pairs:
         require_split(pair, where)

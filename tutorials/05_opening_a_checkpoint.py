@@ -39,7 +39,7 @@ for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_hea
 # %% The bytes of a safetensors file
 # Eight bytes say how long the header is. The header is JSON: name -> type, shape, and where the
 # bytes of this tensor begin and end. The rest is numbers. There is no code in it, so nothing can
-# run when it is opened. Here are 15 tensors of fp32.
+# run when it is opened. Here are 16 tensors of fp32, of which one is the language-model head.
 
 data = (directory / "model.safetensors").read_bytes()
 length = int.from_bytes(data[:8], "little")
@@ -130,8 +130,9 @@ with torch.no_grad():
 print("last hidden state by minimore:", hidden[:4])
 
 # %% A file that does not fit
-# A reward model is this state times a head. This checkpoint is a language model, so it has none
-# yet. What does not fit is refused in one line: say another hidden size, and the file disagrees.
+# A reward model is this state times a head. This checkpoint is a language model, so it has no such
+# head yet. What does not fit is refused in one line: say another hidden size, and the file
+# disagrees.
 
 (directory / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
 try:
@@ -143,7 +144,7 @@ folder.cleanup()
 
 # %% What was claimed
 spans = [entry["data_offsets"] for entry in header.values()]
-assert len(header) == 15 and sum(end - begin for begin, end in spans) == numbers
+assert len(header) == 16 and sum(end - begin for begin, end in spans) == numbers
 assert all(entry["dtype"] == "F32" for entry in header.values())
 assert torch.allclose(by_hand, hidden, atol=1e-5) and hidden.std() > 0.5
 assert head is None

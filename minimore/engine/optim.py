@@ -261,8 +261,8 @@ def compile_update(backend: str | Callable) -> Callable:
     allows by default.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    # Betas and eps are constants of the graph. As inputs they would be float64, and Triton refuses to
-    # read the bits of a float64 number as 32, as random rounding does (torch 2.11 on an H200).
+    # Betas and eps are constants of the graph. As inputs they would be float64, and Triton refuses
+    # to read the bits of a float64 number as 32, as random rounding does (torch 2.11 on an H200).
     torch._dynamo.config.specialize_float = True
     return torch.compile(update_slice, fullgraph=True, dynamic=True, backend=backend)
 

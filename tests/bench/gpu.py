@@ -12,7 +12,8 @@ gpu.json has everything, and gpu.md has it as tables.
     steps       gradients, engines and storages against float64, plain ones and the CPU
     repeat      whether the same step gives the same bits twice
     command     the demo, and a training that is killed and resumed
-    policy      a policy's gradients, what it writes, its fine-tuning, and the command line
+    policy      a policy's gradients, what it writes, its fine-tuning
+    align       a fine-tuning that is killed and resumed, samples and a comparison
     1.4B        steps on the shape of Pythia-1.4B: sharing, fusing and recipes one by one
     6.9B        the same for Pythia-6.9B, as an 80 GB and as a 24 GB GPU
     2.8B, 7B    the same for Pythia-2.8B and LLaMA2-7B
@@ -50,8 +51,9 @@ STAGES = {  # name -> what it does, and its seconds
     "2.8B": (gpu_speed.pythia_2_8b, 60),
     "7B": (gpu_speed.llama_7b, 60),
     "peer": (gpu_speed.peer, 60),
-    "command": (gpu_correct.command, 120),
+    "command": (gpu_correct.command, 240),
     "policy": (gpu_policy.policy, 150),
+    "align": (gpu_policy.chain, 150),
     "disk": (gpu_speed.disk, 60),
 }
 

@@ -221,6 +221,5 @@ def policy():
     yield from writing_checks()
     yield from tuning(EXACT)
     yield from tuning(LEAN)
-    for samples in (128,) if CUDA else (4,):
+    for samples in (16, 128) if CUDA else (4,):
         yield from writing(samples)
-    yield from chain()

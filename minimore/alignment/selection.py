@@ -152,7 +152,7 @@ def samples_of(options: SelectOptions) -> list[tuple[str, Record]]:
     for where, record in read_records(options.input):
         check_responses(record, where, "align select")
         prompt_of(record, where)  # refuses a record without one
-        json_line(with_one_response(record, 0, None, None), where)  # can it be written again?
+        json_line(record, where)  # refuses what cannot be written again, whichever is chosen
         first = with_first_responses(record, where, options.first)
         check_kind(record["responses"], where, options.by)
         records.append((where, first))

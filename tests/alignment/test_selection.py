@@ -321,6 +321,11 @@ GOOD = {"prompt": "a", "responses": [" b", " c"], "finished": [True, True]}
         ([{"responses": ["b"]}], (), '"prompt" is missing'),
         ([GOOD | {"finished": [True]}], (), "lists of different lengths"),
         ([GOOD, GOOD | {"id": float("nan")}], (), "in.jsonl:2: holds a number that is not finite"),
+        (
+            [GOOD | {"responses": ["a", {"role": "assistant", "content": "b", "x": float("nan")}]}],
+            (),
+            "in.jsonl:1: holds a number that is not finite",
+        ),
         ([GOOD, GOOD], ("--first", 3), "--first 3: "),
         ([GOOD], ("--first", 0), "--first 0: expected"),
         ([GOOD], ("--pessimism", 1), "--pessimism 1.0: expected more than one --model"),

@@ -11,14 +11,19 @@ gpu.json has everything, and gpu.md has it as tables.
     attention   attention over segments against a masked softmax in float64
     steps       gradients, engines and storages against float64, plain ones and the CPU
     repeat      whether the same step gives the same bits twice
-    command     the demo, and a training that is killed and resumed
+    command     the demo
+    kills       trainings that are killed and resumed
     policy      a policy's gradients, what it writes, its fine-tuning
     align       a fine-tuning that is killed and resumed, samples and a comparison
     1.4B        steps on the shape of Pythia-1.4B: sharing, fusing and recipes one by one
-    6.9B        the same for Pythia-6.9B, as an 80 GB and as a 24 GB GPU
+    lean        the leanest of these recipes alone
+    6.9B        the same for Pythia-6.9B, also as an 80 GB GPU
+    24GB        Pythia-6.9B as a 24 GB GPU
     2.8B, 7B    the same for Pythia-2.8B and LLaMA2-7B
     peer        steps of transformers' reward model on the same pairs
-    profile     where the time of a step goes
+    profile     where the time of a step goes on the GPU
+    launches    where it goes on the CPU, which starts the GPU's work
+    writing     the same for a policy that writes
     disk        writing and reading a checkpoint
 
 `--stages facts attention` picks stages, `--seconds` bounds the whole. Without CUDA the same lines
@@ -46,13 +51,18 @@ STAGES = {  # name -> what it does, and its seconds
     "steps": (gpu_correct.steps, 120),
     "repeat": (gpu_correct.repeat, 60),
     "1.4B": (gpu_speed.pythia_1_4b, 120),
+    "lean": (gpu_speed.lean, 90),
     "profile": (gpu_speed.profile, 60),
+    "launches": (gpu_speed.launches, 120),
     "6.9B": (gpu_speed.pythia_6_9b, 100),
+    "24GB": (gpu_speed.within_24_gb, 240),
     "2.8B": (gpu_speed.pythia_2_8b, 60),
     "7B": (gpu_speed.llama_7b, 60),
     "peer": (gpu_speed.peer, 60),
-    "command": (gpu_correct.command, 240),
+    "command": (gpu_correct.command, 120),
+    "kills": (gpu_correct.kills, 240),
     "policy": (gpu_policy.policy, 150),
+    "writing": (gpu_policy.writing_by_function, 90),
     "align": (gpu_policy.chain, 150),
     "disk": (gpu_speed.disk, 60),
 }

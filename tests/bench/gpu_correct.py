@@ -30,6 +30,7 @@ from gpu_shapes import (
 from safetensors.torch import load_file
 
 from minimore.data.pairs import pack_pairs
+from minimore.data.world import World
 from minimore.engine.objective import micro_batches
 from minimore.engine.optim import AdamW, replace_parameter
 from minimore.engine.recipe import MOMENTS, OFFLOADS, PARAMETERS, Recipe
@@ -251,8 +252,8 @@ def repeat():
 # ---- the command ---------------------------------------------------------------------------------
 
 RECIPES = {
-    "plain float32": [],
     "streamed split int8": ["--engine", "streamed", "--parameters", "split", "--moments", "int8"],
+    "plain float32": [],
 }
 
 
@@ -270,36 +271,43 @@ def finished(process, kind):
 
 
 def command():
-    """`minimore demo`, and trainings that are killed and resumed, through the command line."""
+    """`minimore demo`."""
     with tempfile.TemporaryDirectory() as folder:
-        folder, began = Path(folder), time.perf_counter()
+        began = time.perf_counter()
         pairs = 200 if CUDA else 50
-        output = finished(minimore("demo", "--output", folder / "demo", "--pairs", pairs), "demo")
-        mean = next(line for line in output.splitlines() if line.startswith("mean "))
+        demo = minimore("demo", "--output", Path(folder) / "demo", "--pairs", pairs)
+        mean = next(line for line in finished(demo, "demo").splitlines() if line[:5] == "mean ")
         seconds = time.perf_counter() - began
         yield fact(f"demo of {pairs} pairs", f"{seconds:.0f} s; {' '.join(mean.split())}")
+
+
+def kills():
+    """Trainings that are killed and resumed, through the command line."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        World(annotators=("ana", "ben", "cleo"), train_pairs=(200,) * 3).write(folder / "world")
         for name, recipe in RECIPES.items():
             whole, killed = folder / f"whole {name}", folder / f"killed {name}"
-            finished(train(folder / "demo", whole, recipe), name)
-            killed_after_a_checkpoint(train(folder / "demo", killed, recipe), killed)
-            finished(train(folder / "demo", killed, [*recipe, "--resume"]), f"{name}, resumed")
+            finished(train(folder / "world", whole, recipe), name)
+            killed_after_a_checkpoint(train(folder / "world", killed, recipe), killed)
+            finished(train(folder / "world", killed, [*recipe, "--resume"]), f"{name}, resumed")
             theirs, ours = (load_file(run / "model.safetensors") for run in (whole, killed))
             error = max((theirs[key] - ours[key]).abs().max().item() for key in theirs)
             yield fact(f"killed and resumed, {name}: largest difference of a weight", error)
             shutil.rmtree(killed)
 
 
-def train(demo, output, more):
+def train(world, output, more):
     """Begin a training of three sources, 12 pairs a step, with a checkpoint every 5 steps."""
     sources = [
         word
         for name in ("ana", "ben", "cleo")
-        for word in ("--source", f"{name}={demo}/world/data/{name}.train.jsonl")
+        for word in ("--source", f"{name}={world}/data/{name}.train.jsonl")
     ]
     options = ["--batch-size", "12", "--save-steps", "5", "--learning-rate", "1e-3"]
     options += ["--max-length", "64"]
     return minimore(
-        "train", "--model", demo / "world/model", *sources, *options, *more, "--output", output
+        "train", "--model", world / "model", *sources, *options, *more, "--output", output
     )
 
 

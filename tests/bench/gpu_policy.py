@@ -6,6 +6,8 @@ M targets of a step.
 import json
 import tempfile
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from gpu_shapes import (
     TINY_NEOX,
     config_of,
 )
-from gpu_speed import GB, empty_memory, seconds
+from gpu_speed import GB, by_function, empty_memory, seconds, timed, uncompiled
 from models import random_value
 from safetensors.torch import load_file
 
@@ -166,19 +168,33 @@ def tuning(recipe):
 
 def writing(samples):
     """Tokens a second of a policy of 1.4 billion parameters that writes."""
+    write, sampling = writer(samples)
+    write()  # warms up
+    taken = timed(write)
+    tokens = samples * sampling.max_new_tokens
+    step = taken / sampling.max_new_tokens
+    value = f"{tokens / taken:,.0f} tokens/s, {step * 1e3:.1f} ms a token"
+    yield fact(f"writing, Pythia-1.4B, {samples} samples at a time", value)
+
+
+def writer(samples):
+    """A call that writes so many samples with Pythia-1.4B, and how they are drawn."""
     config = config_of("Pythia-1.4B")
     empty_memory()
     model = large_policy(config, AdamW("bfloat16" if CUDA else "float32", "int8")).eval()
     prompts = [item.prompt for item in random_items(samples, config.vocabulary, 60, 2)]
     sampling = Sampling(temperature=1.2, max_new_tokens=128 if CUDA else 8)
-    for _ in range(2):  # the first one warms up
-        began = seconds()
-        generate(model, prompts, [[n] for n in range(samples)], sampling)
-        taken = seconds() - began
-    tokens = samples * sampling.max_new_tokens
-    step = taken / sampling.max_new_tokens
-    value = f"{tokens / taken:,.0f} tokens/s, {step * 1e3:.1f} ms a token"
-    yield fact(f"writing, Pythia-1.4B, {samples} samples at a time", value)
+    return partial(generate, model, prompts, [[n] for n in range(samples)], sampling), sampling
+
+
+def writing_by_function():
+    """What the CPU does while 16 samples are written, compiled and not."""
+    for words in ("compiled", "uncompiled"):
+        with uncompiled() if words == "uncompiled" else nullcontext():
+            write, _ = writer(16 if CUDA else 4)
+            write()
+            yield fact(f"writing, {words}, s", timed(write))
+            yield from by_function(write, f"writing, {words}")
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """The stages of gpu.py that ask how fast a GPU is, and how much memory a step takes."""
 
+import cProfile
 import gc
 import importlib.util
 import os
+import pstats
 import re
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -203,7 +205,12 @@ def pythia_1_4b():
     yield try_steps(shape, Recipe("streamed", recompute="full"))
     yield try_steps(shape, Recipe(recompute="full"))
     yield try_steps(shape, Recipe())
-    yield try_steps(shape, LEAN)
+    yield from lean()
+
+
+def lean():
+    """Parameters of bfloat16 and moments of int8, whose update is compiled on a GPU."""
+    yield try_steps("Pythia-1.4B", LEAN)
 
 
 def pythia_2_8b():
@@ -212,14 +219,18 @@ def pythia_2_8b():
 
 
 def pythia_6_9b():
-    """As much as an H200 allows, then as an 80 GB GPU and as a 24 GB GPU would."""
+    """As much as an H200 allows, then as an 80 GB GPU would."""
     shape = "Pythia-6.9B"
     yield try_steps(shape, replace(EXACT, micro_tokens=16384))
     with at_most(80 * GB):
         yield try_steps(shape, replace(EXACT, moments="int8", micro_tokens=16384), "within 80 GB")
+
+
+def within_24_gb():
+    """Pythia-6.9B as a 24 GB GPU would train it: everything that can be is on the host."""
+    recipe = Recipe("streamed", "split", "int8", "full", ("inputs", "states"), 4096)
     with at_most(24 * GB):
-        recipe = Recipe("streamed", "split", "int8", "full", ("inputs", "states"), 4096)
-        yield try_steps(shape, recipe, "within 24 GB")
+        yield try_steps("Pythia-6.9B", recipe, "within 24 GB", steps=2)
 
 
 @contextmanager
@@ -346,6 +357,43 @@ def profile():
         yield {"kind": "profile", "name": f"**{name}**", "ms": ms, "share": ms / total}
     for name, ms in sorted(times.items(), key=lambda row: -row[1])[:30]:
         yield {"kind": "profile", "name": f"`{name[:90]}`", "ms": ms, "share": ms / total}
+    for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:30]:
+        ms, name = event.self_cpu_time_total / 1e3, f"CPU: `{event.key[:70]}`, {event.count} calls"
+        yield {"kind": "profile", "name": name, "ms": ms, "share": ms / whole / 1e3}
+
+
+def launches():
+    """What the CPU does during a step of Pythia-1.4B, compiled and not, and how steps vary."""
+    config = config_of("Pythia-1.4B")
+    pairs = step_pairs(config.vocabulary)
+    for words in ("compiled", "uncompiled", "compiled again"):
+        with uncompiled() if words == "uncompiled" else nullcontext():
+            empty_memory()
+            engine = engine_of(config, EXACT)
+            step = partial(engine.step, pairs, sources_of(pairs), objective())
+            milliseconds = " ".join(f"{1e3 * timed(step):.0f}" for _ in range(6))
+            yield {"kind": "fact", "name": f"six steps, {words}, ms", "value": milliseconds}
+            yield from by_function(step, words)
+        del engine, step
+
+
+def timed(function):
+    """Seconds of one call."""
+    began = seconds()
+    function()
+    return seconds() - began
+
+
+def by_function(function, words, most=25):
+    """The functions of Python in which the CPU spends most of one call, their calls left out."""
+    profiler = cProfile.Profile()
+    profiler.runcall(function)
+    stats = pstats.Stats(profiler).stats  # (file, line, name) -> calls, ..., own time, ...
+    own = sorted(((entry[2], entry[1], name) for name, entry in stats.items()), reverse=True)
+    total = sum(taken for taken, _, _ in own)
+    for taken, calls, (file, line, name) in own[:most]:
+        where = f"{words}: {Path(file).name}:{line} {name}, {calls} calls"
+        yield {"kind": "profile", "name": where, "ms": 1e3 * taken, "share": taken / total}
 
 
 # ---- the disk ------------------------------------------------------------------------------------

@@ -418,9 +418,9 @@ def test_the_gpu_benchmark_runs_its_lines_on_a_cpu(tmp_path):
     script = ROOT / "tests" / "bench" / "gpu.py"
     output = tmp_path / "gpu.json"
     short = ["--stages", "facts", "--output", str(tmp_path / "short.json")]  # in a process each
-    # Of its stages, "command" and "align" are subjects of test_resume.py and test_kills.py.
+    # "command", "kills" and "align" are subjects of test_demo.py, test_resume.py, test_kills.py.
     stages = ["facts", "attention", "steps", "repeat", "1.4B", "profile", "6.9B", "2.8B", "7B"]
-    stages = ["--stages", *stages, "peer", "policy", "disk"]
+    stages = ["--stages", *stages, "24GB", "launches", "writing", "peer", "policy", "disk"]
     long = ["--one-process", *stages, "--output", str(output)]
     for options in (short, long):
         result = subprocess.run(
@@ -435,5 +435,5 @@ def test_the_gpu_benchmark_runs_its_lines_on_a_cpu(tmp_path):
     checks, steps = ([r for r in records if r["kind"] == kind] for kind in ("check", "step"))
     assert len(checks) == 50 and all(check["passed"] for check in checks)
     assert len(steps) == 18 and not any("skipped" in step for step in steps)
-    assert len({r["stage"] for r in records}) == 12
+    assert len({r["stage"] for r in records}) == 15
     assert output.with_suffix(".md").read_text().count("\n| Pythia") == 17

@@ -16,7 +16,7 @@ gpu.json has everything, and gpu.md has it as tables.
     policy      a policy's gradients, what it writes, its fine-tuning
     align       a fine-tuning that is killed and resumed, samples and a comparison
     1.4B        steps on the shape of Pythia-1.4B: sharing, fusing and recipes one by one
-    lean        the leanest of these recipes alone
+    lean        the leanest of these recipes alone; "lean profile": where its time goes
     6.9B        the same for Pythia-6.9B, also as an 80 GB GPU
     24GB        Pythia-6.9B as a 24 GB GPU
     2.8B, 7B    the same for Pythia-2.8B and LLaMA2-7B
@@ -53,6 +53,7 @@ STAGES = {  # name -> what it does, and its seconds
     "1.4B": (gpu_speed.pythia_1_4b, 120),
     "lean": (gpu_speed.lean, 90),
     "profile": (gpu_speed.profile, 60),
+    "lean profile": (gpu_speed.profile_lean, 60),
     "launches": (gpu_speed.launches, 120),
     "6.9B": (gpu_speed.pythia_6_9b, 100),
     "24GB": (gpu_speed.within_24_gb, 240),
@@ -111,6 +112,8 @@ def run_stage(name, options, lines, began):
             code = f"stopped after {limit:.0f} s"
         errors.seek(0)
         message = errors.read()[-1500:]
+    if message:
+        append(lines, {"stage": name, "kind": "warning", "message": message})
     if code:
         append(lines, {"stage": name, "kind": "failure", "message": f"{code}: {message}"})
         print(f"{name:10} FAILED ({code}): {message}", flush=True)
@@ -155,6 +158,7 @@ def markdown(records):
         str(step_table(of_kind(records, "step"))),
         str(profile_table(of_kind(records, "profile"))),
         "\n".join(f"- {r['stage']} FAILED: {r['message']}" for r in of_kind(records, "failure")),
+        "\n".join(f"- {r['stage']} said: {r['message']}" for r in of_kind(records, "warning")),
         "\n".join(f"- WRONG: {check['name']}" for check in checks if not check["passed"]),
     ]
     return "\n\n".join(part for part in text if part) + "\n"

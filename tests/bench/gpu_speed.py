@@ -328,9 +328,18 @@ KINDS = {  # the first pattern that a kernel's name matches
 
 def profile():
     """Kernels of one step of Pythia-1.4B, by kind, and the thirty longest by name."""
+    yield from profile_of(EXACT)
+
+
+def profile_lean():
+    """The same for the leanest recipe."""
+    yield from profile_of(LEAN)
+
+
+def profile_of(recipe):
     config = config_of("Pythia-1.4B")
     pairs = step_pairs(config.vocabulary)
-    engine = engine_of(config, EXACT)
+    engine = engine_of(config, recipe)
     for _ in range(2):
         engine.step(pairs, sources_of(pairs), objective())
     activity = torch.profiler.ProfilerActivity

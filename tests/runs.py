@@ -1,8 +1,8 @@
 """Small trainings that several tests share: their options, and what must be equal of two."""
 
 import json
-import subprocess
-import sys
+
+from processes import run_to_the_end
 
 from minimore.train import TrainOptions
 
@@ -64,7 +64,7 @@ RECIPES = {
 
 def command(train_options):
     """The command line that gives these options."""
-    words = [sys.executable, "-m", "minimore", "train"]
+    words = ["train"]
     for key, value in vars(train_options).items():
         flag = "--" + key.replace("_", "-")
         for single in value if isinstance(value, tuple) else [value]:
@@ -77,8 +77,7 @@ def command(train_options):
 
 def run_command(train_options):
     """Train in a process of its own, to the end."""
-    finished = subprocess.run(command(train_options), capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+    run_to_the_end(command(train_options))
 
 
 def unfinished(run):

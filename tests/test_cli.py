@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDENS
+from processes import Command
 from safetensors.torch import load_file, save_file
 
 from minimore import calibration
@@ -436,24 +437,18 @@ def test_the_kernel_refuses_to_write_and_nothing_is_left(run, tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_an_interrupted_score_leaves_nothing(run, tmp_path, number):
     """The input is a pipe that never ends: the signal comes while score waits."""
-    command = [sys.executable, "-m", "minimore", "score", "--model", str(run)]
-    process = subprocess.Popen(
-        [*command, "--input", "/dev/stdin", "--output", str(tmp_path / "out")],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # nohup and & pass on that a signal is ignored
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    )
-    process.stdin.write((json.dumps(GOOD) + "\n") * 600)
-    process.stdin.flush()
-    while not list(tmp_path.iterdir()):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + number and "Traceback" not in said
-    assert not list(tmp_path.iterdir())
+    os.mkfifo(tmp_path / "in")
+    words = ["score", "--model", run, "--input", tmp_path / "in", "--output", tmp_path / "out"]
+    process = Command(words)
+    with open(tmp_path / "in", "w") as pipe:
+        pipe.write((json.dumps(GOOD) + "\n") * 600)
+        pipe.flush()
+        while len(list(tmp_path.iterdir())) < 2:
+            assert process.is_running
+            time.sleep(0.05)
+        process.signal(number)
+        assert process.wait(60) == 128 + number and "Traceback" not in process.error
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_score_reads_a_pipe_and_says_what_it_replaced(run, tmp_path, capsys):

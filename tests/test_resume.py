@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import Command
 from runs import RECIPES, command, content, options, run_command
 from safetensors.torch import load_file, save_file
 
@@ -98,22 +98,20 @@ def test_a_killed_process_resumes_bitwise(world, tmp_path, number):
     changes = {"save_steps": 2, "epochs": 6, "micro_tokens": 200}
     run_command(options(world, tmp_path / "whole", **changes))
     log = tmp_path / "cut" / "metrics.jsonl"
-    process = subprocess.Popen(
-        command(options(world, tmp_path / "cut", **changes)), stdout=subprocess.PIPE, text=True
-    )
-    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 5):
+    process = Command(command(options(world, tmp_path / "cut", **changes)))
+    while process.is_running and not (log.is_file() and log.read_text().count("\n") >= 5):
         time.sleep(0.01)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    process.signal(number)
+    code = -9 if number == signal.SIGKILL else 128 + number
+    assert process.wait(120) == code
     if number != signal.SIGKILL:
-        assert "saved; the same command with --resume continues" in output
+        assert "saved; the same command with --resume continues" in process.said
     assert not (tmp_path / "cut" / "config.json").exists()
     run_command(options(world, tmp_path / "cut", resume=True, **changes))
     assert content(tmp_path / "whole") == content(tmp_path / "cut")
 
 
-KILLS = int(os.environ.get("MINIMORE_KILLS", 3))
+KILLS = int(os.environ.get("MINIMORE_KILLS", 6))
 
 
 @pytest.mark.slow
@@ -134,25 +132,16 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not(world, tmp_path):
         whole, seconds = wholes[name]
         shutil.rmtree(run, ignore_errors=True)
         while True:
-            process = subprocess.Popen(
-                command(options(world, run, resume=True, **changes)),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            try:  # the first two seconds are imports: the kill comes after most of them
-                output = process.communicate(
-                    timeout=seconds * random.uniform(0.6, 1.0) if killed < KILLS else None
-                )
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                killed += 1
-                for checkpoint in training.checkpoints(run):
-                    training.check_whole(checkpoint)  # what bears its name is whole
-                continue
-            assert process.returncode == 0, output
-            break
+            process = Command(command(options(world, run, resume=True, **changes)))
+            code = process.wait(seconds * random.uniform(0.1, 1.0) if killed < KILLS else None)
+            if code is not None:
+                break
+            process.signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+            for checkpoint in training.checkpoints(run):
+                training.check_whole(checkpoint)  # what bears its name is whole
+        assert code == 0, process.error
         assert content(run) == whole, name
         assert not list(run.glob("*.partial")) and not training.checkpoints(run)
         recipes_run.append(name)

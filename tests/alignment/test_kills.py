@@ -6,20 +6,19 @@ SIGKILL, whatever is going on. MINIMORE_KILLS=20 kills every step so often.
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import Command, run_to_the_end
 from safetensors.torch import load_file
 
 from minimore.data.world import World
 from minimore.model.tensors import write_tensors
 
-KILLS = int(os.environ.get("MINIMORE_KILLS", 1))
+KILLS = int(os.environ.get("MINIMORE_KILLS", 4))
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +51,7 @@ STEPS = {
 
 
 def command(step, output):
-    words = [sys.executable, "-m", "minimore", "align", step, *STEPS[step].split()]
-    return [*words, "--output", str(output), "--resume"]
+    return ["align", step, *STEPS[step].split(), "--output", output, "--resume"]
 
 
 def content(output):
@@ -68,31 +66,29 @@ def content(output):
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_at_random_moments(home, tmp_path, step):
     random = np.random.default_rng(0)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    settings = {"cwd": home, "env": environment, "stderr": subprocess.PIPE}
     began = time.monotonic()
     whole = tmp_path / "whole"
-    subprocess.run(command(step, whole), check=True, stdout=subprocess.PIPE, **settings)
+    run_to_the_end(command(step, whole), home)
     seconds = time.monotonic() - began
     output, killed, in_the_middle = tmp_path / "output", 0, 0
     while killed < KILLS:
-        process = subprocess.Popen(command(step, output), stdout=subprocess.PIPE, **settings)
-        try:  # the first seconds are imports
-            _, error = process.communicate(timeout=seconds * random.uniform(0.4, 1.0))
-            assert process.returncode == 0, error
+        process = Command(command(step, output), home)
+        code = process.wait(seconds * random.uniform(0.1, 1.0))
+        if code is not None:
+            assert code == 0, process.error
             assert content(output) == content(whole)
             shutil.rmtree(output) if output.is_dir() else output.unlink()
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            killed += 1
-            in_the_middle += any(tmp_path.glob("output*"))
-            if output.is_file():  # the kill came when all was done: nothing is left to continue
-                assert content(output) == content(whole)
-                for path in tmp_path.glob("output*"):
-                    path.unlink()
+            continue
+        process.signal(signal.SIGKILL)
+        process.wait()
+        killed += 1
+        in_the_middle += any(tmp_path.glob("output*"))
+        if output.is_file():  # the kill came when all was done: nothing is left to continue
+            assert content(output) == content(whole)
+            for path in tmp_path.glob("output*"):
+                path.unlink()
     if not output.is_file():  # else the last kill came when all was done
-        subprocess.run(command(step, output), check=True, stdout=subprocess.PIPE, **settings)
+        run_to_the_end(command(step, output), home)
     assert content(output) == content(whole)
     assert not list(tmp_path.rglob("*.partial"))
     if KILLS >= 20:

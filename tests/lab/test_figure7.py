@@ -2,12 +2,12 @@
 
 import json
 import signal
-import subprocess
-import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from processes import Command
 from safetensors.numpy import load_file
 
 from minimore.calibration import accuracy, pair_ece
@@ -246,12 +246,10 @@ def test_a_grid_interrupted_anywhere_ends_the_same(whole, tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_a_killed_grid_ends_the_same(whole, tmp_path):
     cut = command_of(tmp_path / "cut", seeds=1)
-    minimore = [sys.executable, "-m", "minimore"]
-    with subprocess.Popen([*minimore, *cut], stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("[2/"):
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
+    process = Command(cut)
+    while process.is_running and "\n[2/" not in process.said:
+        time.sleep(0.01)
+    process.signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     assert main(cut) == 0
     assert files_of_first_world(tmp_path / "cut") == files_of_first_world(whole)

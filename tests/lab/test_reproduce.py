@@ -3,11 +3,11 @@
 import json
 import re
 import signal
-import subprocess
-import sys
+import time
 
 import numpy as np
 import pytest
+from processes import Command
 
 from minimore.calibration import accuracy, pair_ece
 from minimore.cli import main
@@ -200,13 +200,11 @@ def test_a_grid_interrupted_anywhere_ends_with_the_same_table(tmp_path, monkeypa
 def test_a_killed_grid_ends_with_the_same_table(tmp_path):
     flags = ("--seeds", "1", *TINY, *scheme_flags("uniform", "more"))
     cut, whole = (command_of("drift", tmp_path / name, *flags) for name in ("cut", "whole"))
-    minimore = [sys.executable, "-m", "minimore"]
-    with subprocess.Popen([*minimore, *cut], stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("[1/2]"):
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
+    process = Command(cut)
+    while process.is_running and "\n[1/2]" not in process.said:
+        time.sleep(0.01)
+    process.signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     assert main(cut) == main(whole) == 0
     text = report(tmp_path / "whole")
     assert report(tmp_path / "cut") == text

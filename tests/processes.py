@@ -1,0 +1,65 @@
+"""Commands in processes of their own, which start at once.
+
+A new Python takes seconds to import torch. Here one process imports minimore, and every command is
+a fork of it.
+"""
+
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["minimore.cli"])
+
+
+class Command:
+    """`minimore` with some words. `said` and `error` are what it has printed so far."""
+
+    def __init__(self, words, directory="."):
+        self.folder = Path(tempfile.mkdtemp())
+        self.outputs = [self.folder / name for name in ("said", "error")]
+        for path in self.outputs:
+            path.touch()
+        arguments = [str(word) for word in words], str(directory), [str(p) for p in self.outputs]
+        self.process = FORKS.Process(target=run, args=arguments)
+        self.process.start()
+
+    def __getattr__(self, name):
+        if name in ("said", "error"):
+            return (self.folder / name).read_text()
+        raise AttributeError(name)
+
+    @property
+    def is_running(self):
+        return self.process.is_alive()
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self, seconds=None):
+        """The exit code, that of a signal negative; None if it still runs after so long."""
+        self.process.join(seconds)
+        if self.process.exitcode is not None and self.folder.exists():
+            self.said, self.error = (path.read_text() for path in self.outputs)
+            shutil.rmtree(self.folder)
+        return self.process.exitcode
+
+
+def run(words, directory, outputs):
+    """What the forked process does."""
+    for path, stream in zip(outputs, (1, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
+    os.chdir(directory)
+    from minimore.cli import main
+
+    sys.exit(main(words))
+
+
+def run_to_the_end(words, directory="."):
+    """What a command printed; it must end without an error."""
+    command = Command(words, directory)
+    assert command.wait() == 0, command.error
+    return command.said

@@ -211,11 +211,12 @@ class ReadingOptions(ModelOptions):
 def check_length(
     config: ModelConfig, max_length: int, directory: Path, options: str = "--max-length"
 ) -> None:
-    """Refuse texts longer than a learned position embedding; options: what set their length."""
-    positions = config.learned_positions - config.position_offset
+    """Refuse texts that are longer than a model can read; options: what set their length."""
+    longest = config.longest
+    what = "learned positions" if config.learned_positions else "a rope scaling that stays the same"
     require(
-        not config.learned_positions or max_length <= positions,
-        f"{options} {max_length}: {directory} has learned positions for {positions} tokens only",
+        longest is None or max_length <= longest,
+        f"{options} {max_length}: {directory} has {what} for {longest} tokens only",
     )
 
 

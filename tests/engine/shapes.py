@@ -51,7 +51,7 @@ OPT = replace(
 FAMILIES = {
     "gpt_neox": GPT_NEOX,
     "llama": LLAMA,
-    "qwen3": replace(LLAMA, kv_heads=2, qk_norm=True),
+    "qwen3": replace(LLAMA, kv_heads=2, qk_norm="head"),
     "qwen2": replace(LLAMA, kv_heads=2, qkv_bias=True),
     "opt": OPT,
 }

@@ -421,7 +421,7 @@ def test_another_grouping_of_heads_shows(monkeypatch):
 def test_the_other_layout_of_the_fused_projection_shows(monkeypatch):
     """[all queries, all keys, all values] instead of head by head."""
     monkeypatch.setattr(
-        minimore.model.checkpoint, "split_heads", lambda fused, heads: list(fused.chunk(3))
+        minimore.model.checkpoint, "split_rows", lambda fused, rows, groups: list(fused.chunk(3))
     )
     assert_shows("gpt_neox", open_model(GOLDENS / "gpt_neox"))
 

@@ -136,10 +136,15 @@ FAMILIES = {
         phi3_config,
         "model.",
         "Phi3ForSequenceClassification",
-        LLAMA_NAMES
-        | {
+        {
+            "embed_tokens.weight": "embedding.weight",
+            "layers.{}.input_layernorm.*": "blocks.{}.attention_norm.*",
             "layers.{}.self_attn.qkv_proj.*": QUERY_KEY_VALUE,
+            "layers.{}.self_attn.o_proj.*": "blocks.{}.attention.output.*",
+            "layers.{}.post_attention_layernorm.*": "blocks.{}.mlp_norm.*",
             "layers.{}.mlp.gate_up_proj.*": ("blocks.{}.mlp.gate.*", "blocks.{}.mlp.up.*"),
+            "layers.{}.mlp.down_proj.*": "blocks.{}.mlp.down.*",
+            "norm.*": "final_norm.*",
         },
     ),
     "internlm2": Family(

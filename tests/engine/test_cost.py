@@ -231,9 +231,9 @@ class Products(TorchDispatchMode):
         return function(*arguments, **named or {})
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma3"])
 def test_recomputation_costs_what_is_planned(family):
-    """Full: the forward pass once more, less the MLP's last product of each block.
+    """Full: the forward pass once more, less the MLP's last product where no norm is behind it.
 
     Attention, which is no matrix product here, is left out on both sides.
     """

@@ -189,8 +189,8 @@ FAMILIES = {
 # Families that are refused by name, and why.
 REFUSED = {
     "gemma2": "caps its attention scores and its logits softly, which is not supported",
-    "gemma3": "is a text model inside of one for images, of which no part is read; expected a text"
-    ' model alone, whose "model_type" is "gemma3_text" (gemma-3-270m and gemma-3-1b are such)',
+    "gemma3": "is a text model inside of one for images, which is not read; expected a text model"
+    ' alone ("gemma3_text", as gemma-3-1b-it is); model/README.md says how to take it out',
 }
 
 LANGUAGE_HEADS = tuple({family.language_head for family in FAMILIES.values()})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import GOLDENS, edit_json, open_model
 from reference import SIZES, reference_model, reference_rewards, reference_texts
+from safetensors.torch import load_file
 
 import minimore.model.checkpoint
 import minimore.model.trunk
@@ -254,6 +255,8 @@ def test_rewards_equal_those_of_transformers(transformers, tmp_path, family, cha
 
     (tmp_path / "ours").mkdir()
     save_checkpoint(tmp_path / "ours", checkpoint, ours.trunk, ours.head)
+    for key, tensor in load_file(tmp_path / "ours" / "model.safetensors").items():
+        assert torch.equal(tensor, theirs.state_dict()[key]), key
     reopened = open_by_transformers(transformers, tmp_path / "ours")
     assert type(reopened) is type(theirs) and reopened.config.num_labels == 1
     assert errors(reference_rewards(reopened, TEXTS), expected).max() <= 1

@@ -28,7 +28,8 @@ from .files import read_json
 from .model.attention import Stream, pack
 from .model.checkpoint import Checkpoint, Hold, Top, reward_top
 from .model.families import Family
-from .model.trunk import ModelConfig, Trunk
+from .model.model_config import ModelConfig
+from .model.trunk import Trunk
 from .options import Range, check_ranges, option, require
 
 DEFAULT_MAX_LENGTH = 512  # the paper's

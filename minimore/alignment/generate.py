@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..data.pairs import split_by_tokens
 from ..model.attention import attend, pack
-from ..model.trunk import Block, at_least_fp32, rotations
+from ..model.rotation import at_least_fp32, rotations
+from ..model.trunk import Block
 from .policy import LanguageModel
 
 

@@ -16,7 +16,8 @@ import torch
 
 from ..data.pairs import split_by_tokens
 from ..model.attention import Segment, tile_shapes
-from ..model.trunk import ModelConfig, Trunk
+from ..model.model_config import ModelConfig
+from ..model.trunk import Trunk
 from .recipe import Recipe
 from .storage import SCALE_BLOCK, SCALES
 from .workload import Items, ItemShape, Workload, tokens_of
@@ -226,8 +227,8 @@ def numbers_inside_norm(config: ModelConfig) -> int:
 def head_norm_bytes(config: ModelConfig, wide: int) -> int:
     """Bytes a token that the norms of queries and keys save, if a family has them."""
     input_and_normalised = 2 * normed_queries_and_keys(config)
-    scales = {"none": 0, "head": config.heads + config.kv_heads, "heads": 2}[config.qk_norm]
-    return wide * (input_and_normalised + scales)
+    scales = {"none": 0, "each head": config.heads + config.kv_heads, "all heads": 2}
+    return wide * (input_and_normalised + scales[config.qk_norm])
 
 
 def mlp_tensors(config: ModelConfig) -> int:

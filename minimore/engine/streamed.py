@@ -17,7 +17,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..model.attention import Stream
 from ..model.recompute import run_block
-from ..model.trunk import Block, at_least_fp32, rotations
+from ..model.rotation import at_least_fp32, rotations
+from ..model.trunk import Block
 from .host import Host
 from .objective import Batch, NonFiniteGradient, Objective, largest
 from .optim import AdamW

@@ -32,9 +32,10 @@ from .families import (
     name_table,
     split_rows,
 )
+from .model_config import ModelConfig
 from .tensors import STORAGE, Lazy, Named, Tensors, is_path, require_as_written, write_sharded
 from .tokenizer import Tokenizer
-from .trunk import ModelConfig, Trunk, replace_parameter
+from .trunk import Trunk, replace_parameter
 
 HEAD = "score.weight"
 HUB_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")  # besides the weights

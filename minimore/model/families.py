@@ -25,7 +25,8 @@ from .family_configs import (
     qwen2_config,
     qwen3_config,
 )
-from .trunk import ModelConfig, Trunk
+from .model_config import ModelConfig
+from .trunk import Trunk
 
 # ---- families: their names -> ours ---------------------------------------------------------------
 # {} is the block number, and * stands for weight and bias.

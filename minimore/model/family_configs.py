@@ -6,7 +6,7 @@ from typing import Any
 
 from ..options import require
 from .config_json import Fields, Json
-from .trunk import ModelConfig
+from .model_config import ModelConfig
 
 
 def gpt_neox_config(j: Json) -> ModelConfig:
@@ -93,7 +93,7 @@ def qwen3_config(j: Json) -> ModelConfig:
     return qwen2_config(
         j,
         sizes=j.sizes(kv_heads=32, head_width=128),
-        qk_norm="head",
+        qk_norm="each head",
         qkv_bias=bias,
         attention_output_bias=bias,
     )
@@ -175,7 +175,7 @@ def gemma3_config(j: Json) -> ModelConfig:
         activation=j.activation("gelu_pytorch_tanh", "hidden_activation"),
         rope=gemma3_rope(j, sizes["head_width"]),
         windows=j.windows(window, slides),
-        qk_norm="head",
+        qk_norm="each head",
         # Attention divides by the root of the head width, and this model by another number.
         query_scale=math.sqrt(sizes["head_width"]) / query_divisor,
         norm_after=True,
@@ -200,7 +200,7 @@ def gemma3_rope(j: Json, head_width: int) -> Fields:
 def olmo2_config(j: Json) -> ModelConfig:
     """OLMo-2: norms behind attention and MLP, and queries and keys normed, all heads together."""
     return llama_config(
-        j, norm_eps=1e-5, mlp_bias=False, qk_norm="heads", norm_before=False, norm_after=True
+        j, norm_eps=1e-5, mlp_bias=False, qk_norm="all heads", norm_before=False, norm_after=True
     )
 
 

@@ -4,13 +4,10 @@ There is no head here: reward.py and policy.py put theirs on top. Parameters hav
 `Linear` casts them to the type of its input, the compute type; norms, rotations and softmax are
 fp32, or float64 for float64 input. recompute.py says what backward keeps of a block.
 
-N tokens, S texts, D width, H heads, G key/value heads, C head width, R rotating dimensions of a
-head, V vocabulary.
+N tokens, S texts, D width, H heads, G key/value heads, C head width, V vocabulary.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +15,9 @@ from torch import Tensor, nn
 
 from .attention import Stream, attend
 from .fused import fused
+from .model_config import ModelConfig
 from .recompute import cheap, run_block
+from .rotation import at_least_fp32, rotate, rotations
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -32,67 +31,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu_tanh": gelu_tanh,
 }
-
-
-# Which numbers of queries and keys are normed together: none, those of a head, those of all heads.
-QK_NORMS = ("none", "head", "heads")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """All that distinguishes one family from another. Sizes are in units, not bytes.
-
-    activation: a key of ACTIVATIONS. gated: the MLP is down(act(gate x) * up x) instead of
-    down(act(up x)). norm: "layer", with a bias, or "rms". norm_before, norm_after: whether what
-    enters attention and MLP is normed, and whether what leaves them is, before it is added.
-    norm_offset: what is added to the stored weight of a norm. parallel_residual: a block is
-    x + attention(norm x) + mlp(norm' x) instead of one after the other. rotary_width: how many
-    leading dimensions of a head rotate. rope_factor: all frequencies are divided by it.
-    rope_llama3: factor, low, high and original length. rope_positions: how many positions a text
-    may have at most, since a scaling would change all frequencies of a longer one; 0 is any number.
-    windows: how many last positions a token sees, for every block; () is everything in every block.
-    window_rope_base: the base in blocks with a window, where no scaling applies; None is rope_base,
-    scaled. qk_norm: RMSNorm of queries and keys before rotation, one of QK_NORMS. query_scale:
-    queries are multiplied by it. embedding_scale: so is what enters the first block.
-    learned_positions: rows of a position embedding that is added to the tokens', instead of
-    rotation. position_offset: its row of position 0.
-    """
-
-    vocabulary: int
-    width: int
-    blocks: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    mlp_width: int
-    activation: str
-    gated: bool
-    norm: str
-    norm_eps: float
-    parallel_residual: bool
-    qkv_bias: bool
-    attention_output_bias: bool
-    mlp_bias: bool
-    rotary_width: int
-    rope_base: float
-    rope_factor: float = 1.0
-    rope_llama3: tuple[float, float, float, int] | None = None
-    rope_positions: int = 0
-    windows: tuple[int | None, ...] = ()
-    window_rope_base: float | None = None
-    qk_norm: str = "none"
-    query_scale: float = 1.0
-    norm_before: bool = True
-    norm_after: bool = False
-    norm_offset: float = 0.0
-    embedding_scale: float = 1.0
-    learned_positions: int = 0
-    position_offset: int = 0
-
-    @property
-    def longest(self) -> int | None:
-        """How many tokens a text may have; None is any number."""
-        return (self.learned_positions - self.position_offset) or self.rope_positions or None
 
 
 # ---- a block -------------------------------------------------------------------------------------
@@ -143,13 +81,17 @@ class Norm(nn.Module):
         return y.to(x.dtype)
 
 
-def norm_if(
-    has_norm: bool, c: ModelConfig, width: int | None = None, kind: str | None = None
-) -> nn.Module:
-    """A norm of this family, by default of the residual stream; the identity if it has none."""
-    if not has_norm:
+def residual_norm(c: ModelConfig, is_there: bool = True) -> nn.Module:
+    """A norm of the residual stream, or of what is added to it; the identity if there is none."""
+    return Norm(c.width, c.norm, c.norm_eps, c.norm_offset) if is_there else nn.Identity()
+
+
+def norm_of_heads(c: ModelConfig, heads: int) -> nn.Module:
+    """The norm of so many query or key heads; the identity if this family has none."""
+    if c.qk_norm == "none":
         return nn.Identity()
-    return Norm(width or c.width, kind or c.norm, c.norm_eps, c.norm_offset)
+    together = heads if c.qk_norm == "all heads" else 1
+    return Norm(together * c.head_width, "rms", c.norm_eps, c.norm_offset)
 
 
 class Attention(nn.Module):
@@ -163,11 +105,9 @@ class Attention(nn.Module):
         self.key = Linear(c.width, c.kv_heads * c.head_width, c.qkv_bias)
         self.value = Linear(c.width, c.kv_heads * c.head_width, c.qkv_bias)
         self.output = Linear(c.heads * c.head_width, c.width, c.attention_output_bias)
-        self.norms_heads_together = c.qk_norm == "heads"
-        query_heads, key_heads = (c.heads, c.kv_heads) if self.norms_heads_together else (1, 1)
-        has_norms = c.qk_norm != "none"
-        self.query_norm = norm_if(has_norms, c, query_heads * c.head_width, "rms")
-        self.key_norm = norm_if(has_norms, c, key_heads * c.head_width, "rms")
+        self.norms_heads_together = c.qk_norm == "all heads"
+        self.query_norm = norm_of_heads(c, c.heads)
+        self.key_norm = norm_of_heads(c, c.kv_heads)
         self.query_scale = c.query_scale
 
     def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,12 +165,12 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig, window: int | None):
         super().__init__()
         self.parallel, self.norm_after = c.parallel_residual, c.norm_after
-        self.attention_norm = norm_if(c.norm_before, c)
+        self.attention_norm = residual_norm(c, c.norm_before)
         self.attention = Attention(c, window)
-        self.attention_output_norm = norm_if(c.norm_after, c)
-        self.mlp_norm = norm_if(c.norm_before, c)
+        self.attention_output_norm = residual_norm(c, c.norm_after)
+        self.mlp_norm = residual_norm(c, c.norm_before)
         self.mlp = MLP(c)
-        self.mlp_output_norm = norm_if(c.norm_after, c)
+        self.mlp_output_norm = residual_norm(c, c.norm_after)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream) -> Tensor:
         """x: (N, D) -> (N, D)."""
@@ -295,7 +235,7 @@ class Trunk(nn.Module):
             self.position_embedding = empty_embedding(c.learned_positions, c.width)
         windows = c.windows or (None,) * c.blocks
         self.blocks = nn.ModuleList(Block(c, window) for window in windows)
-        self.final_norm = norm_if(True, c)
+        self.final_norm = residual_norm(c)
 
     def forward(self, stream: Stream) -> Tensor:
         """The final hidden state at the last token of each text: (S, D).
@@ -346,65 +286,6 @@ class Trunk(nn.Module):
 def empty_embedding(rows: int, width: int) -> nn.Embedding:
     """An embedding whose numbers are not drawn at random, since a checkpoint will set them."""
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
-
-
-def rotations(c: ModelConfig, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The angles of every block, as `rotary_angles`; blocks that rotate alike share theirs."""
-    windows = c.windows or (None,) * c.blocks
-    own_bases = [None if window is None else c.window_rope_base for window in windows]
-    angles = {base: rotary_angles(c, positions, base) for base in set(own_bases)}
-    return [angles[base] for base in own_bases]
-
-
-def rotary_angles(
-    c: ModelConfig, positions: Tensor, own_base: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles position · frequency_j: two (N, 1, R / 2) fp32 tensors.
-
-        frequency_j = base^(-2j / R) / factor       for j = 0 .. R / 2 - 1
-
-    own_base: of a block that has another base than the model, and no scaling. Source: RoFormer,
-    arXiv 2104.09864.
-    """
-    places = torch.arange(0, c.rotary_width, 2, dtype=torch.float32, device=positions.device)
-    base = c.rope_base if own_base is None else own_base
-    frequency = 1.0 / (base ** (places / c.rotary_width))
-    if own_base is None:
-        frequency = scaled(frequency, c)
-    angles = (positions.float()[:, None] * frequency)[:, None, :]  # (N, 1, R / 2)
-    return angles.cos(), angles.sin()
-
-
-def scaled(frequency: Tensor, c: ModelConfig) -> Tensor:
-    """Frequencies (R / 2,), changed for longer texts as a checkpoint says.
-
-    The llama3 scaling is that of the Llama 3.1 release: wavelengths longer than original / low are
-    stretched by the factor, those shorter than original / high stay, and it is smooth in between.
-    """
-    frequency = frequency / c.rope_factor
-    if c.rope_llama3 is None:
-        return frequency
-    factor, low, high, original = c.rope_llama3
-    smooth = ((original * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * frequency / factor + smooth * frequency
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first R dimensions of every head; x: (N, H, C).
-
-    Dimensions j and j + R / 2 are the two coordinates (a, b) of a point in a plane:
-
-        (a, b)  ->  (a cos - b sin,  b cos + a sin)
-    """
-    cos, sin = rotation
-    half = cos.shape[-1]
-    a, b, rest = at_least_fp32(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """bf16 and fp16 become fp32; fp32 and float64 stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:

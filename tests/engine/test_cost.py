@@ -34,7 +34,7 @@ from minimore.engine.streamed import open_engine
 from minimore.engine.workload import PairShape, Workload, tokens_of, workload
 from minimore.model import recompute as recomputation
 from minimore.model.attention import tile_shapes
-from minimore.model.trunk import rotary_angles
+from minimore.model.rotation import rotary_angles
 from minimore.more import uniform_weights
 
 TABLE = {

@@ -24,7 +24,7 @@ from minimore.engine.storage import split
 from minimore.engine.streamed import StreamedStep, open_engine, parts_of
 from minimore.model.attention import pack
 from minimore.model.recompute import RECOMPUTE, run_block
-from minimore.model.trunk import rotary_angles
+from minimore.model.rotation import rotary_angles
 from minimore.more import WEIGHTINGS
 from minimore.options import InputError
 

@@ -11,6 +11,7 @@ from reference import SIZES, reference_model, reference_rewards, reference_texts
 from safetensors.torch import load_file, save_file
 
 from minimore.alignment.policy import LanguageModel
+from minimore.cli import main
 from minimore.model.attention import pack
 from minimore.model.checkpoint import (
     Checkpoint,
@@ -154,6 +155,12 @@ def test_a_published_reward_model_of_its_family_is_refused(transformers, tmp_pat
     tensors["v_head.weight"] = tensors.pop("score.weight")
     with pytest.raises(InputError, match=r"v_head\.weight not part of this model"):
         write(tmp_path, tensors).load()
+
+
+def test_check_says_that_transformers_does_not_open_it(transformers, tmp_path, capsys):
+    write(tmp_path, in_its_layout(llama()))
+    assert main(["check", str(tmp_path), "--device", "cpu"]) == 0
+    assert "not compared: transformers fails on this directory" in capsys.readouterr().out
 
 
 def test_a_random_one_opens(tmp_path):

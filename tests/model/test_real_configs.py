@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from minimore.model.checkpoint import Checkpoint, saved_config
 from minimore.model.config_json import Json
 from minimore.model.families import FAMILIES, name_table
-from minimore.model.trunk import Trunk, rotations
+from minimore.model.rotation import rotations
+from minimore.model.trunk import Trunk
 
 OLD_LLAMA = dict(
     model_type="llama",

@@ -85,6 +85,15 @@ def test_a_plan_counts_its_parameters(transformers, tmp_path, family, capsys):
     assert f"{family}, {parameters + width:,} parameters" in capsys.readouterr().out
 
 
+def test_the_norms_of_a_random_gemma_multiply_by_one(tmp_path):
+    config = dict(model_type="gemma", **SIZES["gemma"])
+    random_checkpoint(tmp_path / "gemma", config, GOLDENS / "llama" / "tokenizer.json", 0)
+    trunk = open_trunk(tmp_path / "gemma")
+    assert not trunk.final_norm.weight.any()
+    x = torch.randn(3, trunk.c.width)
+    torch.testing.assert_close(trunk.final_norm(x).square().mean(1), torch.ones(3))
+
+
 def open_trunk(directory):
     trunk, _ = Checkpoint(str(directory)).load()
     return trunk

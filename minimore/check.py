@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +126,14 @@ def as_stored(name: str, value: Tensor) -> Tensor:
 def example_ids(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """Token ids of the paragraph, of its words in alphabetical order, and of the two answers.
 
-    They are cut to the positions that the model has learned.
+    They are cut to what the model can read.
     """
     config = checkpoint.config
     texts = {"paragraph": PARAGRAPH, "alphabetical": " ".join(sorted(PARAGRAPH.split()))}
     for name, answer in ANSWERS.items():
         texts[name] = f"\n\nHuman: {QUESTION}\n\nAssistant: {answer}"
-    longest = None
-    if config.learned_positions:
-        longest = config.learned_positions - config.position_offset
     encoded = checkpoint.tokenizer.encode(list(texts.values()))
-    ids = {name: text_ids[:longest] for name, text_ids in zip(texts, encoded)}
+    ids = {name: text_ids[: config.longest] for name, text_ids in zip(texts, encoded)}
     require(
         min(map(len, ids.values())) >= 2,
         f"{checkpoint.directory}: an English paragraph becomes fewer than two tokens; expected the"
@@ -149,13 +146,16 @@ def example_ids(checkpoint: Checkpoint) -> dict[str, list[int]]:
 
 
 def check_family(checkpoint: Checkpoint) -> tuple[Figures, str]:
-    """model_type, and every field of ModelConfig that is set."""
-    model_type, fields = checkpoint.json["model_type"], asdict(checkpoint.config)
-    shown = fields | {"windows": sorted({window for window in fields["windows"] if window})}
-    if shown["rope_factor"] == 1:
-        del shown["rope_factor"]
-    words = [name if value is True else f"{name} {value}" for name, value in shown.items() if value]
-    return {"model_type": model_type} | fields, f"{model_type}: {', '.join(words)}"
+    """model_type, and every field of ModelConfig that is set to something."""
+    model_type, values = checkpoint.json["model_type"], asdict(checkpoint.config)
+    shown = values | {"windows": sorted({window for window in values["windows"] if window})}
+    defaults = {field.name: field.default for field in fields(checkpoint.config)}
+    words = [
+        name if value is True else f"{name} {value}"
+        for name, value in shown.items()
+        if value and value != defaults[name]
+    ]
+    return {"model_type": model_type} | values, f"{model_type}: {', '.join(words)}"
 
 
 def check_weights(checkpoint: Checkpoint) -> tuple[Figures, str]:

@@ -28,7 +28,8 @@ from .files import read_json
 from .model.attention import Stream, pack
 from .model.checkpoint import Checkpoint, Hold, Top, reward_top
 from .model.families import Family
-from .model.trunk import ModelConfig, Trunk
+from .model.model_config import ModelConfig
+from .model.trunk import Trunk
 from .options import Range, check_ranges, option, require
 
 DEFAULT_MAX_LENGTH = 512  # the paper's
@@ -211,11 +212,12 @@ class ReadingOptions(ModelOptions):
 def check_length(
     config: ModelConfig, max_length: int, directory: Path, options: str = "--max-length"
 ) -> None:
-    """Refuse texts longer than a learned position embedding; options: what set their length."""
-    positions = config.learned_positions - config.position_offset
+    """Refuse texts that are longer than a model can read; options: what set their length."""
+    longest = config.longest
+    what = "learned positions" if config.learned_positions else "a rope scaling that stays the same"
     require(
-        not config.learned_positions or max_length <= positions,
-        f"{options} {max_length}: {directory} has learned positions for {positions} tokens only",
+        longest is None or max_length <= longest,
+        f"{options} {max_length}: {directory} has {what} for {longest} tokens only",
     )
 
 

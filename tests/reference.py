@@ -34,6 +34,12 @@ SIZES |= {
     family: SIZES["llama"] | dict(num_key_value_heads=2) for family in ("mistral", "qwen2", "qwen3")
 }
 SIZES["qwen3"] |= dict(head_dim=8)
+SIZES["olmo2"] = SIZES["phi3"] = SIZES["llama"] | dict(num_key_value_heads=2, pad_token_id=None)
+SIZES["gemma"] = SIZES["phi3"] | dict(head_dim=8)
+# One block in two has a window, which is shorter than the texts.
+SIZES["gemma3_text"] = SIZES["gemma"] | dict(
+    sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+)
 SIZES["opt"] = dict(
     vocab_size=300,
     hidden_size=24,
@@ -46,14 +52,6 @@ SIZES["opt"] = dict(
     bos_token_id=2,
     eos_token_id=2,
 )
-CLASS_NAMES = {
-    "gpt_neox": "GPTNeoX",
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "opt": "OPT",
-}
 
 
 def quiet_transformers():
@@ -71,14 +69,20 @@ def reference_model(family: str, seed: int = 0, head: str = "ForSequenceClassifi
     config = transformers.AutoConfig.for_model(
         family, **(SIZES[family] | dict(num_labels=1) | changes)
     )
-    model = getattr(transformers, CLASS_NAMES[family] + head)(config).eval()
+    model = getattr(transformers, "AutoModel" + head).from_config(config).eval()
+    # Gemma scales what leaves its embedding, and adds 1 to the weight of a norm.
+    is_gemma = family.startswith("gemma")
+    embedding_std = config.hidden_size**-0.5 if is_gemma else 1
+    norm_mean = 0 if is_gemma else 1
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 2:
-                p.normal_(0, 1 if "embed_" in name else p.shape[1] ** -0.5, generator=generator)
+                std = embedding_std if "embed_" in name else p.shape[1] ** -0.5
+                p.normal_(0, std, generator=generator)
             else:
-                p.normal_(*((0, 0.3) if name.endswith("bias") else (1, 0.2)), generator=generator)
+                mean_and_std = (0, 0.3) if name.endswith("bias") else (norm_mean, 0.2)
+                p.normal_(*mean_and_std, generator=generator)
     return model
 
 

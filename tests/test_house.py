@@ -9,7 +9,8 @@ from conftest import ROOT
 
 PAGE = """
 options files checksums tables more calibration uncertainty plots
-model.attention model.fused model.recompute model.trunk model.families model.sandbox model.template
+model.attention model.fused model.recompute model.model_config model.rotation model.trunk
+model.config_json model.family_configs model.families model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint
 data.messages data.records data.forms data.pairs data.sampling data.world
 reward score report comparison evaluate

@@ -25,7 +25,8 @@ from minimore.engine.plan import RECIPES
 from minimore.engine.recipe import Recipe
 from minimore.engine.streamed import StreamedEngine, StreamedStep, parts_of
 from minimore.engine.workload import PairShape, Workload
-from minimore.model.trunk import ModelConfig, Trunk
+from minimore.model.model_config import ModelConfig
+from minimore.model.trunk import Trunk
 from minimore.more import more_weights
 from minimore.reward import RewardModel, fresh_head
 

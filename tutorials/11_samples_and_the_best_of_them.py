@@ -23,7 +23,8 @@ from minimore.engine.optim import AdamW
 from minimore.engine.recipe import Recipe
 from minimore.engine.streamed import open_engine
 from minimore.lab.probe import ProbeOptions, train_head
-from minimore.model.families import FAMILIES, Json
+from minimore.model.config_json import Json
+from minimore.model.families import FAMILIES
 from minimore.model.tokenizer import Tokenizer
 from minimore.model.trunk import Trunk
 from minimore.tables import Table

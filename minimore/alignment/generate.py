@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..data.pairs import split_by_tokens
 from ..model.attention import attend, pack
-from ..model.trunk import Block, at_least_fp32, rotary_angles
+from ..model.rotation import at_least_fp32, rotations
+from ..model.trunk import Block
 from .policy import LanguageModel
 
 
@@ -155,8 +156,8 @@ class Cache:
         """
         stream = pack([([], [prompt]) for prompt in prompts]).to(self.lengths.device)
         lengths = [len(prompt) for prompt in prompts]
-        x, rotation = self.model.trunk.embed(stream), rotary_angles(self.c, stream.positions)
-        for block, block_keys, block_values in zip(self.blocks, keys, values):
+        x, angles = self.model.trunk.embed(stream), rotations(self.c, stream.positions)
+        for block, rotation, block_keys, block_values in zip(self.blocks, angles, keys, values):
             q, k, v = block.before_attention(x, *rotation)
             x = after(block, x, attend(q, k, v, stream, block.attention.window))
             block_keys += k.split(lengths)
@@ -176,11 +177,11 @@ class Cache:
         self._make_room(longest)
         newest = torch.tensor(tokens, device=positions.device)
         x = trunk.embed_tokens(newest, positions)
-        rotation = rotary_angles(self.c, positions)
+        angles = rotations(self.c, positions)
         windows = {block.attention.window for block in self.blocks}
         visible = {window: self._visible(longest, window) for window in windows}
         rows = torch.arange(len(tokens), device=positions.device)
-        for block, keys, values in zip(self.blocks, self.keys, self.values):
+        for block, rotation, keys, values in zip(self.blocks, angles, self.keys, self.values):
             q, k, v = block.before_attention(x, *rotation)
             keys[rows, :, positions] = k
             values[rows, :, positions] = v
@@ -231,8 +232,7 @@ def attend_rows(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Ten
 
 def after(block: Block, x: Tensor, attended: Tensor) -> Tensor:
     """What a block does behind its attention: (N, D) and (N, H, C) -> (N, D)."""
-    residual, hidden = block.after_attention(x, attended)
-    return residual + block.mlp.down(hidden)
+    return block.last_product(*block.after_attention(x, attended))
 
 
 def rows_of(texts: Sequence[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..data.pairs import split_by_tokens
 from ..engine.objective import NonFiniteLoss
 from ..model.attention import Stream, pack
-from ..model.trunk import at_least_fp32
+from ..model.rotation import at_least_fp32
 from .policy import CHUNK
 
 

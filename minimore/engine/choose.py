@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..model.model_config import ModelConfig
 from ..model.recompute import RECOMPUTE
-from ..model.trunk import ModelConfig
 from ..options import InputError
 from .cost import (
     GPUS,

@@ -16,7 +16,8 @@ import torch
 
 from ..data.pairs import split_by_tokens
 from ..model.attention import Segment, tile_shapes
-from ..model.trunk import ModelConfig, Trunk
+from ..model.model_config import ModelConfig
+from ..model.trunk import Trunk
 from .recipe import Recipe
 from .storage import SCALE_BLOCK, SCALES
 from .workload import Items, ItemShape, Workload, tokens_of
@@ -171,9 +172,10 @@ def block_activations(
     return attention + tokens * bytes_saved_entirely(config, itemsize)
 
 
-def normed_in_heads(config: ModelConfig) -> int:
-    """Numbers a token in the queries and keys that a family with norms of its heads normalises."""
-    return (config.heads + config.kv_heads) * config.head_width if config.qk_norm else 0
+def normed_queries_and_keys(config: ModelConfig) -> int:
+    """Numbers a token in the queries and keys, if a family normalises them."""
+    has_norms = config.qk_norm != "none"
+    return (config.heads + config.kv_heads) * config.head_width if has_norms else 0
 
 
 def bytes_saved_selectively(config: ModelConfig, itemsize: int) -> int:
@@ -181,22 +183,38 @@ def bytes_saved_selectively(config: ModelConfig, itemsize: int) -> int:
 
     These are the results of matrix products and the residual stream.
     """
-    into_norms = (1 if config.parallel_residual else 2) * config.width
+    residual = (1 if config.parallel_residual else 2) * config.width
+    into_norms_behind = 2 * config.width if config.norm_after else 0
     into_activation = (2 if config.gated else 1) * config.mlp_width
-    return itemsize * (into_norms + normed_in_heads(config) + into_activation)
+    into_norms = residual + normed_queries_and_keys(config) + into_norms_behind
+    return itemsize * (into_norms + into_activation)
 
 
 def bytes_saved_entirely(config: ModelConfig, itemsize: int) -> int:
     """Bytes a token, without attention, if nothing is recomputed."""
     wide = max(4, itemsize)  # norms compute in fp32 or float64
-    if itemsize == wide:  # the residual stream itself: one tensor for both norms if they share it
-        into_norms = (1 if config.parallel_residual else 2) * config.width * wide
-    else:  # each norm has cast it to fp32
-        into_norms = 2 * config.width * wide
-    out_of_norms = 2 * config.width * itemsize
-    inside_norms = 2 * numbers_inside_norm(config) * wide
     mlp = mlp_tensors(config) * config.mlp_width * itemsize
-    return into_norms + inside_norms + out_of_norms + head_norm_bytes(config, wide) + mlp
+    around = residual_bytes(config, itemsize, wide) + norms_behind_bytes(config, wide)
+    return around + head_norm_bytes(config, wide) + mlp
+
+
+def residual_bytes(config: ModelConfig, itemsize: int, wide: int) -> int:
+    """Bytes a token of the residual stream and of the norms before attention and MLP."""
+    streams = 1 if config.parallel_residual else 2  # both norms may share one tensor
+    if not config.norm_before:
+        return streams * config.width * itemsize  # the products take in the stream itself
+    # In another type than theirs, each norm has cast the stream.
+    into_norms = (streams if itemsize == wide else 2) * config.width * wide
+    inside_norms = 2 * numbers_inside_norm(config) * wide
+    out_of_norms = 2 * config.width * itemsize
+    return into_norms + inside_norms + out_of_norms
+
+
+def norms_behind_bytes(config: ModelConfig, wide: int) -> int:
+    """Bytes a token of the norms behind attention and MLP, whose results are added and not kept."""
+    if not config.norm_after:
+        return 0
+    return 2 * (config.width + numbers_inside_norm(config)) * wide
 
 
 def numbers_inside_norm(config: ModelConfig) -> int:
@@ -208,11 +226,9 @@ def numbers_inside_norm(config: ModelConfig) -> int:
 
 def head_norm_bytes(config: ModelConfig, wide: int) -> int:
     """Bytes a token that the norms of queries and keys save, if a family has them."""
-    if not config.qk_norm:
-        return 0
-    input_and_normalised = 2 * normed_in_heads(config)
-    scales = config.heads + config.kv_heads
-    return wide * (input_and_normalised + scales)
+    input_and_normalised = 2 * normed_queries_and_keys(config)
+    scales = {"none": 0, "each head": config.heads + config.kv_heads, "all heads": 2}
+    return wide * (input_and_normalised + scales[config.qk_norm])
 
 
 def mlp_tensors(config: ModelConfig) -> int:
@@ -546,15 +562,15 @@ def step_flops(config: ModelConfig, work: Workload, recipe: Recipe) -> tuple[flo
     """Useful and executed FLOPs of the largest step.
 
     One forward pass and a backward pass that costs two are useful. Full recomputation adds a
-    forward pass, less the last product of each block's MLP, whose value backward does not need. The
-    logits of a language model are computed once, and their two gradients.
+    forward pass, less the last product of each block's MLP, whose value backward does not need but
+    for a norm behind it. The logits of a language model are computed once, and their two gradients.
     """
     forward = forward_flops(config, work.largest)
     last_products = 2.0 * config.blocks * config.width * config.mlp_width * work.largest_tokens
     logits = 3 * 2.0 * work.largest_targets * config.vocabulary * config.width
     useful = executed = 3 * forward + logits
     if recipe.recompute == "full":
-        executed += forward - last_products
+        executed += forward - (0 if config.norm_after else last_products)
     is_cut = work.largest_tokens > recipe.micro_tokens
     if recipe.engine == "plain" and is_cut and work.top == "head":
         executed += forward  # whole-step weights over several micro-batches

@@ -17,7 +17,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..model.attention import Stream
 from ..model.recompute import run_block
-from ..model.trunk import Block, at_least_fp32, rotary_angles
+from ..model.rotation import at_least_fp32, rotations
+from ..model.trunk import Block
 from .host import Host
 from .objective import Batch, NonFiniteGradient, Objective, largest
 from .optim import AdamW
@@ -87,23 +88,21 @@ class StreamedStep:
         self.micro_batches = [self._micro_batch(batch) for batch in self.batches]
         with torch.no_grad():
             activations = [self.trunk.embed(part.stream) for part in self.micro_batches]  # (N, D)
-        for block in self.blocks:
-            self._block_forward(block, activations)
+        for number in range(len(self.blocks)):
+            self._block_forward(number, activations)
         read = [x.index_select(0, part.reads) for x, part in zip(activations, self.micro_batches)]
         return self._top_forward(torch.cat(read))
 
     def _micro_batch(self, batch: Batch) -> "MicroBatch":
         device = self.model.top.device
         stream = batch.stream.to(device)
-        return MicroBatch(
-            stream, rotary_angles(self.trunk.c, stream.positions), batch.reads.to(device)
-        )
+        return MicroBatch(stream, rotations(self.trunk.c, stream.positions), batch.reads.to(device))
 
-    def _block_forward(self, block: Block, activations: list[Tensor]) -> None:
+    def _block_forward(self, number: int, activations: list[Tensor]) -> None:
         """Replace the input of a block by its output, for every micro-batch."""
-        block = compute_copy(block, self.trunk.compute_dtype)
-        for i, (stream, rotation, _) in enumerate(self.micro_batches):
-            x = activations[i]
+        block = compute_copy(self.blocks[number], self.trunk.compute_dtype)
+        for i, (stream, rotations_by_block, _) in enumerate(self.micro_batches):
+            x, rotation = activations[i], rotations_by_block[number]
             if self.recompute == "full":
                 self.inputs.push(x)
                 with torch.no_grad():
@@ -145,7 +144,7 @@ class StreamedStep:
         yield self._take_gradient_of_top()
         d_activations = self._gradient_of_output()
         for i in reversed(range(len(self.blocks))):
-            gradients = self._block_backward(self.blocks[i], d_activations)
+            gradients = self._block_backward(i, d_activations)
             yield {f"trunk.blocks.{i}.{name}": gradients.pop(name) for name in list(gradients)}
         yield self._embedding_gradients(torch.cat(d_activations))
 
@@ -162,18 +161,19 @@ class StreamedStep:
             for d, part in zip(d_read, self.micro_batches)
         ]
 
-    def _block_backward(self, block: Block, d_activations: list[Tensor]) -> Gradients:
+    def _block_backward(self, number: int, d_activations: list[Tensor]) -> Gradients:
         """The gradients of a block's parameters, summed over the micro-batches.
 
         d_activations: the gradients of the block's outputs, which become those of its inputs.
         """
         if self.recompute == "full":
-            block = compute_copy(block, self.trunk.compute_dtype)
+            block = compute_copy(self.blocks[number], self.trunk.compute_dtype)
         total: Gradients = {}
         for i in reversed(range(len(d_activations))):
             if self.recompute == "full":
+                stream, rotations_by_block, _ = self.micro_batches[i]
                 d_activations[i], gradients = recomputed_gradients(
-                    block, self.inputs.pop(), d_activations[i], self.micro_batches[i]
+                    block, self.inputs.pop(), d_activations[i], rotations_by_block[number], stream
                 )
             else:
                 d_activations[i], gradients = self.graphs.pop().gradients(d_activations[i])
@@ -183,8 +183,11 @@ class StreamedStep:
     def _embedding_gradients(self, d_activations: Tensor) -> Gradients:
         """Gradients of the embeddings, at once for all micro-batches; d_activations: (tokens, D).
 
-        Every call makes a dense gradient (V, D), so several calls would need several of them.
+        Every call makes a dense gradient (V, D), so several calls would need several of them. The
+        numbers of d_activations are not needed any more, and may change.
         """
+        if self.trunk.c.embedding_scale != 1:
+            d_activations.mul_(self.trunk.embedding_scale)
         d_activations = at_least_fp32(d_activations)
         tokens = torch.cat([part.stream.tokens for part in self.micro_batches])
         d_embedding = embedding_gradient(d_activations, tokens, self.trunk.embedding)
@@ -208,7 +211,7 @@ class MicroBatch(NamedTuple):
     """What a block needs to know of a micro-batch besides its input; what is read of its output."""
 
     stream: Stream
-    rotation: tuple[Tensor, Tensor]
+    rotations: list[tuple[Tensor, Tensor]]  # of every block
     reads: Tensor  # (M,)
 
 
@@ -273,7 +276,7 @@ def compute_parameter(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
 
 
 def recomputed_gradients(
-    block: Block, x: Tensor, d_y: Tensor, micro_batch: MicroBatch
+    block: Block, x: Tensor, d_y: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream
 ) -> tuple[Tensor, Gradients]:
     """The gradients of a block's input x and parameters, from x and d_y (N, D); no graph was kept.
 
@@ -282,10 +285,13 @@ def recomputed_gradients(
 
         ∂W = ∂yᵀ hidden      ∂b = Σ ∂y over the tokens      ∂hidden = ∂y W      ∂residual = ∂y
 
-    and need no y. All others come from autograd.
+    and need no y. All others come from autograd. A norm behind the MLP needs what it normed, so
+    such a block is computed again to its end.
     """
     x = x.detach().requires_grad_()
-    residual, hidden = block.before_last_product(x, micro_batch.rotation, micro_batch.stream)
+    if block.norm_after:
+        return BlockGraph(block, x, block(x, rotation, stream)).gradients(d_y)
+    residual, hidden = block.before_last_product(x, rotation, stream)
     last = block.mlp.down
     with torch.no_grad():
         d_hidden = d_y @ last.weight

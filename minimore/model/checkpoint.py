@@ -21,19 +21,21 @@ from torch import Tensor
 from ..checksums import checksum, file_checksum, require_directory_as_written, write_checksums
 from ..files import as_text, make_directory, one_line, read_json, write_bytes, write_json
 from ..options import InputError, require
+from .config_json import Json
 from .families import (
     FAMILIES,
     IGNORED,
     LANGUAGE_HEADS,
+    REFUSED,
     Family,
-    Json,
-    fuse_heads,
+    fuse_rows,
     name_table,
-    split_heads,
+    split_rows,
 )
+from .model_config import ModelConfig
 from .tensors import STORAGE, Lazy, Named, Tensors, is_path, require_as_written, write_sharded
 from .tokenizer import Tokenizer
-from .trunk import ModelConfig, Trunk, replace_parameter
+from .trunk import Trunk, replace_parameter
 
 HEAD = "score.weight"
 HUB_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")  # besides the weights
@@ -138,7 +140,9 @@ class Checkpoint:
     ) -> list[Tensor]:
         """The parameters that one stored tensor holds: one, or the parts of a fused one."""
         tensor = self.tensors.read(theirs, fused_shape(trunk, ours), dtype)
-        return [tensor] if len(ours) == 1 else split_heads(tensor, self.config.heads)
+        rows = [len(trunk.get_parameter(name)) for name in ours]
+        groups = self.family.groups_of(self.config)
+        return [tensor] if len(ours) == 1 else split_rows(tensor, rows, groups)
 
     def _require_these_keys(self, table: Mapping[str, Sequence[str]]) -> None:
         """Refuse keys that are missing, and keys that are not part of this model."""
@@ -217,6 +221,8 @@ def read_config(directory: Path) -> tuple[dict[str, Any], Family, ModelConfig]:
         "model_type" in values,
         f'{path}: has no "model_type"; expected one of {", ".join(FAMILIES)}',
     )
+    if isinstance(model_type, str) and model_type in REFUSED:
+        raise InputError(f'{path}: "model_type" is {model_type!r}: it {REFUSED[model_type]}')
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(
             f'{path}: "model_type" is {str(model_type)[:80]!r}; known: {", ".join(FAMILIES)}'
@@ -291,7 +297,8 @@ def model_tensors(
 
     def of_trunk(names: Sequence[str]) -> Tensor:
         parts = [value_of(f"trunk.{name}", trunk.get_parameter(name)) for name in names]
-        return parts[0] if len(parts) == 1 else fuse_heads(parts, origin.config.heads)
+        groups = origin.family.groups_of(origin.config)
+        return parts[0] if len(parts) == 1 else fuse_rows(parts, groups)
 
     def lazy(key: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Lazy:
         return Lazy(shape, STORAGE[dtype], partial(_stored, key, make, STORAGE[dtype]))
@@ -466,9 +473,9 @@ def random_checkpoint(
 ) -> None:
     """Write a checkpoint of a language model with random weights.
 
-    Matrices are normal(0, std), biases 0, norms 1. config: the content of config.json, of a known
-    model_type; unless it says that embeddings are tied, there is a language-model head, too.
-    tokenizer: a tokenizer.json to copy.
+    Matrices are normal(0, std), biases 0, and norms multiply by 1. config: the content of
+    config.json, of a known model_type; unless it says that embeddings are tied, there is a
+    language-model head, too. tokenizer: a tokenizer.json to copy.
     """
     family = FAMILIES[config["model_type"]]
     generator = torch.Generator().manual_seed(seed)
@@ -479,11 +486,11 @@ def random_checkpoint(
             if p.ndim == 2:
                 p.normal_(0, std, generator=generator)
             else:
-                p.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                p.fill_(1.0 - trunk.c.norm_offset if name.endswith("norm.weight") else 0.0)
     tensors = {}
     for theirs, ours in name_table(family, trunk).items():
         parts = [trunk.get_parameter(name).detach() for name in ours]
-        fused = parts[0] if len(parts) == 1 else fuse_heads(parts, trunk.c.heads)
+        fused = parts[0] if len(parts) == 1 else fuse_rows(parts, family.groups_of(trunk.c))
         tensors[family.prefix + theirs] = fused
     if not config.get("tie_word_embeddings", family.tied):
         shape = trunk.embedding.weight.shape

@@ -18,7 +18,8 @@ can be dropped, and computed again when backward comes by.
 x is the block's input, n and n' are what leaves the norms, a is the result of attention, x' is the
 residual between attention and MLP (a parallel block has none), u enters the activation of the MLP
 (gate and up where it is gated), and h leaves it. `none` also keeps what norms need inside, and h
-alone where the activation is relu.
+alone where the activation is relu. Where norms stand behind attention and MLP, what enters them is
+kept by `none` and by `selective`; without norms before, n is x and n' is x'.
 
 The numbers that come out are the same to the bit on a CPU, since the same operations run on the
 same inputs. On a GPU blocks are compiled (fused.py) and the last bits may differ. Not so under

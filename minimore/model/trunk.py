@@ -4,13 +4,10 @@ There is no head here: reward.py and policy.py put theirs on top. Parameters hav
 `Linear` casts them to the type of its input, the compute type; norms, rotations and softmax are
 fp32, or float64 for float64 input. recompute.py says what backward keeps of a block.
 
-N tokens, S texts, D width, H heads, G key/value heads, C head width, R rotating dimensions of a
-head, V vocabulary.
+N tokens, S texts, D width, H heads, G key/value heads, C head width, V vocabulary.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +15,9 @@ from torch import Tensor, nn
 
 from .attention import Stream, attend
 from .fused import fused
+from .model_config import ModelConfig
 from .recompute import cheap, run_block
+from .rotation import at_least_fp32, rotate, rotations
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -32,45 +31,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu_tanh": gelu_tanh,
 }
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """All that distinguishes one family from another. Sizes are in units, not bytes.
-
-    activation: a key of ACTIVATIONS. gated: the MLP is down(act(gate x) * up x) instead of
-    down(act(up x)). norm: "layer", with a bias, or "rms". parallel_residual: a block is
-    x + attention(norm x) + mlp(norm' x) instead of one after the other. rotary_width: how many
-    leading dimensions of a head rotate. rope_factor: all frequencies are divided by it.
-    rope_llama3: factor, low, high and original length. windows: how many last positions a token
-    sees, for every block; () is everything in every block. qk_norm: RMSNorm of every query and key
-    head before rotation. learned_positions: rows of a position embedding that is added to the
-    tokens', instead of rotation. position_offset: its row of position 0.
-    """
-
-    vocabulary: int
-    width: int
-    blocks: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    mlp_width: int
-    activation: str
-    gated: bool
-    norm: str
-    norm_eps: float
-    parallel_residual: bool
-    qkv_bias: bool
-    attention_output_bias: bool
-    mlp_bias: bool
-    rotary_width: int
-    rope_base: float
-    rope_factor: float = 1.0
-    rope_llama3: tuple[float, float, float, int] | None = None
-    windows: tuple[int | None, ...] = ()
-    qk_norm: bool = False
-    learned_positions: int = 0
-    position_offset: int = 0
 
 
 # ---- a block -------------------------------------------------------------------------------------
@@ -96,19 +56,22 @@ class Norm(nn.Module):
         layer    y = (x - mean x) / sqrt(var x + eps) · weight + bias
         rms      y = x / sqrt(mean x² + eps) · weight
 
-    It is computed in fp32 and returned in the type of x.
+    where the weight is the stored one plus an offset. It is computed in fp32 and returned in the
+    type of x.
     """
 
-    def __init__(self, width: int, kind: str, eps: float):
+    def __init__(self, width: int, kind: str, eps: float, offset: float = 0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if kind == "layer" else None
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width) -> the same shape."""
         wide = at_least_fp32(x)
         weight = self.weight.to(wide.dtype)
+        if self.offset:
+            weight = weight + self.offset
         if self.bias is None:
             mean_square = wide.square().mean(-1, keepdim=True)
             y = wide * torch.rsqrt(mean_square + self.eps) * weight
@@ -116,6 +79,19 @@ class Norm(nn.Module):
             bias = self.bias.to(wide.dtype)
             y = F.layer_norm(wide, x.shape[-1:], weight, bias, self.eps)
         return y.to(x.dtype)
+
+
+def residual_norm(c: ModelConfig, is_there: bool = True) -> nn.Module:
+    """A norm of the residual stream, or of what is added to it; the identity if there is none."""
+    return Norm(c.width, c.norm, c.norm_eps, c.norm_offset) if is_there else nn.Identity()
+
+
+def norm_of_heads(c: ModelConfig, heads: int) -> nn.Module:
+    """The norm of so many query or key heads; the identity if this family has none."""
+    if c.qk_norm == "none":
+        return nn.Identity()
+    together = heads if c.qk_norm == "all heads" else 1
+    return Norm(together * c.head_width, "rms", c.norm_eps, c.norm_offset)
 
 
 class Attention(nn.Module):
@@ -129,19 +105,30 @@ class Attention(nn.Module):
         self.key = Linear(c.width, c.kv_heads * c.head_width, c.qkv_bias)
         self.value = Linear(c.width, c.kv_heads * c.head_width, c.qkv_bias)
         self.output = Linear(c.heads * c.head_width, c.width, c.attention_output_bias)
-        self.query_norm = Norm(c.head_width, "rms", c.norm_eps) if c.qk_norm else nn.Identity()
-        self.key_norm = Norm(c.head_width, "rms", c.norm_eps) if c.qk_norm else nn.Identity()
+        self.norms_heads_together = c.qk_norm == "all heads"
+        self.query_norm = norm_of_heads(c, c.heads)
+        self.key_norm = norm_of_heads(c, c.kv_heads)
+        self.query_scale = c.query_scale
 
     def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x: (N, D) -> queries (N, H, C), keys and values (N, G, C); all but values are rotated."""
-        in_heads = (len(x), -1, self.head_width)
-        q = self.query(x).view(in_heads)
-        k = self.key(x).view(in_heads)
-        v = self.value(x).view(in_heads)
-        # `cheap`: the norm may be computed again in backward, instead of being kept.
-        q = rotate(cheap(self.query_norm, q), rotation)
-        k = rotate(cheap(self.key_norm, k), rotation)
+        q = rotate(self._normed(self.query_norm, self.query(x)), rotation)
+        k = rotate(self._normed(self.key_norm, self.key(x)), rotation)
+        v = self._in_heads(self.value(x))
+        if self.query_scale != 1:
+            q = q * self.query_scale
         return q, k, v
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Queries or keys (N, H C), normed all together or head by head: (N, H, C)."""
+        # `cheap`: the norm may be computed again in backward, instead of being kept.
+        if self.norms_heads_together:
+            return self._in_heads(cheap(norm, x))
+        return cheap(norm, self._in_heads(x))
+
+    def _in_heads(self, x: Tensor) -> Tensor:
+        """(N, H C) -> (N, H, C)."""
+        return x.view(len(x), -1, self.head_width)
 
 
 class MLP(nn.Module):
@@ -169,27 +156,33 @@ class Block(nn.Module):
 
     In parallel   y = x + attention(norm x) + mlp(norm' x)
     in sequence   y = x' + mlp(norm' x')  with  x' = x + attention(norm x)
+
+    A family may have these norms behind attention and MLP instead, or on both sides of them:
+
+    behind        y = x' + norm'(mlp x')  with  x' = x + norm(attention x)
     """
 
     def __init__(self, c: ModelConfig, window: int | None):
         super().__init__()
-        self.parallel = c.parallel_residual
-        self.attention_norm = Norm(c.width, c.norm, c.norm_eps)
+        self.parallel, self.norm_after = c.parallel_residual, c.norm_after
+        self.attention_norm = residual_norm(c, c.norm_before)
         self.attention = Attention(c, window)
-        self.mlp_norm = Norm(c.width, c.norm, c.norm_eps)
+        self.attention_output_norm = residual_norm(c, c.norm_after)
+        self.mlp_norm = residual_norm(c, c.norm_before)
         self.mlp = MLP(c)
+        self.mlp_output_norm = residual_norm(c, c.norm_after)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream) -> Tensor:
         """x: (N, D) -> (N, D)."""
-        residual, hidden = self.before_last_product(x, rotation, stream)
-        return residual + self.mlp.down(hidden)
+        return self.last_product(*self.before_last_product(x, rotation, stream))
 
     def before_last_product(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream
     ) -> tuple[Tensor, Tensor]:
         """The residual (N, D), and the hidden layer of the MLP that is still to be added to it.
 
-        Whoever wants gradients alone may stop here, since they do not need the block's output.
+        Whoever wants gradients alone may stop here, since they do not need the block's output,
+        unless a norm stands behind the MLP.
         """
         q, k, v = self.before_attention(x, *rotation)
         attended = attend(q, k, v, stream, self.attention.window)
@@ -205,9 +198,20 @@ class Block(nn.Module):
     @fused
     def after_attention(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """The residual and the hidden layer, from the input and what attention (N, H, C) found."""
-        residual = x + self.attention.output(attended.flatten(1))
+        output = self.attention.output(attended.flatten(1))
+        residual = x + cheap(self.attention_output_norm, output)
         hidden = self.mlp.hidden(cheap(self.mlp_norm, x if self.parallel else residual))
         return residual, hidden
+
+    def last_product(self, residual: Tensor, hidden: Tensor) -> Tensor:
+        """The block's output (N, D), from what `before_last_product` returns."""
+        output = self.mlp.down(hidden)
+        return self.add_normed(residual, output) if self.norm_after else residual + output
+
+    @fused
+    def add_normed(self, residual: Tensor, output: Tensor) -> Tensor:
+        """The residual plus the normed output of the MLP, both (N, D)."""
+        return residual + cheap(self.mlp_output_norm, output)
 
 
 # ---- the trunk -----------------------------------------------------------------------------------
@@ -231,7 +235,7 @@ class Trunk(nn.Module):
             self.position_embedding = empty_embedding(c.learned_positions, c.width)
         windows = c.windows or (None,) * c.blocks
         self.blocks = nn.ModuleList(Block(c, window) for window in windows)
-        self.final_norm = Norm(c.width, c.norm, c.norm_eps)
+        self.final_norm = residual_norm(c)
 
     def forward(self, stream: Stream) -> Tensor:
         """The final hidden state at the last token of each text: (S, D).
@@ -254,8 +258,7 @@ class Trunk(nn.Module):
         (N, D) in the compute type.
         """
         x = self.embed(stream)
-        rotation = rotary_angles(self.c, stream.positions)
-        for block in self.blocks:
+        for block, rotation in zip(self.blocks, rotations(self.c, stream.positions)):
             x = run_block(block, x, rotation, stream, self.recompute)
         return x
 
@@ -268,49 +271,21 @@ class Trunk(nn.Module):
         x = self.embedding(tokens)
         if self.c.learned_positions:
             x = x + self.position_embedding(positions + self.c.position_offset)
-        return x.to(self.compute_dtype)
+        x = x.to(self.compute_dtype)
+        return x if self.c.embedding_scale == 1 else x * self.embedding_scale
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the embedded tokens are multiplied by, rounded to the compute type.
+
+        Gemma was trained so: in bf16 sqrt(3072) = 55.43 becomes 55.5.
+        """
+        return torch.tensor(self.c.embedding_scale, dtype=self.compute_dtype).item()
 
 
 def empty_embedding(rows: int, width: int) -> nn.Embedding:
     """An embedding whose numbers are not drawn at random, since a checkpoint will set them."""
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
-
-
-def rotary_angles(c: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles position · frequency_j: two (N, 1, R / 2) fp32 tensors.
-
-        frequency_j = base^(-2j / R) / factor       for j = 0 .. R / 2 - 1
-
-    Source: RoFormer, arXiv 2104.09864. The llama3 scaling is that of the Llama 3.1 release:
-    wavelengths longer than original / low are stretched by the factor, those shorter than
-    original / high stay, and it is smooth in between.
-    """
-    places = torch.arange(0, c.rotary_width, 2, dtype=torch.float32, device=positions.device)
-    frequency = 1.0 / (c.rope_base ** (places / c.rotary_width)) / c.rope_factor
-    if c.rope_llama3 is not None:
-        factor, low, high, original = c.rope_llama3
-        smooth = ((original * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        frequency = (1 - smooth) * frequency / factor + smooth * frequency
-    angles = (positions.float()[:, None] * frequency)[:, None, :]  # (N, 1, R / 2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first R dimensions of every head; x: (N, H, C).
-
-    Dimensions j and j + R / 2 are the two coordinates (a, b) of a point in a plane:
-
-        (a, b)  ->  (a cos - b sin,  b cos + a sin)
-    """
-    cos, sin = rotation
-    half = cos.shape[-1]
-    a, b, rest = at_least_fp32(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """bf16 and fp16 become fp32; fp32 and float64 stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:

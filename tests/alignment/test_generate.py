@@ -46,14 +46,22 @@ def test_greedy_continuations_are_those_of_transformers(transformers, tmp_path, 
         assert sample.tokens == expected[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize(
+    "family, changes, windows",
+    [
+        ("mistral", {}, (4096, 4096)),
+        ("mistral", {"sliding_window": 6}, (6, 6)),
+        ("gemma3_text", {"sliding_window": 6}, (6, None)),  # each rotates by its own base
+        ("olmo2", {}, ()),
+        ("phi3", {"sliding_window": 6}, (6, 6)),
+    ],
+)
 @torch.no_grad()
-def test_the_cache_changes_nothing(transformers, tmp_path, window):
+def test_the_cache_changes_nothing(transformers, tmp_path, family, changes, windows):
     """States of prompts and of what follows, token by token, are those of the whole texts."""
-    changes = {"sliding_window": window} if window else {}
-    theirs = reference_model("mistral", head="ForCausalLM", **changes)
+    theirs = reference_model(family, head="ForCausalLM", **changes)
     ours = opened(write_checkpoint(theirs, tmp_path))
-    assert ours.trunk.c.windows == ((window or 4096,) * 2)
+    assert ours.trunk.c.windows == windows
     more = [[1, 2, 3, 4, 5, 6, 7, 8], [9] * 8, [10, 11] * 4, [12] * 8]
     cache, states = Cache.of_prompts(ours, PROMPTS, [0, 1, 2, 3])
     for t in range(9):

@@ -19,6 +19,7 @@ from gpu_shapes import (
     EXACT,
     LEAN,
     NEOX,
+    TINY_GEMMA3,
     TINY_LLAMA,
     TINY_NEOX,
     home_of,
@@ -119,7 +120,7 @@ def small_model(config, dtype=torch.float32, device=DEVICE):
     with torch.no_grad():
         for name, p in model.trunk.named_parameters():
             scale = p.shape[1] ** -0.5 if p.ndim > 1 else 0.2
-            centre = float(name.endswith("norm.weight"))
+            centre = name.endswith("norm.weight") * (1 - config.norm_offset)
             p.copy_(torch.randn(p.shape, generator=generator) * scale + centre)
     model.trunk.compute_dtype = dtype
     if dtype == torch.float64:
@@ -146,7 +147,8 @@ def features_of(model, pairs, share):
 
 def model_checks():
     """Features and gradients in every type against float64 on the CPU."""
-    for family, config in {"gpt_neox": TINY_NEOX, "llama": TINY_LLAMA}.items():
+    tiny = {"gpt_neox": TINY_NEOX, "llama": TINY_LLAMA, "gemma3": TINY_GEMMA3}
+    for family, config in tiny.items():
         pairs = random_pairs(20, config.vocabulary, 60)
         exact = small_model(config, torch.float64, "cpu")
         features, gradients = (

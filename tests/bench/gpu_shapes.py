@@ -59,6 +59,17 @@ SHAPES = {
 TINY = dict(vocabulary=300, width=64, blocks=2, heads=4, kv_heads=4, head_width=16, rotary_width=4)
 TINY_NEOX = replace(NEOX, **TINY, mlp_width=256)
 TINY_LLAMA = replace(LLAMA, **TINY, mlp_width=172)
+# Norms on both sides, a window and a base of rotation of its own in one block of two.
+TINY_GEMMA3 = replace(
+    TINY_LLAMA,
+    norm_after=True,
+    norm_offset=1.0,
+    embedding_scale=8.0,
+    qk_norm="each head",
+    query_scale=0.5,
+    windows=(24, None),
+    window_rope_base=100.0,
+)
 
 EXACT = Recipe("streamed", "split", "float32", "full")
 LEAN = Recipe("streamed", "bfloat16", "int8", "full")

@@ -6,7 +6,8 @@ No more is held than what is measured.
 import torch
 
 from minimore.engine.optim import replace_parameter, where_it_is
-from minimore.model.trunk import ModelConfig, Trunk
+from minimore.model.model_config import ModelConfig
+from minimore.model.trunk import Trunk
 from minimore.reward import RewardModel, fresh_head
 
 # Pythia-1.4B; other shapes replace some of these numbers.

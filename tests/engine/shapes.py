@@ -7,7 +7,8 @@ import torch
 
 from minimore.data.pairs import TokenPair
 from minimore.engine.workload import PairShape, Workload
-from minimore.model.trunk import ModelConfig, Trunk
+from minimore.model.model_config import ModelConfig
+from minimore.model.trunk import Trunk
 from minimore.reward import RewardModel, fresh_head
 
 GPT_NEOX = ModelConfig(
@@ -48,12 +49,27 @@ OPT = replace(
     rotary_width=0,
     learned_positions=100,
 )
+GEMMA = replace(
+    LLAMA,
+    kv_heads=1,
+    head_width=128,
+    rotary_width=128,
+    activation="gelu_tanh",
+    norm_offset=1.0,
+    embedding_scale=16.0,
+)
+GEMMA3 = replace(
+    GEMMA, qk_norm="each head", query_scale=0.5, norm_after=True, window_rope_base=100.0
+)  # windows would be tiles of their own
 FAMILIES = {
     "gpt_neox": GPT_NEOX,
     "llama": LLAMA,
-    "qwen3": replace(LLAMA, kv_heads=2, qk_norm=True),
+    "qwen3": replace(LLAMA, kv_heads=2, qk_norm="each head"),
     "qwen2": replace(LLAMA, kv_heads=2, qkv_bias=True),
     "opt": OPT,
+    "olmo2": replace(LLAMA, qk_norm="all heads", norm_before=False, norm_after=True),
+    "gemma": GEMMA,
+    "gemma3": GEMMA3,
 }
 # No matrix is whole blocks of 256 numbers.
 ODD = replace(

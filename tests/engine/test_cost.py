@@ -34,7 +34,7 @@ from minimore.engine.streamed import open_engine
 from minimore.engine.workload import PairShape, Workload, tokens_of, workload
 from minimore.model import recompute as recomputation
 from minimore.model.attention import tile_shapes
-from minimore.model.trunk import rotary_angles
+from minimore.model.rotation import rotary_angles
 from minimore.more import uniform_weights
 
 TABLE = {
@@ -231,9 +231,9 @@ class Products(TorchDispatchMode):
         return function(*arguments, **named or {})
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma3"])
 def test_recomputation_costs_what_is_planned(family):
-    """Full: the forward pass once more, less the MLP's last product of each block.
+    """Full: the forward pass once more, less the MLP's last product where no norm is behind it.
 
     Attention, which is no matrix product here, is left out on both sides.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDENS, ROOT, KeepsGradients, open_model
+from conftest import GOLDENS, ROOT, KeepsGradients, open_model, write_checkpoint
 from reference import SIZES, reference_model
 
 import minimore.model.trunk
@@ -24,7 +24,7 @@ from minimore.engine.storage import split
 from minimore.engine.streamed import StreamedStep, open_engine, parts_of
 from minimore.model.attention import pack
 from minimore.model.recompute import RECOMPUTE, run_block
-from minimore.model.trunk import rotary_angles
+from minimore.model.rotation import rotary_angles
 from minimore.more import WEIGHTINGS
 from minimore.options import InputError
 
@@ -124,6 +124,20 @@ def test_other_families_stream(family, tmp_path):
     for recipe in STREAMED[::4]:
         vector, _ = after_steps(double(tmp_path), recipe, 2, steps=2)
         assert (vector - expected).abs().max() < 1e-9, recipe
+
+
+def test_a_scaled_embedding_has_the_same_gradient_in_bf16_by_both_engines(transformers, tmp_path):
+    """The scale is rounded to the type of the activations, and so is the gradient behind it."""
+    write_checkpoint(reference_model("gemma"), tmp_path)
+    found = []
+    for engine in ("plain", "streamed"):
+        model, optimizer = open_model(tmp_path), KeepsGradients()
+        model.trunk.compute_dtype = torch.bfloat16
+        assert model.trunk.embedding_scale == 4.90625 != model.trunk.c.embedding_scale
+        step = open_engine(model, optimizer, Recipe(engine)).step
+        step(random_pairs(6), [0, 1] * 3, objective_of(2, "uniform"))
+        found.append(optimizer.gradients["trunk.embedding.weight"])
+    assert torch.equal(*found) and found[0].abs().max() > 0
 
 
 def test_split_is_bitwise_fp32_whose_compute_copy_is_rounded():

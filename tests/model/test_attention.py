@@ -11,8 +11,8 @@ import minimore.model.attention
 import minimore.model.trunk
 from minimore.data.pairs import TokenPair, encode, pack_pairs, shared_length
 from minimore.model.attention import attend, pack
+from minimore.model.rotation import rotary_angles, rotate
 from minimore.model.tokenizer import Tokenizer
-from minimore.model.trunk import rotary_angles, rotate
 from minimore.reward import pair_rewards, text_rewards
 
 HEADS = [(1, 1, 4), (4, 4, 8), (4, 2, 8), (6, 2, 5), (3, 1, 16)]  # H, G, C

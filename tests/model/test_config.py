@@ -254,18 +254,18 @@ def test_a_switch_that_is_not_true_or_false_is_refused(damaged, family, key, val
         ("llama", dict(rope_scaling="linear"), ["rope_scaling", "not an object"]),
         (
             "llama",
-            dict(rope_scaling=dict(type="dynamic", factor=2.0)),
-            ["'dynamic'", "default, linear, llama3"],
+            dict(rope_scaling=dict(type="longrope", factor=2.0)),
+            ["'longrope'", "default, dynamic, linear, llama3"],
         ),
         (
             "llama",
             dict(rope_parameters=dict(rope_type="yarn", factor=2.0)),
-            ["'yarn'", "default, linear, llama3"],
+            ["'yarn'", "default, dynamic, linear, llama3"],
         ),
         (
             "llama",
             dict(rope_parameters=dict(rope_type=["llama3"])),
-            ["['llama3']", "default, linear, llama3"],
+            ["['llama3']", "default, dynamic, linear, llama3"],
         ),
         ("llama", dict(rope_parameters=dict(rope_type="linear")), ['"factor"', "is missing"]),
         (

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDENS, open_model
+from conftest import GOLDENS, open_model, write_checkpoint
+from reference import reference_model
 from torch._dynamo.utils import counters
 
 from minimore.data.pairs import TokenPair, pack_pairs
@@ -55,6 +56,18 @@ def test_a_compiled_block_is_the_block(golden, pairs, on_cpu, monkeypatch):
                 expected = gradients(model, batch, recompute)
             torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2  # the halves of a block
+
+
+def test_blocks_with_a_norm_behind_share_their_three_compiled_parts(
+    transformers, pairs, on_cpu, monkeypatch, tmp_path
+):
+    """One block has a window and a base of rotation of its own, and the other one has not."""
+    write_checkpoint(reference_model("gemma3_text"), tmp_path)
+    model, batch = open_model(tmp_path), pack_pairs(pairs[:3])
+    compiled = gradients(model, batch, "none")
+    monkeypatch.setattr(fused, "DEVICES", set())
+    torch.testing.assert_close(compiled, gradients(model, batch, "none"), rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 3
 
 
 def test_selective_is_not_compiled_since_a_compiler_would_decide_what_is_kept(

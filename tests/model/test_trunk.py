@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import GOLDENS, edit_json, open_model
 from reference import SIZES, reference_model, reference_rewards, reference_texts
+from safetensors.torch import load_file
 
 import minimore.model.checkpoint
 import minimore.model.trunk
@@ -46,6 +47,13 @@ def rope(kind="default", **fields):
     return dict(rope_parameters=dict(rope_type=kind, **(dict(rope_theta=10000.0) | fields)))
 
 
+def two_ropes(**of_full_attention):
+    """Gemma 3's rotation: with and without a window."""
+    full = dict(rope_type="default", rope_theta=2000.0) | of_full_attention
+    sliding = dict(rope_type="default", rope_theta=500.0)
+    return dict(rope_parameters=dict(full_attention=full, sliding_attention=sliding))
+
+
 LLAMA3 = dict(
     rope_theta=500.0,
     factor=8.0,
@@ -53,7 +61,15 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=64,
 )
-LONGEST = {"gpt_neox": 2048, "llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+LONGEST = {
+    "gpt_neox": 2048,
+    "llama": 2048,
+    "mistral": 131072,
+    "qwen2": 32768,
+    "qwen3": 32768,
+    "gemma": 8192,
+    "olmo2": 2048,
+}
 
 
 def without(llama3, name):
@@ -112,6 +128,20 @@ CONFIGURATIONS = [
     ),
     ("opt", {}),
     ("opt", dict(enable_bias=False, activation_function="gelu")),
+    ("llama", rope("dynamic", factor=4.0)),  # the texts are short enough
+    ("olmo2", {}),
+    ("olmo2", dict(attention_bias=True, num_key_value_heads=4, rms_norm_eps=0.05)),
+    ("gemma", {}),
+    (
+        "gemma",
+        dict(head_dim=16, num_key_value_heads=1, attention_bias=True) | rope(rope_theta=500.0),
+    ),
+    ("gemma3_text", {}),
+    ("gemma3_text", dict(query_pre_attn_scalar=24, **two_ropes(factor=8.0, rope_type="linear"))),
+    ("gemma3_text", dict(layer_types=None, num_hidden_layers=7)),
+    ("phi3", {}),
+    ("phi3", dict(sliding_window=16) | rope(partial_rotary_factor=0.5)),  # 3 dimensions rotate
+    ("phi3", dict(hidden_size=32) | rope(partial_rotary_factor=0.75, rope_theta=500.0)),
 ]
 OLD_SPELLINGS = [  # configuration, and its spelling in config.json before transformers 5
     (
@@ -160,6 +190,26 @@ OLD_SPELLINGS = [  # configuration, and its spelling in config.json before trans
         rope(rope_theta=500.0),
         dict(rope_scaling={}, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
     ),
+    (
+        "gemma3_text",
+        two_ropes(factor=8.0, rope_type="linear"),
+        dict(
+            rope_theta=2000,
+            rope_local_base_freq=500,
+            rope_scaling=dict(factor=8.0, rope_type="linear"),
+        ),
+    ),
+    (
+        "gemma3_text",
+        dict(num_hidden_layers=3, layer_types=["sliding_attention"] * 2 + ["full_attention"]),
+        dict(layer_types=..., sliding_window_pattern=3),
+    ),
+    ("gemma", {}, dict(hidden_act="gelu")),  # which means the other one
+    (
+        "phi3",
+        rope(partial_rotary_factor=0.5, rope_theta=500.0),
+        dict(partial_rotary_factor=0.5, rope_theta=500.0, rope_scaling=None),
+    ),
     ("qwen2", dict(num_key_value_heads=4), dict(num_key_value_heads=None)),
     ("gpt_neox", {}, dict(num_key_value_heads=1)),
     ("opt", {}, dict(head_dim=5, num_key_value_heads=1)),
@@ -176,8 +226,9 @@ def write(theirs, directory):
     )
 
 
-def open_by_transformers(transformers, directory):
-    return transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
+def open_by_transformers(transformers, directory, **options):
+    model_class = transformers.AutoModelForSequenceClassification
+    return model_class.from_pretrained(directory, **options).eval()
 
 
 @torch.no_grad()
@@ -204,6 +255,8 @@ def test_rewards_equal_those_of_transformers(transformers, tmp_path, family, cha
 
     (tmp_path / "ours").mkdir()
     save_checkpoint(tmp_path / "ours", checkpoint, ours.trunk, ours.head)
+    for key, tensor in load_file(tmp_path / "ours" / "model.safetensors").items():
+        assert torch.equal(tensor, theirs.state_dict()[key]), key
     reopened = open_by_transformers(transformers, tmp_path / "ours")
     assert type(reopened) is type(theirs) and reopened.config.num_labels == 1
     assert errors(reference_rewards(reopened, TEXTS), expected).max() <= 1
@@ -239,7 +292,17 @@ def test_a_config_of_sizes_alone_has_the_defaults_of_transformers(transformers, 
 
 @pytest.mark.parametrize(
     "family, tied",
-    [("gpt_neox", False), ("llama", False), ("llama", True), ("qwen3", True), ("opt", True)],
+    [
+        ("gpt_neox", False),
+        ("llama", False),
+        ("llama", True),
+        ("qwen3", True),
+        ("opt", True),
+        ("olmo2", False),
+        ("gemma", True),
+        ("gemma3_text", True),
+        ("phi3", False),
+    ],
 )
 def test_a_language_model_has_the_hidden_states_of_transformers_and_no_reward_head(
     transformers, tmp_path, family, tied
@@ -311,6 +374,23 @@ def test_a_wrong_configuration_shows(family, changes):
         ("opt", {}, dict(activation="gelu")),
         ("qwen3", dict(rms_norm_eps=0.05), dict(norm_eps=1e-6)),
         ("qwen3", {}, dict(rope_base=500.0)),
+        ("gemma", {}, dict(norm_offset=0.0)),
+        ("gemma", {}, dict(embedding_scale=1.0)),
+        ("gemma", {}, dict(embedding_scale=5.0)),  # instead of 4.9, as bf16 may round
+        ("gemma", {}, dict(activation="silu")),
+        ("gemma3_text", {}, dict(norm_offset=0.0)),
+        ("gemma3_text", {}, dict(embedding_scale=1.0)),
+        ("gemma3_text", {}, dict(rope_base=1e4, window_rope_base=1e6)),
+        ("gemma3_text", {}, dict(window_rope_base=None)),
+        ("gemma3_text", {}, dict(windows=(None, 16))),
+        ("gemma3_text", {}, dict(windows=(15, None))),
+        ("gemma3_text", {}, dict(windows=(16, 16))),
+        ("gemma3_text", {}, dict(query_scale=1.0)),
+        ("gemma3_text", two_ropes(factor=8.0, rope_type="linear"), dict(rope_factor=1.0)),
+        ("olmo2", dict(rms_norm_eps=0.05), dict(norm_eps=1e-6)),
+        ("olmo2", {}, dict(parallel_residual=True)),
+        ("phi3", rope(partial_rotary_factor=0.5), dict(rotary_width=6)),
+        ("phi3", dict(sliding_window=16), dict(windows=(16, None))),
     ],
     ids=str,
 )
@@ -325,13 +405,83 @@ def test_a_wrong_configuration_of_another_family_shows(
     assert errors(rewards, reference_rewards(theirs, TEXTS)).max() >= FAR
 
 
-def test_missing_query_and_key_norms_show(transformers, tmp_path):
-    theirs = reference_model("qwen3")
+def without_query_and_key_norms(block):
+    block.attention.query_norm = block.attention.key_norm = torch.nn.Identity()
+
+
+def norms_before(block):
+    """Those behind attention and MLP are put before them."""
+    block.attention_norm, block.mlp_norm = block.attention_output_norm, block.mlp_output_norm
+    block.attention_output_norm = block.mlp_output_norm = torch.nn.Identity()
+
+
+def norms_of_the_sum(block):
+    """The residual stream is normed together with what is added, as in the first transformer."""
+
+    def after_attention(x, attended):
+        residual = block.attention_output_norm(x + block.attention.output(attended.flatten(1)))
+        return residual, block.mlp.hidden(residual)
+
+    def last_product(residual, hidden):
+        return block.mlp_output_norm(residual + block.mlp.down(hidden))
+
+    block.after_attention, block.last_product = after_attention, last_product
+
+
+def no_norms_behind(block):
+    block.attention_output_norm = block.mlp_output_norm = torch.nn.Identity()
+
+
+def exchanged_norms(block):
+    """What LLaMA calls post_attention_layernorm is its norm before the MLP."""
+    block.attention_output_norm, block.mlp_norm = block.mlp_norm, block.attention_output_norm
+
+
+def exchanged_gate(block):
+    block.mlp.gate, block.mlp.up = block.mlp.up, block.mlp.gate
+
+
+@pytest.mark.parametrize(
+    "family, mistake",
+    [
+        ("qwen3", without_query_and_key_norms),
+        ("olmo2", without_query_and_key_norms),
+        ("gemma3_text", without_query_and_key_norms),
+        ("olmo2", norms_before),
+        ("olmo2", norms_of_the_sum),
+        ("olmo2", no_norms_behind),
+        ("gemma3_text", no_norms_behind),
+        ("gemma3_text", exchanged_norms),
+        ("phi3", exchanged_gate),
+    ],
+)
+def test_norms_in_the_wrong_place_and_exchanged_matrices_show(
+    transformers, tmp_path, family, mistake
+):
+    theirs = reference_model(family)
     write(theirs, tmp_path)
     ours = open_model(tmp_path)
     for block in ours.trunk.blocks:
-        block.attention.query_norm = block.attention.key_norm = torch.nn.Identity()
+        mistake(block)
     assert errors(rewards_of(ours), reference_rewards(theirs, TEXTS)).max() >= FAR
+
+
+def test_heads_normed_one_by_one_show(transformers, tmp_path, monkeypatch):
+    """OLMo-2's norm is over all heads together."""
+
+    def one_by_one(norm, x):
+        weight = norm.weight.view(-1, 6)
+        heads = x.view(len(x), -1, 6)
+        scale = torch.rsqrt(heads.square().mean(-1, keepdim=True) + norm.eps)
+        return heads * scale * weight
+
+    theirs = reference_model("olmo2")
+    write(theirs, tmp_path)
+    monkeypatch.setattr(
+        minimore.model.trunk.Attention, "_normed", lambda self, norm, x: one_by_one(norm, x)
+    )
+    rewards = rewards_of(open_model(tmp_path))
+    assert errors(rewards, reference_rewards(theirs, TEXTS)).max() >= FAR
 
 
 @pytest.mark.parametrize("family", SIZES)
@@ -348,7 +498,8 @@ def test_a_run_stored_in_bfloat16_scores_alike_to_its_rounding(transformers, tmp
     ours = open_model(tmp_path / "ours")
     ours.trunk.compute_dtype = torch.bfloat16
     assert 0 < (rewards_of(ours) - exact).abs().max() < 2 * rounding < 0.5
-    assert errors(reference_rewards(reopened.float(), TEXTS), exact).max() <= 1
+    wide = open_by_transformers(transformers, tmp_path / "ours", dtype=torch.float32)
+    assert errors(reference_rewards(wide, TEXTS), exact).max() <= 1
 
 
 def test_the_other_gelu_shows():
@@ -421,7 +572,7 @@ def test_another_grouping_of_heads_shows(monkeypatch):
 def test_the_other_layout_of_the_fused_projection_shows(monkeypatch):
     """[all queries, all keys, all values] instead of head by head."""
     monkeypatch.setattr(
-        minimore.model.checkpoint, "split_heads", lambda fused, heads: list(fused.chunk(3))
+        minimore.model.checkpoint, "split_rows", lambda fused, rows, groups: list(fused.chunk(3))
     )
     assert_shows("gpt_neox", open_model(GOLDENS / "gpt_neox"))
 

@@ -111,9 +111,10 @@ def temperatures(
 ) -> Report:
     """Temperatures fitted on held-out margins, and what they do to the test sources.
 
-    margins, held_out: {source: (N,)}, and the shares of votes for their chosen responses. One temperature is fitted for each held-out source, and one
-    for all of them. A temperature changes no ranking, so no accuracy. Where the held-out pairs
-    leave none (they are separable, or not informative) it is None, and so is what would follow.
+    margins, held_out: {source: (N,)}, and the shares of votes for their chosen responses. One
+    temperature is fitted for each held-out source, and one for all of them. A temperature changes
+    no ranking, so no accuracy. Where the held-out pairs leave none (they are separable, or not
+    informative) it is None, and so is what would follow.
     """
     names = list(held_out)
     pooled = usable_temperature(

@@ -56,8 +56,9 @@ class World:
 
     conflict: share of an annotator's taste that is drift, 0 to 1. decisiveness: beta of each
     annotator, or one for all. train_pairs: of each annotator, or one for all. ties: share of pairs
-    that are labelled a tie. votes: drawn for every pair; one is a plain label. reveal: whether the prompt names the annotator. reversed: an annotator
-    who wants the opposite of r*, whose drift is no longer orthogonal to it.
+    that are labelled a tie. votes: on every pair; one is a plain label. reveal: whether the prompt
+    names the annotator. reversed: an annotator who wants the opposite of r*, whose drift is no
+    longer orthogonal to it.
 
     Raises InputError for a world that cannot be.
     """
@@ -260,10 +261,7 @@ class World:
         b = " " + _draw_words(random, self.response_words)
         margin = self.true_margins([Pair(prompt, a, b)])[0, k]
         p = float(probability(self._of(self.decisiveness, k) * margin))
-        if self.votes == 1:
-            for_a = int(random.random() < p)
-        else:
-            for_a = int(random.binomial(self.votes, p))
+        for_a = int((random.random(self.votes) < p).sum())
         is_tie = random.random() < self.ties
         labelled = LabelledPair(prompt, a, b, (for_a, self.votes - for_a), p)
         return labelled.tie() if is_tie else LineFormat.of(k).write(labelled)

@@ -218,7 +218,7 @@ def votes_table(report: Report) -> str:
         rows.add(
             name,
             figures["pairs"],
-            number(figures["votes"]),
+            number(figures["votes"], 1),
             number(figures["annotators_agree"]),
             number(figures["model_agrees"]),
             number(figures["ceiling"]),
@@ -231,7 +231,7 @@ def votes_table(report: Report) -> str:
     return (
         "on pairs with several votes: how often two annotators agree, how often the model agrees"
         f" with one,\nand how often any rule could; what no model can avoid, and what this one"
-        f" adds\n{rows}"
+        f" adds (below 0 by chance alone)\n{rows}"
     )
 
 

@@ -158,17 +158,18 @@ def record_pairs(
 def _labelled(pairs: list[Pair], label: Label, rules: LabelRules) -> tuple[list[Pair], int]:
     """The pairs with their label, and how many label ties are left out.
 
-    The response with more votes becomes the chosen one. A pair on which nobody agrees has no
-    response that should be ahead, so no margin.
+    The response with more votes becomes the chosen one. Of evenly split votes neither should be
+    ahead, so there is no margin.
     """
     if label.share < 1 / 2:
         pairs, label = [pair.turned() for pair in pairs], label._replace(share=1 - label.share)
-    if label.share == 1 / 2:
+    is_even = label.share == 1 / 2
+    if is_even:
         label = label._replace(margin=0.0)
     if rules.votes == "majority":
-        if label.share == 1 / 2 and rules.ties == "out":
+        if is_even and rules.ties == "out":
             return [], len(pairs)
-        label = label._replace(share=1.0 if label.share > 1 / 2 else label.share, votes=1.0)
+        label = label._replace(share=1 / 2 if is_even else 1.0, votes=1.0)
     if label == ONE_VOTE:
         return pairs, 0
     return [pair._replace(label=label) for pair in pairs], 0
@@ -327,6 +328,7 @@ def _scored_texts(record: Record, where: str, rules: LabelRules) -> tuple[list[P
     end = prompt_end(texts)
 
     def pair_of(i: int, j: int) -> list[Pair]:
+        """Text i as the chosen one, text j as the rejected one."""
         return [Pair(texts[0][:end], texts[i][end:], texts[j][end:])]
 
     return _scored_pairs(pair_of, ordered, tied, record, where, rules)
@@ -340,9 +342,11 @@ def _scored_pairs(
     where: str,
     rules: LabelRules,
 ) -> tuple[list[Pair], int]:
-    """The pairs of ordered places, with what the record says of all, and its label ties.
+    """The pairs of ordered places, and how many label ties are left out.
 
-    Under ties="half" each tie makes a pair, of which either response is the better one as much.
+    pair_of: makes the pair of two places. tied: the places of label ties, each of which makes a
+    pair with the share 1/2 under ties="half". What the record says of margin and weight is said of
+    all its pairs.
     """
     refuse_votes(record, where, rules)
     label = read_label(record, where, rules)
@@ -350,7 +354,8 @@ def _scored_pairs(
     if rules.ties == "out":
         return pairs, len(tied)
     half = label._replace(share=1 / 2)
-    return pairs + [pair for i, j in tied for pair in _labelled(pair_of(i, j), half, rules)[0]], 0
+    pairs += [pair for i, j in tied for pair in _labelled(pair_of(i, j), half, rules)[0]]
+    return pairs, 0
 
 
 def _scored_responses(
@@ -368,6 +373,7 @@ def _scored_responses(
     ordered, tied = _ordered(_scores(record, "scores", len(responses), where))
 
     def pair_of(i: int, j: int) -> list[Pair]:
+        """Response i as the chosen one, response j as the rejected one."""
         single = record | {"chosen": responses[i], "rejected": responses[j]}
         return record_pairs(single, where, tokenizer, chat)[0]
 

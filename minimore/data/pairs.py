@@ -207,29 +207,29 @@ def load_sources(
     See `labels.source_name`. A value without a usable pair makes no source, which is said. Raises
     InputError as `load_source` does.
     """
-    readings: dict[str, Reading] = {}
+    readers: dict[str, SourceReader] = {}
     for where, record in read_records(path):
         own_name = source_name(name, field, record, where)
-        if own_name not in readings:
-            readings[own_name] = Reading(Source(own_name), tokenizer, rules, labels)
+        if own_name not in readers:
+            readers[own_name] = SourceReader(Source(own_name), tokenizer, rules, labels)
         require(
-            len(readings) <= MOST_SOURCES_OF_A_FILE,
+            len(readers) <= MOST_SOURCES_OF_A_FILE,
             f"{path}: --source-field {field} makes more than {MOST_SOURCES_OF_A_FILE} sources",
         )
-        readings[own_name].add(record, where)
-    require(readings, f"{path}: is empty; source {name!r} needs at least one pair")
-    read = [readings[own_name] for own_name in sorted(readings)]
-    for reading in read:
-        reading.tokenise()
-    usable = [reading for reading in read if reading.source.pairs]
-    unusable = [reading.source.name for reading in read if not reading.source.pairs]
+        readers[own_name].add(record, where)
+    require(readers, f"{path}: is empty; source {name!r} needs at least one pair")
+    for reader in readers.values():
+        reader.tokenise()
+    in_order = [readers[own_name] for own_name in sorted(readers)]
+    usable = [reader for reader in in_order if reader.source.pairs]
+    unusable = [reader.source.name for reader in in_order if not reader.source.pairs]
     if usable and unusable:
         print(f"{path}: no usable pair, so no source: {', '.join(unusable)}", flush=True)
-    return [reading.finished(path) for reading in usable or read]
+    return [reader.finished(path) for reader in usable or in_order]
 
 
 @dataclass
-class Reading:
+class SourceReader:
     """A source that is being read, and its pairs that wait to be tokenised together."""
 
     source: Source

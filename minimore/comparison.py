@@ -30,7 +30,13 @@ def compare(
         name = source.name
         mine, theirs = places_of_common_pairs(source, baseline_source)
         prompts = np.array([source.pairs[place].prompt for place in mine])
-        differences[name] = difference(margins[name][mine], baseline[name][theirs], prompts)
+        differences[name] = difference(
+            margins[name][mine],
+            baseline[name][theirs],
+            prompts,
+            source.shares[mine],
+            source.votes[mine],
+        )
     return differences
 
 
@@ -43,17 +49,24 @@ def places_of_common_pairs(source: Source, other: Source) -> tuple[list[int], li
     return [place[index] for index in common], [other_place[index] for index in common]
 
 
-def difference(margins: np.ndarray, baseline: np.ndarray, prompts: np.ndarray) -> Report:
+def difference(
+    margins: np.ndarray,
+    baseline: np.ndarray,
+    prompts: np.ndarray,
+    shares: np.ndarray,
+    votes: np.ndarray,
+) -> Report:
     """Accuracy and ECE of margins (N,) minus those of baseline (N,), with paired intervals.
 
     ece_interval is None where both lie near the floor: two such ECEs are not ranked.
     """
-    accuracy, ece = uncertainty.difference_intervals(margins, baseline, prompts)
-    eces = (calibration.pair_ece(margins), calibration.pair_ece(baseline))
-    floors = (
-        uncertainty.noise_floor(margins, prompts),
-        uncertainty.noise_floor(baseline, prompts),
+    accuracy, ece = uncertainty.difference_intervals(margins, baseline, prompts, outcomes=shares)
+    both = (margins, baseline)
+    my_ece, their_ece = (calibration.pair_ece(m, outcomes=shares) for m in both)
+    my_floor, their_floor = (
+        uncertainty.noise_floor(m, prompts, outcomes=shares, votes=votes) for m in both
     )
+    eces, floors = (my_ece, their_ece), (my_floor, their_floor)
     one_is_clear = any(map(uncertainty.is_miscalibrated, eces, floors))
     exceeds_noise = {
         "accuracy": accuracy.excludes_zero,
@@ -93,40 +106,47 @@ def comparison_table(differences: Report, baseline: str) -> str:
 # ---- temperature ---------------------------------------------------------------------------------
 
 
-def temperatures(margins: Margins, held_out: Margins) -> Report:
+def temperatures(
+    margins: Margins, held_out: Margins, shares: Margins, held_out_shares: Margins
+) -> Report:
     """Temperatures fitted on held-out margins, and what they do to the test sources.
 
-    margins, held_out: {source: (N,)}. One temperature is fitted for each held-out source, and one
-    for all of them. A temperature changes no ranking, so no accuracy. Where the held-out pairs
-    leave none (they are separable, or not informative) it is None, and so is what would follow.
+    margins, held_out: {source: (N,)}, and the shares of votes for their chosen responses. One
+    temperature is fitted for each held-out source, and one for all of them. A temperature changes
+    no ranking, so no accuracy. Where the held-out pairs leave none (they are separable, or not
+    informative) it is None, and so is what would follow.
     """
-    pooled = usable_temperature(np.concatenate(list(held_out.values())))
-    own = {name: usable_temperature(values) for name, values in held_out.items()}
+    names = list(held_out)
+    pooled = usable_temperature(
+        np.concatenate([held_out[name] for name in names]),
+        np.concatenate([held_out_shares[name] for name in names]),
+    )
+    own = {name: usable_temperature(held_out[name], held_out_shares[name]) for name in names}
     sources = {}
     for name, values in margins.items():
         sources[name] = {
             "temperature": own.get(name),
-            **figures_at(values, 1.0),
-            "by_pooled": figures_at(values, pooled),
-            "by_own": figures_at(values, own.get(name)),
+            **figures_at(values, shares[name], 1.0),
+            "by_pooled": figures_at(values, shares[name], pooled),
+            "by_own": figures_at(values, shares[name], own.get(name)),
         }
     return {"pooled": pooled, "sources": sources}
 
 
-def usable_temperature(margins: np.ndarray) -> float | None:
+def usable_temperature(margins: np.ndarray, shares: np.ndarray) -> float | None:
     """The fitted temperature, or None if it is 0 or infinite."""
-    temperature = calibration.fit_temperature(margins)
+    temperature = calibration.fit_temperature(margins, shares)
     return temperature if 0 < temperature < math.inf else None
 
 
-def figures_at(margins: np.ndarray, temperature: float | None) -> Report:
+def figures_at(margins: np.ndarray, shares: np.ndarray, temperature: float | None) -> Report:
     """ECE and NLL of margins (N,) divided by a temperature; None without one."""
     if temperature is None:
         return {"ece": None, "nll": None}
     scaled = margins / temperature
     return {
-        "ece": calibration.pair_ece(scaled),
-        "nll": calibration.negative_log_likelihood(scaled),
+        "ece": calibration.pair_ece(scaled, outcomes=shares),
+        "nll": calibration.negative_log_likelihood(scaled, shares),
     }
 
 

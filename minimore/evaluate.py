@@ -8,7 +8,8 @@ from pathlib import Path
 
 from . import plots
 from .comparison import compare, comparison_table, temperature_table, temperatures
-from .data.pairs import Source, TextRules, load_source
+from .data.labels import LabelOptions
+from .data.pairs import Source, TextRules, load_sources
 from .files import refuse_existing, write_json
 from .model.checkpoint import Checkpoint
 from .options import InputError, check_ranges, option, parse_sources, require
@@ -19,7 +20,7 @@ Paths = Mapping[str, str]  # name of a source -> its file
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ReadingOptions):
+class EvaluateOptions(ReadingOptions, LabelOptions):
     """What `evaluate` takes."""
 
     source: tuple[str, ...] = option(
@@ -69,10 +70,13 @@ def evaluate(options: EvaluateOptions) -> None:
         )
         print(comparison_table(report["differences"], options.baseline))
     if reading.held_out:
-        report["temperatures"] = temperatures(reading.margins, reading.held_out)
+        report["temperatures"] = temperatures(
+            reading.margins, reading.held_out, reading.shares, reading.held_out_shares
+        )
         print(temperature_table(report["temperatures"]))
     if options.figures:
-        print(f"figure: {plots.draw_margins(reading.margins, Path(options.figures))}")
+        figure = plots.draw_margins(reading.margins, Path(options.figures), reading.shares)
+        print(f"figure: {figure}")
     if options.json:
         write_json(options.json, report)
 
@@ -133,6 +137,17 @@ class Reading:
     sources: list[Source]
     margins: Margins  # of the test pairs
     held_out: Margins
+    held_out_sources: list[Source]
+
+    @property
+    def shares(self) -> Margins:
+        """Of votes for the chosen response of every test pair."""
+        return {source.name: source.shares for source in self.sources}
+
+    @property
+    def held_out_shares(self) -> Margins:
+        """The same of the held-out pairs."""
+        return {source.name: source.shares for source in self.held_out_sources}
 
 
 def read(options: EvaluateOptions, model_name: str, paths: Paths, held_out_paths: Paths) -> Reading:
@@ -141,8 +156,11 @@ def read(options: EvaluateOptions, model_name: str, paths: Paths, held_out_paths
     rules = options.rules(checkpoint)
 
     def load(paths: Paths) -> list[Source]:
+        labels, field = options.label_rules, options.source_field
         return [
-            load_source(name, path, checkpoint.tokenizer, *rules) for name, path in paths.items()
+            source
+            for name, path in paths.items()
+            for source in load_sources(name, path, checkpoint.tokenizer, rules, labels, field)
         ]
 
     sources, held_out = load(paths), load(held_out_paths)
@@ -164,4 +182,4 @@ def read(options: EvaluateOptions, model_name: str, paths: Paths, held_out_paths
             f"{model_name}: no score.weight, so this is an untrained head (the paper's Raw)",
             file=sys.stderr,
         )
-    return Reading(rules, sources, margins, held_out_margins)
+    return Reading(rules, sources, margins, held_out_margins, held_out)

@@ -20,23 +20,28 @@ from .checksums import checksum
 from .engine.cost import in_time
 from .engine.objective import StepResult
 from .files import to_disk, write_bytes
-from .more import bradley_terry_losses, head_gradients
+from .more import Labels, bradley_terry_losses, head_gradients
 from .options import InputError
 
 
 @torch.no_grad()
-def step_metrics(result: StepResult, source: Tensor, names: Sequence[str]) -> dict[str, Any]:
+def step_metrics(
+    result: StepResult, source: Tensor, names: Sequence[str], labels: Labels | None = None
+) -> dict[str, Any]:
     """What metrics.jsonl says of one step.
 
-    source: (B,) integers in [0, K); names: of the sources. Per source: pairs, loss (without label
-    smoothing), accuracy, weight and the norm of the head gradient; the cosines between the sources'
-    head gradients. None where a source has no pair.
+    source: (B,) integers in [0, K); names: of the sources; labels: of the pairs. Per source: pairs,
+    loss (without label smoothing), accuracy, weight and the norm of the head gradient; the cosines
+    between the sources' head gradients. None where a source has no pair.
     """
     K, head = len(names), result.head
     margins = (result.z_chosen - result.z_rejected) @ head  # (B,)
     is_right = (margins > 0).double() + 0.5 * (margins == 0)  # a reward tie is half right
-    losses = bradley_terry_losses(head, result.z_chosen, result.z_rejected, source, K)
-    gradients = head_gradients(head, result.z_chosen, result.z_rejected, source, K)  # (K, D)
+    if labels is not None:
+        is_right[labels.target == 0.5] = 0.5  # and so is any answer where votes are evenly split
+    pairs = (head, result.z_chosen, result.z_rejected, source, K, 0.0, labels)
+    losses = bradley_terry_losses(*pairs)
+    gradients = head_gradients(*pairs)  # (K, D)
     norms = gradients.norm(dim=1)
     by_source = {}
     for k, name in enumerate(names):

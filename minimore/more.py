@@ -14,18 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .votes import Labels, labelled_losses, labelled_slopes
+
 MOST_SOURCES = 12  # the exact solver tries all 2^K - 1 supports
 
 
-def pair_losses(margins: Tensor, smoothing: float = 0.0) -> Tensor:
+def pair_losses(margins: Tensor, smoothing: float = 0.0, labels: Labels | None = None) -> Tensor:
     """Bradley-Terry loss of each pair: -log sigmoid(r_chosen - r_rejected), the summand of Eq. 1.
 
-    margins: (B,) -> (B,), nats. smoothing: the share of labels taken as the wrong way round, a
-    control that the paper lacks. Source: Bradley and Terry 1952; arXiv 2312.07401v5, Eq. 1.
+    margins: (B,) -> (B,), nats. smoothing: the share of labels taken as the wrong way round, and
+    labels: votes and the like; the paper has neither (votes.py). Source: Bradley
+    and Terry 1952; arXiv 2312.07401v5, Eq. 1.
 
     >>> pair_losses(torch.tensor([0.0]))
     tensor([0.6931])
     """
+    if labels is not None:
+        return labelled_losses(margins, labels, smoothing)
     losses = -F.logsigmoid(margins)
     if smoothing == 0:
         return losses
@@ -39,6 +44,7 @@ def bradley_terry_losses(
     source: Tensor,
     sources: int | None = None,
     smoothing: float = 0.0,
+    labels: Labels | None = None,
 ) -> Tensor:
     """Mean Bradley-Terry loss of each source.
 
@@ -48,7 +54,7 @@ def bradley_terry_losses(
     default the largest + 1. Returns (K,), nats; NaN for a source without a pair in the batch.
     Source: Eq. 1, once per source as in Eq. 7.
     """
-    losses = pair_losses((z_chosen - z_rejected) @ head, smoothing)  # Eq. 1
+    losses = pair_losses((z_chosen - z_rejected) @ head, smoothing, labels)  # Eq. 1
     return torch.stack([losses[source == k].mean() for k in range(_count(source, sources))])
 
 
@@ -59,17 +65,23 @@ def head_gradients(
     source: Tensor,
     sources: int | None = None,
     smoothing: float = 0.0,
+    labels: Labels | None = None,
 ) -> Tensor:
     """Gradient of each source's loss with respect to the head, in closed form; no backward pass.
 
     g_k = -mean_{b in k} sigmoid(-margin_b) (z_chosen_b - z_rejected_b)
 
-    With smoothing s, sigmoid(-margin_b) - s stands in the place of sigmoid(-margin_b). Shapes as in
-    `bradley_terry_losses`. Returns (K, D), detached; a NaN row for a source without a pair. Source:
-    Eq. 8 and appendix B, theta_rm; equal to autograd on `bradley_terry_losses`.
+    With smoothing s, sigmoid(-margin_b) - s stands in the place of sigmoid(-margin_b); with labels,
+    minus `labelled_slopes` does. Shapes as in `bradley_terry_losses`. Returns (K, D), detached; a
+    NaN row for a source without a pair. Source: Eq. 8 and appendix B, theta_rm; equal to autograd
+    on `bradley_terry_losses`.
     """
     difference = (z_chosen - z_rejected).detach()  # (B, D)
-    d_margin = smoothing - torch.sigmoid(-(difference @ head.detach()))  # (B,) d loss / d margin
+    margins = difference @ head.detach()  # (B,)
+    if labels is None:
+        d_margin = smoothing - torch.sigmoid(-margins)  # (B,) d loss / d margin
+    else:
+        d_margin = labelled_slopes(margins, labels, smoothing)
     per_pair = d_margin[:, None] * difference  # (B, D)
     return torch.stack([per_pair[source == k].mean(0) for k in range(_count(source, sources))])
 

@@ -39,15 +39,22 @@ def _figure(columns: float, rows: int = 1) -> Any:
     return Figure(figsize=(3.2 * columns, 3.0 * rows), layout="constrained")  # inches
 
 
-def draw_margins(margins: dict[str, np.ndarray], directory: Path) -> Path:
+def draw_margins(
+    margins: dict[str, np.ndarray],
+    directory: Path,
+    outcomes: dict[str, np.ndarray] | None = None,
+) -> Path:
     """Reliability diagrams and histograms of margins, a column for every source.
 
-    Top: the paper's bins, which hold both orders of every pair, each with its 95% interval.
+    Top: the paper's bins, which hold both orders of every pair, each with its 95% interval, as of
+    one vote a pair. outcomes: of every pair the share of votes for its chosen response, by default
+    1. Where pairs have several votes, the intervals are too wide.
     """
     figure = _figure(len(margins), 2)
     axes = figure.subplots(2, len(margins), squeeze=False)
     for k, (name, m) in enumerate(margins.items()):
-        bins, top, bottom = pair_reliability(m), axes[0, k], axes[1, k]
+        bins = pair_reliability(m, outcomes=outcomes[name] if outcomes else 1.0)
+        top, bottom = axes[0, k], axes[1, k]
         is_filled = bins.count > 0
         shares = bins.accuracy[is_filled]
         low, high = _wilson(shares, bins.count[is_filled])

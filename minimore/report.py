@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import calibration, uncertainty
 from .data.pairs import Source
+from .disagreement import disagreement
 from .reward import RewardModel, pair_rewards
 from .tables import Table, number, with_interval
 from .uncertainty import Floor, Interval
@@ -79,12 +81,18 @@ def source_report(margins: np.ndarray, source: Source) -> Report:
 
     Baselines on the same pairs: length_accuracy prefers the longer response, counted in characters;
     random_accuracy is 1/2.
+
+    Where pairs have several votes, both accuracies are against their majority, and evenly split
+    votes count one half; calibration, brier and nll are those of the shares of votes. `votes` then
+    has what annotators disagree about and what the model gets wrong; see `Disagreement`.
     """
-    prompts = np.array([pair.prompt for pair in source.pairs])
-    accuracy, debiased_ece = uncertainty.intervals(margins, prompts)
-    floor = uncertainty.noise_floor(margins, prompts)
-    kind = calibration_kind(margins, floor)
-    return {
+    prompts, shares = np.array([pair.prompt for pair in source.pairs]), source.shares
+    votes = source.votes if (source.votes != 1).any() else None
+    most = calibration.majority(shares)
+    accuracy, debiased_ece = uncertainty.intervals(margins, prompts, outcomes=shares)
+    floor = uncertainty.noise_floor(margins, prompts, outcomes=shares, votes=votes)
+    kind = calibration_kind(margins, floor, shares)
+    figures = {
         "pairs": len(margins),
         "prompts": len(np.unique(prompts)),
         "label_ties": source.label_ties,
@@ -94,35 +102,38 @@ def source_report(margins: np.ndarray, source: Source) -> Report:
         "named": source.named,
         "dropped": source.dropped,
         "reward_ties": int((margins == 0).sum()),
-        "accuracy": calibration.accuracy(margins),
+        "accuracy": calibration.accuracy(margins, most),
         "accuracy_interval": ends_of(accuracy),
-        "ece": calibration.pair_ece(margins),
+        "ece": calibration.pair_ece(margins, outcomes=shares),
         "ece_debiased": debiased_ece.value,
         "ece_floor": floor.mean,
         "ece_floor_high": floor.high,
-        "ace": calibration.pair_ace(margins),
-        "mce": calibration.pair_mce(margins),
-        "brier": calibration.brier(margins),
-        "nll": calibration.negative_log_likelihood(margins),
+        "ace": calibration.pair_ace(margins, outcomes=shares),
+        "mce": calibration.pair_mce(margins, outcomes=shares),
+        "brier": calibration.brier(margins, shares),
+        "nll": calibration.negative_log_likelihood(margins, shares),
         "mean_margin": float(margins.mean()),
-        "length_accuracy": calibration.accuracy([pair.longer for pair in source.pairs]),
+        "length_accuracy": calibration.accuracy([pair.longer for pair in source.pairs], most),
         "random_accuracy": 0.5,
         "calibration": kind,
         "ece_interval": ends_of(debiased_ece) if kind in MISCALIBRATED else None,
     }
+    of_votes = disagreement(margins, shares, source.votes)
+    return figures | ({"votes": of_votes._asdict()} if of_votes else {})
 
 
-def calibration_kind(margins: np.ndarray, floor: Floor) -> str:
+def calibration_kind(margins: np.ndarray, floor: Floor, shares: ArrayLike = 1.0) -> str:
     """One of MISCALIBRATED, or "indistinguishable" from calibrated, or "no margins".
 
-    There are none where all of them are rounding. floor: of the ECE of these margins.
+    There are none where all of them are rounding. floor: of the ECE of these margins; shares: of
+    votes for the chosen responses.
     """
     if np.abs(margins).max() < ROUNDING:
         return "no margins"
-    if not uncertainty.is_miscalibrated(calibration.pair_ece(margins), floor):
+    if not uncertainty.is_miscalibrated(calibration.pair_ece(margins, outcomes=shares), floor):
         return "indistinguishable"
     confidence = calibration.probability(np.abs(margins)).mean()
-    is_over = confidence > calibration.accuracy(margins)
+    is_over = confidence > calibration.accuracy(margins, shares)
     return "over-confident" if is_over else "under-confident"
 
 
@@ -178,7 +189,50 @@ def table(report: Report) -> str:
         number(worst["ece"]),
         *(None, None),
     )
-    return str(rows)
+    of_votes = votes_table(report)
+    return f"{rows}\n{of_votes}" if of_votes else str(rows)
+
+
+def votes_table(report: Report) -> str:
+    """What annotators disagree about and what the model gets wrong; "" without votes.
+
+    A score is written as the model's own, then the annotators' part and the model's.
+    """
+    rows = Table(
+        "source",
+        "pairs",
+        "votes",
+        "annotators agree",
+        "model agrees",
+        "at most",
+        "Brier: disagreement + model",
+        "NLL: disagreement + model",
+        left=("Brier: disagreement + model", "NLL: disagreement + model"),
+    )
+    for name, row in report["sources"].items():
+        if "votes" not in row:
+            continue
+        figures = row["votes"]
+        low, high = figures["nll_floor"]
+        brier, brier_floor, nll = figures["brier"], figures["brier_floor"], figures["nll"]
+        rows.add(
+            name,
+            figures["pairs"],
+            number(figures["votes"], 1),
+            number(figures["annotators_agree"]),
+            number(figures["model_agrees"]),
+            number(figures["ceiling"]),
+            f"{number(brier)} = {number(brier_floor)} + {number(brier - brier_floor)}",
+            f"{number(nll)} = {number(low)} to {number(high)} + {number(nll - high)} to"
+            f" {number(nll - low)}",
+        )
+    if not any("votes" in row for row in report["sources"].values()):
+        return ""
+    return (
+        "on pairs with several votes: how often two annotators agree, how often the model agrees"
+        f" with one,\nand how often any rule could; what no model can avoid, and what this one"
+        f" adds (below 0 by chance alone)\n{rows}"
+    )
 
 
 def verdict(row: Report) -> str:

@@ -74,8 +74,13 @@ def open_run(options: Any) -> Path | None:
 
 
 def _require_same_options(run: Path, options: Any) -> None:
-    """Refuse options other than those with which the run began."""
-    wanted, stored = as_json(options), read_checked_json(run / "options.json")
+    """Refuse options other than those with which the run began.
+
+    An option that there was not yet when it began has its default.
+    """
+    defaults = {field.name: field.default for field in fields(options)}
+    stored = defaults | read_checked_json(run / "options.json")
+    wanted = as_json(options)
     for key in sorted(wanted.keys() | stored.keys() - {"recipe"}):
         require(
             key in MAY_CHANGE or wanted.get(key) == stored.get(key),

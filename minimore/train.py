@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data.pairs import Source, TokenPair, load_source
+from .data.labels import LabelRules
+from .data.pairs import Source, TokenPair, load_sources
 from .data.sampling import batch_size_of
-from .engine.objective import RewardObjective, StepResult
+from .engine.objective import RewardObjective, StepResult, labels_of
 from .engine.streamed import open_engine
 from .engine.workload import RunOptions, workload_of
 from .files import write_json, write_text
@@ -85,11 +86,24 @@ class TrainOptions(LoopOptions, RunOptions):
         help="share of labels taken as the wrong way round; metrics.jsonl has the losses of "
         "sources without it",
     )
+    pair_margins: bool = option(
+        False,
+        help='in the loss, take the "margin" of a pair off its reward margin, as Llama 2 did',
+    )
+    pair_weights: bool = option(
+        False,
+        help='multiply the loss of a pair by its "weight" over the mean weight of its source',
+    )
     eval_steps: int | None = option(
         None,
         within=COUNT,
         help="steps between evaluations on the TEST files (default: only at the end)",
     )
+
+    @property
+    def label_rules(self) -> LabelRules:
+        """What is read of the labels."""
+        return LabelRules(self.votes, self.ties, self.pair_margins, self.pair_weights)
 
 
 def train(options: TrainOptions, watch: Watch | None = None) -> int:
@@ -140,11 +154,12 @@ class RewardTraining(Training):
         After every --eval-steps there is an evaluation, of things as they are after it.
         """
         on_device = torch.tensor(source, device=result.z_chosen.device)
+        labels = labels_of([pair.label for pair in items], result.head)
         record = {
             "step": step,
             "learning_rate": self.optimizer.learning_rate,
             "tokens": sum(pair.tokens for pair in items),
-            **step_metrics(result, on_device, self.names),
+            **step_metrics(result, on_device, self.names, labels),
         }
         if self.options.eval_steps and step % self.options.eval_steps == 0:
             record["evaluation"] = self.evaluation()
@@ -177,22 +192,29 @@ class RewardTraining(Training):
 def check_options(options: TrainOptions, sources: int) -> None:
     """Refuse options that cannot be run (InputError)."""
     check_ranges(options)
-    batch_size_of(options, sources)  # refuses a batch of unequal shares
+    if options.source_field is None:
+        check_number_of_sources(options, sources)  # else it is known when the files are read
     is_more = options.method == "more"
     require(
         options.lambda_scope != "group" or options.sampling == "equal",
         "--lambda-scope group needs --sampling equal: a group is one pair of every source",
     )
     require(
-        not is_more or sources <= MOST_SOURCES,
-        f"--method more: {sources} sources, but the exact solver takes at most {MOST_SOURCES};"
-        " merge some",
-    )
-    require(
         is_more or (options.normalize == "l2" and options.gradient_average == 1),
         "--normalize and --gradient-average go with --method more",
     )
     check_recipe_options(options)
+
+
+def check_number_of_sources(options: TrainOptions, sources: int) -> None:
+    """Refuse so many sources as cannot be weighted, or cannot share a step (InputError)."""
+    require(
+        options.method != "more" or sources <= MOST_SOURCES,
+        f"--method more: {sources} sources, but the exact solver takes at most {MOST_SOURCES};"
+        " merge some"
+        + (f", or leave out --source-field {options.source_field}" if options.source_field else ""),
+    )
+    batch_size_of(options, sources)  # refuses a batch of unequal shares
 
 
 def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> RewardTraining:
@@ -202,7 +224,8 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     """
     origin, facts = open_origin(options, run)
     check_length(origin.config, options.max_length, origin.directory)
-    sources, test_sources = load_sources(options, paths, origin)
+    sources, test_sources = open_sources(options, paths, origin)
+    check_number_of_sources(options, len(sources))
     batch_size = batch_size_of(options, len(sources))
     files_to_save(origin)  # what cannot be saved in the end is refused now
     recipe = choose_recipe(options, origin, lambda: workload_of(options, sources, batch_size))
@@ -236,29 +259,45 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     return training
 
 
-def load_sources(
+def open_sources(
     options: TrainOptions, paths: Paths, checkpoint: Checkpoint
 ) -> tuple[list[Source], list[Source]]:
     """The training sources, and the test sources if there are any; a line describes each."""
-    train_sources, test_sources = [], []
+    train_sources: list[Source] = []
+    test_sources: list[Source] = []
     read = partial(
-        load_source,
+        load_sources,
         tokenizer=checkpoint.tokenizer,
-        max_length=options.max_length,
-        truncate=options.truncate,
-        chat=options.chat,
+        rules=options.rules,
+        labels=options.label_rules,
+        field=options.source_field,
     )
     for name, (train_path, test_path) in paths.items():
-        train_sources.append(read(name, train_path))
-        print(train_sources[-1].line(), flush=True)
-        if test_path:
-            test_sources.append(read(name, test_path))
-            print(f"  test {test_sources[-1].line()}", flush=True)
+        for source in read(name, train_path):
+            train_sources.append(source)
+            print(source.line(), flush=True)
+        for source in read(name, test_path) if test_path else ():
+            test_sources.append(source)
+            print(f"  test {source.line()}", flush=True)
     require(
         test_sources or not options.eval_steps,
         "--eval-steps: no source has a TEST file; expected NAME=TRAIN.jsonl,TEST.jsonl",
     )
+    require_labels(options, train_sources)
     return train_sources, test_sources
+
+
+def require_labels(options: TrainOptions, sources: Sequence[Source]) -> None:
+    """Refuse margins or weights that were asked for, but that no training pair has (InputError)."""
+    labels = [pair.label for source in sources for pair in source.pairs]
+    require(
+        not options.pair_margins or any(label.margin for label in labels),
+        '--pair-margins: no training pair has a "margin"; leave it out',
+    )
+    require(
+        not options.pair_weights or any(label.weight != 1 for label in labels),
+        '--pair-weights: no training pairs have different "weight"s; leave it out',
+    )
 
 
 def open_objective(

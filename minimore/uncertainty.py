@@ -5,6 +5,9 @@ absolute values, so noise only adds to it: on 2,300 pairs a perfectly calibrated
 .015, on 130 about .06. Nothing below twice that floor is called miscalibrated here, and no two ECEs
 are ranked that both lie below it. numpy only.
 
+Several votes on the same pairs make less noise than one vote each: where margins have outcomes,
+these are the shares of votes for the chosen response, as in calibration.py.
+
 N pairs, G prompts, M bins, R bootstrap replicates.
 """
 
@@ -16,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .calibration import probability
+from .calibration import is_right, majority, outcomes_of, probability
 
 REPLICATES = 1000
 NUMBERS_AT_ONCE = 2**22  # bootstrap weights in memory at the same time
@@ -55,11 +58,14 @@ def noise_floor(
     replicates: int = REPLICATES,
     seed: int = 0,
     bins: int = 10,
+    outcomes: ArrayLike = 1.0,
+    votes: ArrayLike | None = None,
 ) -> Floor:
     """ECE of the paper's kind if every outcome were drawn from the model's own probability.
 
-    margins: (N,). Which side is called chosen is redrawn with probability sigmoid(|margin|). The
-    model is then right by construction, and its ECE is noise alone.
+    margins: (N,). Which side is called chosen is redrawn with probability sigmoid(|margin|); with
+    votes (N,), each of so many votes of a pair is. The model is then right by construction, and its
+    ECE is noise alone.
 
     Where prompts (N,) have several pairs, their outcomes may go together. The floor is then no
     lower than `_floor_of_prompts`.
@@ -69,15 +75,23 @@ def noise_floor(
     N, bin_of_p, bin_of_rest = len(p), _bins(p, bins), _bins(1 - p, bins)
     eces = []
     for _ in range(replicates):
-        gap = (random.random(N) < p) - p  # outcome minus probability; the other side's is -gap
+        gap = _drawn(p, votes, random) - p  # outcome minus probability; the other side's is -gap
         gaps = np.bincount(bin_of_p, gap, bins) + np.bincount(bin_of_rest, -gap, bins)
         eces.append(np.abs(gaps).sum() / (2 * N))
     independent = Floor(float(np.mean(eces)), float(np.quantile(eces, 0.95)))
-    sums = prompt_sums(margins, prompts, bins)
+    sums = prompt_sums(margins, prompts, bins, outcomes)
     if len(sums.pairs) == N:  # every prompt has one pair
         return independent
     clustered = _floor_of_prompts(sums, replicates, random)
     return Floor(max(independent.mean, clustered.mean), max(independent.high, clustered.high))
+
+
+def _drawn(p: np.ndarray, votes: ArrayLike | None, random: np.random.Generator) -> np.ndarray:
+    """The share of votes that a side with the probability p gets: binomial, or 0 or 1 for one."""
+    if votes is None:
+        return random.random(len(p)) < p
+    whole = np.maximum(np.asarray(votes), 1).astype(np.int64)  # a part of a vote adds no certainty
+    return random.binomial(whole, p) / whole
 
 
 def _floor_of_prompts(sums: "Sums", replicates: int, random: np.random.Generator) -> Floor:
@@ -103,7 +117,7 @@ def is_miscalibrated(ece: float, floor: Floor) -> bool:
 
 
 class Sums(NamedTuple):
-    """Per prompt: pairs (G,), pairs ranked right (G,), and the gap of every bin (G, M).
+    """Per prompt: pairs (G,), pairs ranked as most votes do (G,), the gap of every bin (G, M).
 
     A gap is outcome minus probability, summed over both orders of every pair.
     """
@@ -113,7 +127,12 @@ class Sums(NamedTuple):
     gaps: np.ndarray
 
 
-def prompt_sums(margins: ArrayLike, prompts: ArrayLike | None = None, bins: int = 10) -> Sums:
+def prompt_sums(
+    margins: ArrayLike,
+    prompts: ArrayLike | None = None,
+    bins: int = 10,
+    outcomes: ArrayLike = 1.0,
+) -> Sums:
     """Sums over the pairs of every prompt.
 
     prompts: (N,) whole numbers, by default each pair its own. One prompt alone cannot be resampled:
@@ -125,9 +144,11 @@ def prompt_sums(margins: ArrayLike, prompts: ArrayLike | None = None, bins: int 
         group = np.unique(np.asarray(prompts), return_inverse=True)[1]
     p, G = probability(m), group.max() + 1
     gaps = np.zeros((G, bins))
-    np.add.at(gaps, (group, _bins(p, bins)), 1 - p)  # the pair as it is, outcome 1
-    np.add.at(gaps, (group, _bins(1 - p, bins)), p - 1)  # its mirror image, outcome 0
-    right = np.bincount(group, (m > 0) + 0.5 * (m == 0))
+    y = outcomes_of(outcomes, len(m))
+    np.add.at(gaps, (group, _bins(p, bins)), y - p)  # the pair as it is, outcome y
+    np.add.at(gaps, (group, _bins(1 - p, bins)), p - y)  # its mirror image, outcome 1 - y
+    most = majority(y)
+    right = np.bincount(group, most * is_right(m) + (1 - most) * is_right(-m))
     return Sums(np.bincount(group).astype(float), right, gaps)
 
 
@@ -163,7 +184,12 @@ def _erf(x: np.ndarray) -> np.ndarray:
     return 1 - polynomial * np.exp(-np.minimum(x * x, 700))
 
 
-def debiased_ece(margins: ArrayLike, prompts: ArrayLike | None = None, bins: int = 10) -> float:
+def debiased_ece(
+    margins: ArrayLike,
+    prompts: ArrayLike | None = None,
+    bins: int = 10,
+    outcomes: ArrayLike = 1.0,
+) -> float:
     """The paper's ECE less what noise adds to it, at least 0.
 
     Every bin's gap d is taken as normal around its true value, with the spread s that prompts show.
@@ -171,7 +197,7 @@ def debiased_ece(margins: ArrayLike, prompts: ArrayLike | None = None, bins: int
     true gap, E |normal(d, s)| - |d|, and taken off. Source: the folded normal; compare Kumar et al.
     2019, arXiv 1909.10155, section 4.
     """
-    sums = prompt_sums(margins, prompts, bins)
+    sums = prompt_sums(margins, prompts, bins, outcomes)
     gaps, squares = sums.gaps.sum(0), (sums.gaps**2).sum(0)
     return float(_debiased(gaps, squares, sums.pairs.sum(), len(sums.pairs)))
 
@@ -232,16 +258,21 @@ def intervals(
     prompts: ArrayLike | None = None,
     replicates: int = REPLICATES,
     seed: int = 0,
+    outcomes: ArrayLike = 1.0,
 ) -> tuple[Interval, Interval]:
-    """Accuracy and debiased ECE of one model on one source, each with its 95% interval."""
-    sums = prompt_sums(margins, prompts)
+    """Accuracy and debiased ECE of one model on one source, each with its 95% interval.
+
+    The accuracy is against the majority of votes. n votes a pair instead of one make the interval
+    of the ECE narrower by at most √n: what differs from pair to pair stays.
+    """
+    sums = prompt_sums(margins, prompts, outcomes=outcomes)
     accuracies, eces = resample([sums], replicates, seed)
     G = len(sums.pairs)
     accuracy = _interval(sums.right.sum() / sums.pairs.sum(), accuracies[0], G)
     if accuracy.low == accuracy.high in (0, 1):  # all right, or all wrong: the rule of three
         low, high = max(0.0, accuracy.low - 3 / G), min(1.0, accuracy.high + 3 / G)
         accuracy = Interval(accuracy.value, low, high)
-    return accuracy, _interval(debiased_ece(margins, prompts), eces[0], G)
+    return accuracy, _interval(debiased_ece(margins, prompts, outcomes=outcomes), eces[0], G)
 
 
 def difference_intervals(
@@ -250,6 +281,7 @@ def difference_intervals(
     prompts: ArrayLike | None = None,
     replicates: int = REPLICATES,
     seed: int = 0,
+    outcomes: ArrayLike = 1.0,
 ) -> tuple[Interval, Interval]:
     """The model's accuracy and debiased ECE minus the baseline's on the same pairs.
 
@@ -260,14 +292,14 @@ def difference_intervals(
             "margins and baseline must be of the same pairs,"
             f" got {len(margins)} and {len(baseline)}"
         )
-    mine, theirs = prompt_sums(margins, prompts), prompt_sums(baseline, prompts)
+    mine, theirs = (prompt_sums(m, prompts, outcomes=outcomes) for m in (margins, baseline))
     accuracies, eces = resample([mine, theirs], replicates, seed)
     G = len(mine.pairs)
     accuracy = (mine.right.sum() - theirs.right.sum()) / mine.pairs.sum()
-    ece = debiased_ece(margins, prompts) - debiased_ece(baseline, prompts)
+    my_ece, their_ece = (debiased_ece(m, prompts, outcomes=outcomes) for m in (margins, baseline))
     return (
         _interval(accuracy, accuracies[0] - accuracies[1], G),
-        _interval(ece, eces[0] - eces[1], G),
+        _interval(my_ece - their_ece, eces[0] - eces[1], G),
     )
 
 

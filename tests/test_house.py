@@ -8,11 +8,12 @@ import pytest
 from conftest import ROOT
 
 PAGE = """
-options files checksums tables more calibration uncertainty plots
+options files checksums tables votes more calibration
+uncertainty disagreement plots
 model.attention model.fused model.recompute model.model_config model.rotation model.trunk
 model.config_json model.family_configs model.families model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint
-data.messages data.records data.forms data.pairs data.sampling data.world
+data.messages data.records data.labels data.forms data.pairs data.sampling data.world
 reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
 engine.workload engine.cost engine.choose engine.plan

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import command, content, options, unfinished
 
 import minimore.training as training
+from minimore.checksums import read_checked_json, write_checked_json
 from minimore.cli import main
 from minimore.options import InputError
 from minimore.run import Lock
@@ -84,3 +86,16 @@ def test_an_existing_output_is_refused_and_left_alone(world, tmp_path):
         with pytest.raises(InputError):
             train(options(world, tmp_path / "mine", resume=resume))
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_an_option_that_a_run_is_older_than_has_its_default(world, tmp_path, halted, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(halted, run)
+    stored = read_checked_json(run / "options.json")
+    for name in ("votes", "source_field", "pair_margins"):
+        del stored[name]
+    write_checked_json(run / "options.json", stored)
+    same = options(world, run, save_steps=2, gradient_average=0.5, resume=True)
+    with pytest.raises(InputError, match="--votes is 'ignore' but the run in .* has 'soft'"):
+        train(replace(same, votes="ignore"))
+    assert train(same) == 0

@@ -11,17 +11,19 @@ A record is one of
 
 `prompt`, `chosen` and `rejected` may be strings or messages (messages.py). `chosen` and `rejected`
 may be lists of several responses, which make all their pairs. A prompt under another name
-(PROMPT_KEYS) is read where its meaning is plain, and refused where it is not. Other keys are
-tolerated. Every error names the file, the line and what was found there.
+(PROMPT_KEYS) is read where its meaning is plain, and refused where it is not. What annotators say
+of a pair besides is told in labels.py. Other keys are tolerated. Every error names the file, the
+line and what was found there.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
+from .labels import AS_WRITTEN, ONE_VOTE, Label, LabelRules, read_label, refuse_votes
 from .messages import Messages, is_conversation, messages_of, shown, string_of
 from .records import Record
 
@@ -32,6 +34,8 @@ MOST_RESPONSES = 100  # to one prompt: they make up to 4,950 pairs
 PROMPT_KEYS = ("question", "query", "instruction", "input", "conversations", "messages")
 BEFORE_A_PROMPT = ("system", "history")
 
+Places = list[tuple[int, int]]  # of two responses each
+
 
 class Pair(NamedTuple):
     """One preference as texts; the model reads prompt + response, joined with nothing between.
@@ -39,6 +43,8 @@ class Pair(NamedTuple):
     rendered: the texts were written by a chat template, so the markers in them are special tokens.
     said: what each response says where a template writes more than that. is_split: the prompt ends
     where the responses begin; it does not if a template writes it otherwise in front of them.
+    label: what annotators say of it. is_turned: most prefer the response that the record rejects,
+    so it stands here as the chosen one.
     """
 
     prompt: str
@@ -47,6 +53,17 @@ class Pair(NamedTuple):
     rendered: bool = False
     said: tuple[str, str] | None = None
     is_split: bool = True
+    label: Label = ONE_VOTE
+    is_turned: bool = False
+
+    def turned(self) -> "Pair":
+        """The same pair with the other response as the chosen one; its label stays."""
+        return self._replace(
+            chosen=self.rejected,
+            rejected=self.chosen,
+            said=self.said[::-1] if self.said else None,
+            is_turned=not self.is_turned,
+        )
 
     @property
     def blank(self) -> tuple[bool, bool]:
@@ -106,17 +123,22 @@ def prompt_end(texts: Sequence[str]) -> int:
 
 
 def record_pairs(
-    record: Record, where: str, tokenizer: Tokenizer | None = None, chat: bool = False
+    record: Record,
+    where: str,
+    tokenizer: Tokenizer | None = None,
+    chat: bool = False,
+    rules: LabelRules = AS_WRITTEN,
 ) -> tuple[list[Pair], int]:
-    """The pairs of one line, and how many it would have had but for equal scores: label ties.
+    """The pairs of one line, and how many label ties it has that are left out.
 
-    tokenizer: needed for messages only. chat: prompts and responses that are strings are messages,
-    too. Raises InputError for a record of no known form.
+    A label tie is a pair with equal scores, or under votes="majority" with as many votes for each
+    side. tokenizer: needed for messages only. chat: prompts and responses that are strings are
+    messages, too. Raises InputError for a record of no known form.
     """
     if "text" in record and "chosen" not in record:  # beside "chosen" it is a key like any other
-        return _scored_texts(record, where)
+        return _scored_texts(record, where, rules)
     if "responses" in record and "chosen" not in record:
-        return _scored_responses(record, where, tokenizer, chat)
+        return _scored_responses(record, where, tokenizer, chat, rules)
     record = with_prompt(record, where, chat)
     chosen, rejected = (_responses(record, key, where) for key in ("chosen", "rejected"))
     prompt = Named(f'{where}: "prompt"', record["prompt"]) if "prompt" in record else None
@@ -128,7 +150,29 @@ def record_pairs(
             pairs.append(_conversation_pair(prompt, one, other, where, tokenizer))
         else:
             pairs.append(_text_pair(prompt, one, other))
-    return pairs, 0
+    if len(pairs) > 1:
+        refuse_votes(record, where, rules)
+    return _labelled(pairs, read_label(record, where, rules), rules)
+
+
+def _labelled(pairs: list[Pair], label: Label, rules: LabelRules) -> tuple[list[Pair], int]:
+    """The pairs with their label, and how many label ties are left out.
+
+    The response with more votes becomes the chosen one. Of evenly split votes neither should be
+    ahead, so there is no margin.
+    """
+    if label.share < 1 / 2:
+        pairs, label = [pair.turned() for pair in pairs], label._replace(share=1 - label.share)
+    is_even = label.share == 1 / 2
+    if is_even:
+        label = label._replace(margin=0.0)
+    if rules.votes == "majority":
+        if is_even and rules.ties == "out":
+            return [], len(pairs)
+        label = label._replace(share=1 / 2 if is_even else 1.0, votes=1.0)
+    if label == ONE_VOTE:
+        return pairs, 0
+    return [pair._replace(label=label) for pair in pairs], 0
 
 
 def _responses(record: Record, key: str, where: str) -> list[Named]:
@@ -277,17 +321,45 @@ def is_response(conversation: Any) -> bool:
 # ---- responses with scores -----------------------------------------------------------------------
 
 
-def _scored_texts(record: Record, where: str) -> tuple[list[Pair], int]:
+def _scored_texts(record: Record, where: str, rules: LabelRules) -> tuple[list[Pair], int]:
     """Every ordered pair of unequal scores; pairs of equal scores are label ties."""
     texts = texts_of(record, where)
-    ordered, ties = _ordered(_scores(record, "score", len(texts), where))
+    ordered, tied = _ordered(_scores(record, "score", len(texts), where))
     end = prompt_end(texts)
-    pairs = [Pair(texts[0][:end], texts[i][end:], texts[j][end:]) for i, j in ordered]
-    return pairs, ties
+
+    def pair_of(i: int, j: int) -> list[Pair]:
+        """Text i as the chosen one, text j as the rejected one."""
+        return [Pair(texts[0][:end], texts[i][end:], texts[j][end:])]
+
+    return _scored_pairs(pair_of, ordered, tied, record, where, rules)
+
+
+def _scored_pairs(
+    pair_of: Callable[[int, int], list[Pair]],
+    ordered: Places,
+    tied: Places,
+    record: Record,
+    where: str,
+    rules: LabelRules,
+) -> tuple[list[Pair], int]:
+    """The pairs of ordered places, and how many label ties are left out.
+
+    pair_of: makes the pair of two places. tied: the places of label ties, each of which makes a
+    pair with the share 1/2 under ties="half". What the record says of margin and weight is said of
+    all its pairs.
+    """
+    refuse_votes(record, where, rules)
+    label = read_label(record, where, rules)
+    pairs = [pair for i, j in ordered for pair in _labelled(pair_of(i, j), label, rules)[0]]
+    if rules.ties == "out":
+        return pairs, len(tied)
+    half = label._replace(share=1 / 2)
+    pairs += [pair for i, j in tied for pair in _labelled(pair_of(i, j), half, rules)[0]]
+    return pairs, 0
 
 
 def _scored_responses(
-    record: Record, where: str, tokenizer: Tokenizer | None, chat: bool
+    record: Record, where: str, tokenizer: Tokenizer | None, chat: bool, rules: LabelRules
 ) -> tuple[list[Pair], int]:
     """The same for several responses to one prompt."""
     responses = record["responses"]
@@ -298,12 +370,14 @@ def _scored_responses(
         )
     record = with_prompt(record, where, chat)
     require("prompt" in record, f'{where}: "responses" without "prompt"; expected both')
-    ordered, ties = _ordered(_scores(record, "scores", len(responses), where))
-    pairs = []
-    for i, j in ordered:
+    ordered, tied = _ordered(_scores(record, "scores", len(responses), where))
+
+    def pair_of(i: int, j: int) -> list[Pair]:
+        """Response i as the chosen one, response j as the rejected one."""
         single = record | {"chosen": responses[i], "rejected": responses[j]}
-        pairs += record_pairs(single, where, tokenizer, chat)[0]
-    return pairs, ties
+        return record_pairs(single, where, tokenizer, chat)[0]
+
+    return _scored_pairs(pair_of, ordered, tied, record, where, rules)
 
 
 def _scores(record: Record, key: str, count: int, where: str) -> list[float]:
@@ -321,12 +395,12 @@ def _scores(record: Record, key: str, count: int, where: str) -> list[float]:
     return scores
 
 
-def _ordered(scores: Sequence[float]) -> tuple[list[tuple[int, int]], int]:
-    """All (i, j) of which i has the higher score, and how many pairs have equal ones."""
+def _ordered(scores: Sequence[float]) -> tuple[Places, Places]:
+    """All (i, j) of which i has the higher score, and all with i < j of equal scores."""
     places = range(len(scores))
     ordered = [(i, j) for i in places for j in places if scores[i] > scores[j]]
-    ties = sum(scores[i] == scores[j] for i in places for j in places if i < j)
-    return ordered, ties
+    tied = [(i, j) for i in places for j in places if i < j and scores[i] == scores[j]]
+    return ordered, tied
 
 
 # ---- conversations -------------------------------------------------------------------------------

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from ..model.attention import Stream, pack
 from ..model.tokenizer import Tokenizer
-from ..options import InputError
+from ..options import InputError, require
 from .forms import Pair, record_pairs
-from .records import read_records
+from .labels import AS_WRITTEN, ONE_VOTE, Label, LabelRules, source_name
+from .records import Record, read_records
 
 TRUNCATE = ("each", "together")
 TOKENISED_AT_ONCE = 512  # pairs
 CHARACTERS_AT_ONCE = 8_000_000  # of all pairs that wait to be tokenised
+MOST_SOURCES_OF_A_FILE = 1000
 ROLE_MARKS = (":", ">", "]")  # with one of these a prompt may end that a response follows at once
 
 
@@ -41,7 +43,7 @@ class TokenPair(NamedTuple):
 
     shared: how many ids at the beginning are the same. longer: characters of the chosen response
     minus those of the rejected one. prompt: pairs of one prompt have the same number. index: the
-    place among all pairs of its file, unused ones counted.
+    place among all pairs of its file, unused ones counted. label: what annotators say of it.
     """
 
     chosen: np.ndarray
@@ -50,6 +52,7 @@ class TokenPair(NamedTuple):
     longer: int
     prompt: int = 0
     index: int = 0  # type: ignore[assignment]  # it stands in the place of tuple.index
+    label: Label = ONE_VOTE
 
     @property
     def tokens(self) -> int:
@@ -64,8 +67,9 @@ class Source:
     label_ties: annotators scored both alike, so there is no preference to learn. identical: the
     model would see the same tokens on both sides. dropped: there is no token at all. These are left
     out. truncated: a side was cut on the left. blank: a response has no visible character. named: a
-    text holds the name of a special token, read as text. These are kept. glued: the prompt runs
-    into the response, as in "What is 2+2?4". repeated: both responses begin with their prompt.
+    text holds the name of a special token, read as text. turned: more votes are for the response
+    that the file calls rejected, so it is the chosen one here. These are kept. glued: the prompt
+    runs into the response, as in "What is 2+2?4". repeated: both responses begin with their prompt.
 
     read: all pairs of the file so far, used or not. prompts: the number of each prompt.
     """
@@ -80,9 +84,20 @@ class Source:
     named: int = 0
     glued: int = 0
     repeated: int = 0
+    turned: int = 0
     read: int = 0
     prompts: dict[str, int] = field(default_factory=dict)
     example: str = ""  # of a prompt that runs into its response
+
+    @property
+    def shares(self) -> np.ndarray:
+        """The share of votes for the chosen response of each pair: (N,) float64."""
+        return np.array([pair.label.share for pair in self.pairs])
+
+    @property
+    def votes(self) -> np.ndarray:
+        """How many votes each pair has: (N,) float64."""
+        return np.array([pair.label.votes for pair in self.pairs])
 
     def line(self) -> str:
         """One line for the log; pairs are those in use, after ties, identical and dropped ones."""
@@ -92,6 +107,7 @@ class Source:
             f" {self.identical} identical, {self.truncated} truncated, {self.blank} blank,"
             f" {self.dropped} dropped, {mean_tokens:.0f} mean tokens"
         )
+        line += self._line_of_labels()
         if self.named:
             line += f"; {self.named} pairs hold names of special tokens, which are read as text"
         if self.glued > self.read / 2:
@@ -106,12 +122,31 @@ class Source:
             )
         return line
 
+    def _line_of_labels(self) -> str:
+        """What the line says of labels that are more than one vote for the chosen response."""
+        labels = self._labels
+        counts = {
+            "with several votes": sum(label.votes != 1 for label in labels),
+            "evenly split": sum(label.share == 1 / 2 for label in labels),
+            "turned round, since more votes are for the rejected response": self.turned,
+            "with margins": sum(label.margin > 0 for label in labels),
+            "with weights": sum(label.weight != 1 for label in labels),
+        }
+        parts = [f"{count} {words}" for words, count in counts.items() if count]
+        return f"; of these pairs {', '.join(parts)}" if parts else ""
+
+    @property
+    def _labels(self) -> list[Label]:
+        return [pair.label for pair in self.pairs]
+
     def digest(self) -> str:
         """sha256 over the token pairs, in order: the same digest, the same training data."""
         digest = hashlib.sha256()
         for pair in self.pairs:
             lengths = np.array([len(pair.chosen), len(pair.rejected)])
             digest.update(lengths.tobytes() + pair.chosen.tobytes() + pair.rejected.tobytes())
+        if any(label != ONE_VOTE for label in self._labels):
+            digest.update(np.array(self._labels).tobytes())
         return digest.hexdigest()
 
 
@@ -119,11 +154,12 @@ class Source:
 class PairBatch:
     """B pairs as one stream, the chosen and the rejected text of each in turn.
 
-    source: (B,) int64, the source of each pair.
+    source: (B,) int64, the source of each pair. labels: what annotators say of each.
     """
 
     stream: Stream
     source: Tensor
+    labels: list[Label]
 
     @property
     def reads(self) -> Tensor:
@@ -146,37 +182,114 @@ def load_source(
     max_length: int,
     truncate: str = "each",
     chat: bool = False,
+    labels: LabelRules = AS_WRITTEN,
 ) -> Source:
     """Read, check and tokenise a file of pairs.
 
-    max_length, truncate, chat: see `TextRules`. Raises InputError for a line that cannot
-    be read, or if no usable pair is left.
+    max_length, truncate, chat: see `TextRules`. labels: what is read besides "chosen", by default
+    nothing. Raises InputError for a line that cannot be read, or if no usable pair is left.
     """
-    source, records = Source(name), 0
-    waiting: list[Pair] = []
-    characters = 0
+    rules = TextRules(max_length, truncate, chat)
+    (source,) = load_sources(name, path, tokenizer, rules, labels)
+    return source
+
+
+def load_sources(
+    name: str,
+    path: str,
+    tokenizer: Tokenizer,
+    rules: TextRules,
+    labels: LabelRules,
+    field: str | None = None,
+) -> list[Source]:
+    """The sources of a file, in order of name: one, or one for every value of a field.
+
+    See `labels.source_name`. A value without a usable pair makes no source, which is said. Raises
+    InputError as `load_source` does.
+    """
+    readers: dict[str, SourceReader] = {}
     for where, record in read_records(path):
-        records += 1
-        pairs, label_ties = record_pairs(record, where, tokenizer, chat)
-        source.label_ties += label_ties
+        own_name = source_name(name, field, record, where)
+        if own_name not in readers:
+            readers[own_name] = SourceReader(Source(own_name), tokenizer, rules, labels)
+        require(
+            len(readers) <= MOST_SOURCES_OF_A_FILE,
+            f"{path}: --source-field {field} makes more than {MOST_SOURCES_OF_A_FILE} sources",
+        )
+        readers[own_name].add(record, where)
+    require(readers, f"{path}: is empty; source {name!r} needs at least one pair")
+    for reader in readers.values():
+        reader.tokenise()
+    in_order = [readers[own_name] for own_name in sorted(readers)]
+    usable = [reader for reader in in_order if reader.source.pairs]
+    unusable = [reader.source.name for reader in in_order if not reader.source.pairs]
+    if usable and unusable:
+        print(f"{path}: no usable pair, so no source: {', '.join(unusable)}", flush=True)
+    return [reader.finished(path) for reader in usable or in_order]
+
+
+@dataclass
+class SourceReader:
+    """A source that is being read, and its pairs that wait to be tokenised together."""
+
+    source: Source
+    tokenizer: Tokenizer
+    rules: TextRules
+    labels: LabelRules
+    waiting: list[Pair] = field(default_factory=list)
+    characters: int = 0  # of those that wait
+    records: int = 0
+
+    def add(self, record: Record, where: str) -> None:
+        """Take the pairs of one record."""
+        self.records += 1
+        pairs, label_ties = record_pairs(
+            record, where, self.tokenizer, self.rules.chat, self.labels
+        )
+        self.source.label_ties += label_ties
         for pair in pairs:
             for response in (pair.chosen, pair.rejected):
-                refuse_doubled_bos(pair.prompt + response, pair.rendered, where, tokenizer)
-        waiting += pairs
-        characters += sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
-        if len(waiting) >= TOKENISED_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
-            _tokenise(source, waiting, tokenizer, max_length, truncate)
-            waiting, characters = [], 0
-    _tokenise(source, waiting, tokenizer, max_length, truncate)
-    if not source.pairs:
-        reason = "is empty"
-        if records:
-            reason = (
-                f"has no usable pair: of {records} records, {source.label_ties} label ties,"
-                f" {source.identical} identical and {source.dropped} dropped pairs"
-            )
-        raise InputError(f"{path}: {reason}; source {name!r} needs at least one pair")
-    return source
+                text = pair.prompt + response
+                refuse_doubled_bos(text, pair.rendered, where, self.tokenizer)
+        self.waiting += pairs
+        self.characters += sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+        if len(self.waiting) >= TOKENISED_AT_ONCE or self.characters >= CHARACTERS_AT_ONCE:
+            self.tokenise()
+
+    def finished(self, path: str) -> Source:
+        """The source, once nothing waits. Raises InputError if no pair is usable."""
+        source = self.source
+        require(
+            source.pairs,
+            f"{path}: has no usable pair: of {self.records} records, {source.label_ties} label"
+            f" ties, {source.identical} identical and {source.dropped} dropped pairs; source"
+            f" {source.name!r} needs at least one pair",
+        )
+        if self.labels.weights:
+            source.pairs = with_mean_weight(source.pairs)
+        return source
+
+    def tokenise(self) -> None:
+        """Tokenise the pairs that wait."""
+        _tokenise(
+            self.source,
+            self.waiting,
+            self.tokenizer,
+            self.rules.max_length,
+            self.rules.truncate,
+        )
+        self.waiting, self.characters = [], 0
+
+
+def with_mean_weight(pairs: list[TokenPair]) -> list[TokenPair]:
+    """The pairs with weights divided by their mean, so that only their ratios matter.
+
+    The loss of a source then has the size that it has without weights, and so has its gradient.
+    """
+    mean = float(np.mean([pair.label.weight for pair in pairs]))
+    return [
+        pair._replace(label=pair.label._replace(weight=pair.label.weight / mean)) for pair in pairs
+    ]
 
 
 def _tokenise(
@@ -198,6 +311,7 @@ def _tokenise(
             continue
         source.truncated += any(was_cut[sides])
         source.blank += pair.is_blank
+        source.turned += pair.is_turned
         source.named += not pair.rendered and tokenizer.names_special("".join(texts[sides]))
         _count_joints(source, pair)
         prompt = pair.prompt or f"none {source.read}"
@@ -208,6 +322,7 @@ def _tokenise(
             longer=len(pair.chosen) - len(pair.rejected),
             prompt=source.prompts.setdefault(prompt, len(source.prompts)),
             index=source.read - 1,
+            label=pair.label,
         )
         source.pairs.append(token_pair)
 
@@ -305,7 +420,11 @@ def pack_pairs(
             items.append((chosen[:n], [chosen[n:], rejected[n:]]))
         else:
             items += [([], [chosen]), ([], [rejected])]
-    return PairBatch(pack(items), torch.tensor(source if source is not None else [0] * len(pairs)))
+    return PairBatch(
+        pack(items),
+        torch.tensor(source if source is not None else [0] * len(pairs)),
+        [pair.label for pair in pairs],
+    )
 
 
 def split_by_tokens(tokens: Sequence[int], budget: int, unit: int = 1) -> list[range]:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..options import COUNT, Range, option, require
+from .labels import LabelOptions
 from .pairs import TRUNCATE, TextRules
 
 PAIRS_PER_SOURCE = Range(least=1, most=10**7)  # their order is made at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataOptions(LabelOptions):
     """The options of a command that name sources and say how pairs are drawn from them."""
 
     source: tuple[str, ...] = option(

@@ -9,6 +9,8 @@ annotators: they are the corners of a regular simplex. Labels are drawn:
 
     P(a over b) = σ(β_k (margin of annotator k)),    β_k the annotator's decisiveness
 
+An annotator may be a crowd of equal taste, of which several vote on every pair.
+
 Everything is written as real files: JSON lines, a tokenizer trained here, a checkpoint directory.
 
 W words, K annotators, N pairs or responses.
@@ -41,6 +43,7 @@ WORDS = [
 ]
 ANNOTATORS = ("ana", "ben", "cleo", "dov", "eve")
 PAIRS_PER_ANNOTATOR = 10**6  # at most; all prompts differ, and there are 40^6 of six words
+MOST_VOTES = 1000  # of a pair
 TOKENIZER_LINES = 200  # of each annotator, on which the tokenizer is trained
 
 Line = dict[str, Any]
@@ -53,8 +56,9 @@ class World:
 
     conflict: share of an annotator's taste that is drift, 0 to 1. decisiveness: beta of each
     annotator, or one for all. train_pairs: of each annotator, or one for all. ties: share of pairs
-    that are labelled a tie. reveal: whether the prompt names the annotator. reversed: an annotator
-    who wants the opposite of r*, whose drift is no longer orthogonal to it.
+    that are labelled a tie. votes: on every pair; one is a plain label. reveal: whether the prompt
+    names the annotator. reversed: an annotator who wants the opposite of r*, whose drift is no
+    longer orthogonal to it.
 
     Raises InputError for a world that cannot be.
     """
@@ -65,6 +69,7 @@ class World:
     train_pairs: tuple[int, ...] = (3200,)
     test_pairs: int = 1000
     ties: float = 0.0
+    votes: int = 1
     reveal: bool = False
     reversed: str | None = None
     prompt_words: int = 6
@@ -89,6 +94,10 @@ class World:
         require(
             self.reversed is None or self.reversed in self.annotators,
             f"world: reversed is {self.reversed!r}; expected one of {', '.join(self.annotators)}",
+        )
+        require(
+            1 <= self.votes <= MOST_VOTES,
+            f"world: {self.votes} votes a pair; expected 1 to {MOST_VOTES}",
         )
         prompts = sum(self._of(self.train_pairs, k) + self.test_pairs for k in range(K))
         require(
@@ -252,19 +261,30 @@ class World:
         b = " " + _draw_words(random, self.response_words)
         margin = self.true_margins([Pair(prompt, a, b)])[0, k]
         p = float(probability(self._of(self.decisiveness, k) * margin))
-        prefers_a, is_tie = random.random() < p, random.random() < self.ties
-        labelled = LabelledPair(prompt, a, b, bool(prefers_a), p)
+        for_a = int((random.random(self.votes) < p).sum())
+        is_tie = random.random() < self.ties
+        labelled = LabelledPair(prompt, a, b, (for_a, self.votes - for_a), p)
         return labelled.tie() if is_tie else LineFormat.of(k).write(labelled)
 
 
 class LabelledPair(NamedTuple):
-    """Two responses, which one was preferred, and the probability that it would be a."""
+    """Two responses, the votes for either, and the probability that a vote is for a."""
 
     prompt: str
     a: str
     b: str
-    prefers_a: bool
+    votes: tuple[int, int]
     p: float
+
+    @property
+    def prefers_a(self) -> bool:
+        """Whether a has more votes, or as many."""
+        return self.votes[0] >= self.votes[1]
+
+    @property
+    def votes_of_sides(self) -> Line:
+        """The votes for the chosen and for the rejected response; nothing for a single vote."""
+        return {"votes": sorted(self.votes, reverse=True)} if sum(self.votes) > 1 else {}
 
     @property
     def chosen(self) -> str:
@@ -281,22 +301,26 @@ class LabelledPair(NamedTuple):
         return {"text": [self.prompt + self.a, self.prompt + self.b], "score": [1.0, 1.0]}
 
     def scored(self) -> Line:
-        """Two texts, of which the preferred one has the score 1."""
+        """Two texts, of which the preferred one has the score 1; with votes, whole dialogues."""
+        if sum(self.votes) > 1:
+            return self.dialogues()
         scores = [float(self.prefers_a), float(not self.prefers_a)]
         return {"text": [self.prompt + self.a, self.prompt + self.b], "score": scores}
 
     def dialogues(self) -> Line:
         """Two whole dialogues, without a prompt."""
-        return {"chosen": self.prompt + self.chosen, "rejected": self.prompt + self.rejected}
+        both = {"chosen": self.prompt + self.chosen, "rejected": self.prompt + self.rejected}
+        return both | self.votes_of_sides
 
     def triple(self) -> Line:
-        """Prompt and responses, with the exact probability of this label."""
+        """Prompt and responses, with the exact probability of a vote for the chosen one."""
         p = self.p if self.prefers_a else 1 - self.p
         return {
             "prompt": self.prompt,
             "chosen": self.chosen,
             "rejected": self.rejected,
             "probability": round(p, 6),
+            **self.votes_of_sides,
         }
 
 

@@ -15,15 +15,17 @@ K sources, B pairs in a step, M tokens that are read, D width.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..data.labels import ONE_VOTE, Label
 from ..data.pairs import PairBatch, TokenPair, pack_pairs, split_by_tokens
 from ..model.attention import Stream
 from ..model.trunk import Trunk
-from ..more import SEPARABLE, bradley_terry_losses, head_gradients, weighted_loss
+from ..more import SEPARABLE, Labels, bradley_terry_losses, head_gradients, weighted_loss
 
 
 class Model(Protocol):
@@ -129,10 +131,17 @@ class RewardObjective:
         z_chosen, z_rejected = z[0::2], z[1::2]
         source = torch.cat([batch.source for batch in batches]).to(z.device)
         K, size = self.sources, self.sources if self.scope == "group" else len(source)
+        labels = labels_of([label for batch in batches for label in batch.labels], head)
         mean_loss, mean_weights = torch.zeros_like(head[0]), head.new_zeros(K)
-        for z_c, z_r, s in zip(z_chosen.split(size), z_rejected.split(size), source.split(size)):
-            losses = bradley_terry_losses(head, z_c, z_r, s, K, self.smoothing)  # (K,)  Eq. 1
-            gradients = head_gradients(head, z_c, z_r, s, K, self.smoothing)  # (K, D)  Eq. 8
+        for z_c, z_r, s, own_labels in zip(
+            z_chosen.split(size),
+            z_rejected.split(size),
+            source.split(size),
+            repeat(None) if labels is None else labels.split(size),
+        ):
+            pairs = (head, z_c, z_r, s, K, self.smoothing, own_labels)
+            losses = bradley_terry_losses(*pairs)  # (K,)  Eq. 1
+            gradients = head_gradients(*pairs)  # (K, D)  Eq. 8
             require_finite(losses + gradients.abs().amax(1), s)
             counts = torch.bincount(s, minlength=K)
             weights = self.weigh(losses, gradients, counts)  # (K,) on the simplex
@@ -162,6 +171,14 @@ class RewardObjective:
         if separable == "groups":  # equal shares in every group, so equal sampling only
             return self.sources if self.sampling == "equal" else None
         return 1 if separable == "pairs" else None
+
+
+def labels_of(labels: Sequence[Label], head: Tensor) -> Labels | None:
+    """The labels of B pairs as tensors where the head is; None if each is one vote for chosen."""
+    if all(label == ONE_VOTE for label in labels):
+        return None
+    target, _, margin, weight = torch.tensor(labels, dtype=head.dtype, device=head.device).T
+    return Labels(target, margin, weight)
 
 
 def micro_batches(

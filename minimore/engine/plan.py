@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data.pairs import load_source
+from ..data.pairs import load_sources
 from ..data.sampling import batch_size_of
 from ..files import refuse_existing, write_json
 from ..model.checkpoint import find, read_config
@@ -123,13 +123,17 @@ def open_job(options: PlanOptions) -> tuple[str, Job]:
 def real_workload(options: PlanOptions, tokenizer: Tokenizer) -> Workload:
     """The workload of the files that --source names."""
     paths = parse_sources(options.source)
-    batch_size = batch_size_of(options, len(paths))
+    if options.source_field is None:
+        batch_size_of(options, len(paths))  # refused before files are read
     for name, (_, test) in paths.items():
         require(test is None or Path(test).exists(), f"--source {name}: {test}: no such file")
+    rules, labels = options.rules, options.label_rules
     sources = [
-        load_source(name, train, tokenizer, *options.rules) for name, (train, _) in paths.items()
+        source
+        for name, (train, _) in paths.items()
+        for source in load_sources(name, train, tokenizer, rules, labels, options.source_field)
     ]
-    return workload_of(options, sources, batch_size)
+    return workload_of(options, sources, batch_size_of(options, len(sources)))
 
 
 def workload_without_data(options: PlanOptions) -> Workload:

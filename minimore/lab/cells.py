@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checksums import read_checked_json, require_directory_as_written, write_checked_json
+from ..data.labels import MAJORITY
 from ..data.pairs import load_source
 from ..data.world import World, small_gpt_neox
 from ..files import directory_written_whole, make_directory
@@ -182,7 +183,7 @@ def margins_and_prompts(
     """What is stored of a cell: "margins.k" and "prompt.k" (N,) of the pairs of test source k."""
     tensors = {}
     for k, (name, path) in enumerate(cell.tests.items()):
-        source = load_source(name, path, checkpoint.tokenizer, options.max_length)
+        source = load_source(name, path, checkpoint.tokenizer, options.max_length, labels=MAJORITY)
         margins = source_margins(model, source, options.micro_tokens)
         tensors[f"margins.{k}"] = torch.from_numpy(margins)
         tensors[f"prompt.{k}"] = torch.tensor([pair.prompt for pair in source.pairs])

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checksums import read_checked_json, write_checked_json
+from ..data.labels import MAJORITY
 from ..data.pairs import Source, TokenPair, batches_by_length, load_source, pack_pairs
 from ..files import make_directory, one_line, sweep
 from ..model.checkpoint import Checkpoint
@@ -67,7 +68,7 @@ def features(options: FeaturesOptions) -> None:
     for k, (name, files) in enumerate(paths.items()):
         sources[name] = {}
         for part, path in zip(PARTS, files):
-            source = load_source(name, path, checkpoint.tokenizer, *rules)
+            source = load_source(name, path, checkpoint.tokenizer, *rules, labels=MAJORITY)
             file = f"{k:02d}.{part}.safetensors"
             identity = store(output / file, source, model, checkpoint, options)
             sources[name][part] = {

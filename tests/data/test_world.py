@@ -7,6 +7,7 @@ import pytest
 
 from minimore.cli import main
 from minimore.data.forms import Pair
+from minimore.data.records import read_records
 from minimore.data.world import ANNOTATORS, World, _counts
 from minimore.lab.drift import true_pairs
 from minimore.options import InputError
@@ -155,8 +156,33 @@ def test_worlds_repeat_and_prompts_are_held_out(tmp_path):
     assert len(prompts) == len(set(prompts))
 
 
+def test_votes_stand_in_every_line_and_are_drawn_from_the_true_probability(tmp_path):
+    paths = World(train_pairs=(40,), test_pairs=1, ties=0.1, votes=1000).write(tmp_path)
+    checked = 0
+    for train_path, _ in paths.values():
+        for _, line in read_records(str(train_path)):
+            if "text" in line:
+                assert line["score"] == [1, 1]  # a tie
+                continue
+            for_chosen, for_rejected = line["votes"]
+            assert for_chosen >= for_rejected and for_chosen + for_rejected == 1000
+            if "probability" in line:
+                p = line["probability"]
+                assert abs(for_chosen / 1000 - p) < 5 * np.sqrt(p * (1 - p) / 1000) + 1e-6
+                checked += 1
+    assert checked > 80
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"conflict": 2}, {"ties": 1.0}, {"decisiveness": (1.0, 2.0)}, {"annotators": ()}]
+    "wrong",
+    [
+        {"conflict": 2},
+        {"ties": 1.0},
+        {"decisiveness": (1.0, 2.0)},
+        {"annotators": ()},
+        {"votes": 0},
+        {"votes": 1001},
+    ],
 )
 def test_impossible_worlds_are_refused(wrong):
     with pytest.raises(InputError):

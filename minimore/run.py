@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "save_steps",
     "keep",
     "memory",
+    "allow_overlap",
     *RECIPE,
 )
 

@@ -21,6 +21,7 @@ from .records import read_records
 TRUNCATE = ("each", "together")
 TOKENISED_AT_ONCE = 512  # pairs
 CHARACTERS_AT_ONCE = 8_000_000  # of all pairs that wait to be tokenised
+NO_PROMPT = "\0"  # begins what stands for the prompt of a pair that has none
 ROLE_MARKS = (":", ">", "]")  # with one of these a prompt may end that a response follows at once
 
 
@@ -200,7 +201,7 @@ def _tokenise(
         source.blank += pair.is_blank
         source.named += not pair.rendered and tokenizer.names_special("".join(texts[sides]))
         _count_joints(source, pair)
-        prompt = pair.prompt or f"none {source.read}"
+        prompt = pair.prompt or f"{NO_PROMPT}{source.read}"
         token_pair = TokenPair(
             chosen=chosen,
             rejected=rejected,

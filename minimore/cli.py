@@ -15,6 +15,7 @@ from .alignment.perplexity import PerplexityOptions, perplexity
 from .alignment.sample import SampleOptions, sample
 from .alignment.selection import SelectOptions, select
 from .check import CheckOptions, check
+from .data.look import LookOptions, look
 from .data.split import SplitOptions, split
 from .engine.plan import PlanOptions, plan
 from .evaluate import EvaluateOptions, evaluate
@@ -63,6 +64,7 @@ VERBS = {
     "align perplexity": Verb(
         PerplexityOptions, perplexity, "how likely a language model finds the responses of a file"
     ),
+    "data look": Verb(LookOptions, look, "what is in files of pairs, and what is wrong with them"),
     "data split": Verb(
         SplitOptions, split, "split a file by prompt into training, validation and test"
     ),

@@ -12,7 +12,7 @@ options files checksums tables more calibration uncertainty plots
 model.attention model.fused model.recompute model.trunk model.families model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint
 data.messages data.records data.forms data.texts data.pairs data.overlap data.split data.sampling
-data.world
+data.world data.near_duplicates data.signs data.word_rule data.survey data.findings data.look
 reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
 engine.workload engine.cost engine.choose engine.plan

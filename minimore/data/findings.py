@@ -90,7 +90,7 @@ FAULTS = {
     ),
     "near duplicates": Fault(
         0.05,
-        "begin with a prompt that is a near duplicate of one before it",
+        "bring a new prompt that is a near duplicate of one before it",
         "A split by prompt lets them into training and test; remove or group them first.",
     ),
     "equal when cut": Fault(

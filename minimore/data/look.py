@@ -96,7 +96,13 @@ def tokenizer_of(options: LookOptions) -> Tokenizer | None:
         return None
     directory = Path(options.model)
     require(directory.is_dir(), f"--model {options.model}: not a directory; expected a local one")
-    return Tokenizer(directory)
+    tokenizer = Tokenizer(directory)
+    require(
+        options.max_length > len(tokenizer.bos),
+        f"--max-length {options.max_length}: expected more than the {len(tokenizer.bos)} tokens"
+        " that begin every text",
+    )
+    return tokenizer
 
 
 def look_at(path: str, tokenizer: Tokenizer | None, options: LookOptions) -> Look:

@@ -1,7 +1,6 @@
 """A survey: everything that is counted of a file of pairs in one pass, pair by pair.
 
-It holds some numbers of every pair and 256 bytes of every prompt, never the texts, but for a
-sample. So 160,000 pairs take about 200 MB.
+It holds some numbers of every pair and 256 bytes of every prompt, but texts of a sample only.
 
 N pairs, G prompts.
 """

@@ -50,9 +50,13 @@ class Overlap(NamedTuple):
 
 def overlap_of(prompts: Iterable[str], others: Container[int]) -> Overlap:
     """The prompts that others have, too. others: their hashes."""
-    example_of = {prompt_hash(prompt): prompt for prompt in reversed(list(prompts))}
-    shared = [prompt for key, prompt in reversed(example_of.items()) if key in others]
-    return Overlap(len(shared), len(example_of), shared[0] if shared else "")
+    shared, seen = [], set[int]()
+    for prompt in prompts:
+        key = prompt_hash(prompt)
+        if key in others and key not in seen:
+            shared.append(prompt)
+        seen.add(key)
+    return Overlap(len(shared), len(seen), shared[0] if shared else "")
 
 
 def prompts_of(source: Source) -> list[str]:

@@ -15,6 +15,8 @@ from .alignment.perplexity import PerplexityOptions, perplexity
 from .alignment.sample import SampleOptions, sample
 from .alignment.selection import SelectOptions, select
 from .check import CheckOptions, check
+from .data.look import LookOptions, look
+from .data.split import SplitOptions, split
 from .engine.plan import PlanOptions, plan
 from .evaluate import EvaluateOptions, evaluate
 from .files import is_out_of_memory
@@ -36,7 +38,10 @@ class Verb(NamedTuple):
     help: str
 
 
-GROUPS = {"align": "from a reward model to a policy, step by step"}
+GROUPS = {
+    "align": "from a reward model to a policy, step by step",
+    "data": "from files as people have them to pairs one can trust",
+}
 
 # By name; a command of a group has two words.
 VERBS = {
@@ -58,6 +63,10 @@ VERBS = {
     ),
     "align perplexity": Verb(
         PerplexityOptions, perplexity, "how likely a language model finds the responses of a file"
+    ),
+    "data look": Verb(LookOptions, look, "what is in files of pairs, and what is wrong with them"),
+    "data split": Verb(
+        SplitOptions, split, "split a file by prompt into training, validation and test"
     ),
     "demo": Verb(
         DemoOptions, demo, "train uniform and MORE on a synthetic world, in about a minute"

@@ -2,19 +2,25 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import plots
 from .comparison import compare, comparison_table, temperature_table, temperatures
 from .data.labels import LabelOptions
+from .data.overlap import (
+    hashes_of,
+    print_overlap,
+    read_training_prompts,
+    refuse_training_files,
+)
 from .data.pairs import Source, TextRules, load_sources
 from .files import refuse_existing, write_json
 from .model.checkpoint import Checkpoint
 from .options import InputError, check_ranges, option, parse_sources, require
 from .report import Margins, report_of, source_margins, table
-from .reward import ReadingOptions, load_reward_model
+from .reward import ReadingOptions, load_reward_model, run_of, run_options
 
 Paths = Mapping[str, str]  # name of a source -> its file
 
@@ -41,6 +47,11 @@ class EvaluateOptions(ReadingOptions, LabelOptions):
         value="DIR",
         help="draw reliability diagrams and margin histograms into this directory (needs the extra "
         "plots)",
+    )
+    allow_overlap: bool = option(
+        False,
+        help="files are meant to share prompts with each other or with the model's training: do "
+        "not warn of it, and accept training files",
     )
 
 
@@ -126,6 +137,16 @@ def check_baseline(options: EvaluateOptions) -> None:
         raise InputError(str(error).replace("--model", "--baseline")) from None
 
 
+def print_overlaps(tests: Sequence[Source], held_out: Sequence[Source], training: set[int]) -> None:
+    """Warn of prompts that the test, the held-out pairs and the model's training share.
+
+    training: the hashes of its prompts, as far as they are known.
+    """
+    print_overlap(tests, training, kinds=("test", "training"))
+    print_overlap(held_out, training, kinds=("calibration", "training"))
+    print_overlap(held_out, hashes_of(tests), kinds=("calibration", "test"))
+
+
 # ---- the work ------------------------------------------------------------------------------------
 
 
@@ -154,6 +175,8 @@ def read(options: EvaluateOptions, model_name: str, paths: Paths, held_out_paths
     """Open a model and read the files with it. A line describes every source."""
     checkpoint = Checkpoint(model_name)
     rules = options.rules(checkpoint)
+    if not options.allow_overlap:
+        refuse_training_files(run_options(checkpoint), paths)
 
     def load(paths: Paths) -> list[Source]:
         labels, field = options.label_rules, options.source_field
@@ -169,6 +192,8 @@ def read(options: EvaluateOptions, model_name: str, paths: Paths, held_out_paths
         prompts = {pair.prompt for pair in source.pairs}
         if len(prompts) == 1 and len(source.pairs) > 1:
             print(f"{source.name}: one prompt for all pairs, so they are taken as independent")
+    if not options.allow_overlap:
+        print_overlaps(sources, held_out, read_training_prompts(run_of(checkpoint)))
     model = load_reward_model(checkpoint, options)
 
     def margins_of(sources: list[Source]) -> Margins:

@@ -203,6 +203,35 @@ def draw_points(panels: list[tuple[str, str, dict[str, tuple]]], path: Path) -> 
     return _save(figure, path)
 
 
+def draw_lengths(lengths: dict[str, tuple[np.ndarray, np.ndarray]], unit: str, path: Path) -> Path:
+    """Lengths of responses, and how often the longer one wins, a column for every file.
+
+    lengths: {name: (chosen, rejected)}, each (N,). Bottom: pairs in five equal parts by how much
+    their lengths differ, each with its 95% interval.
+    """
+    figure = _figure(len(lengths), 2)
+    axes = figure.subplots(2, len(lengths), squeeze=False)
+    for k, (name, (chosen, rejected)) in enumerate(lengths.items()):
+        top, bottom = axes[0, k], axes[1, k]
+        edges = np.geomspace(1, max(2, chosen.max(), rejected.max()), 30)
+        for side, of_side, style in (("chosen", chosen, "-"), ("rejected", rejected, "--")):
+            top.hist(np.maximum(of_side, 1), edges, histtype="step", linestyle=style, label=side)
+        top.set(title=_plain(name), xlabel=f"{unit} of a response", ylabel="pairs", xscale="log")
+        top.legend(fontsize="x-small")
+        difference = (chosen - rejected)[chosen != rejected]
+        parts = np.array_split(difference[np.argsort(np.abs(difference), kind="stable")], 5)
+        filled = [part for part in parts if len(part)]
+        at = np.array([np.abs(part).mean() for part in filled])
+        shares = np.array([(part > 0).mean() for part in filled])
+        low, high = _wilson(shares, np.array([len(part) for part in filled]))
+        bottom.errorbar(
+            at, shares, (shares - low, high - shares), fmt="o-", color=PALETTE[0], capsize=2
+        )
+        bottom.axhline(0.5, color="grey", linewidth=0.8)
+        bottom.set(xlabel=f"difference in {unit}", ylabel="the longer wins", ylim=(0, 1))
+    return _save(figure, path)
+
+
 def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The ends of the 95% interval of a share of `count` pairs, taken as independent.
 

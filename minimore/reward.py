@@ -190,12 +190,8 @@ class ReadingOptions(ModelOptions):
     def rules(self, checkpoint: Checkpoint) -> TextRules:
         """How texts become token ids: as asked, else as the run was trained, else as by default."""
         check_ranges(self)
-        directory = Path(os.path.realpath(checkpoint.directory))
-        run = directory.parent if directory.name.startswith("checkpoint-") else directory
-        path = run / "options.json"
-        stored = read_json(path) if path.is_file() else {}
-        if CHECKSUM in stored:  # runs of before there were checksums have none
-            stored = read_checked_json(path)
+        path = run_of(checkpoint) / "options.json"
+        stored = run_options(checkpoint)
         max_length = stored.get("max_length", DEFAULT_MAX_LENGTH)
         truncate = stored.get("truncate", "each")
         require(
@@ -204,9 +200,24 @@ class ReadingOptions(ModelOptions):
             " --max-length and --truncate in a directory without it",
         )
         max_length = self.max_length or max_length
-        check_length(checkpoint.config, max_length, directory)
+        check_length(checkpoint.config, max_length, Path(os.path.realpath(checkpoint.directory)))
         chat = self.chat or stored.get("chat") is True
         return TextRules(max_length, self.truncate or truncate, chat)
+
+
+def run_of(checkpoint: Checkpoint) -> Path:
+    """The directory of the run that made a checkpoint: its own, or that in which it was saved."""
+    directory = Path(os.path.realpath(checkpoint.directory))
+    return directory.parent if directory.name.startswith("checkpoint-") else directory
+
+
+def run_options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The options of the run that made a checkpoint; {} if no run of ours made it."""
+    path = run_of(checkpoint) / "options.json"
+    stored = read_json(path) if path.is_file() else {}
+    if CHECKSUM in stored:  # runs of before there were checksums have none
+        stored = read_checked_json(path)
+    return stored
 
 
 def check_length(

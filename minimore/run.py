@@ -1,6 +1,6 @@
 """The run directory: what makes a training safe to kill.
 
-    options.json, environment.json    written at the start
+    options.json, environment.json    written at the start, and training_prompts.safetensors
     metrics.jsonl                     one line a step, cut back to the checkpoint on resume
     checkpoint-STEP/                  the state after that step (resume.py)
     README.md, evaluation.json, model.safetensors, tokenizer files, config.json
@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "save_steps",
     "keep",
     "memory",
+    "allow_overlap",
     *RECIPE,
 )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .data.labels import LabelRules
+from .data.overlap import hashes_of, print_overlap, write_training_prompts
 from .data.pairs import Source, TokenPair, load_sources
 from .data.sampling import batch_size_of
 from .engine.objective import RewardObjective, StepResult, labels_of
@@ -98,6 +99,9 @@ class TrainOptions(LoopOptions, RunOptions):
         None,
         within=COUNT,
         help="steps between evaluations on the TEST files (default: only at the end)",
+    )
+    allow_overlap: bool = option(
+        False, help="training and test files are meant to share prompts: do not warn of it"
     )
 
     @property
@@ -226,6 +230,8 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     check_length(origin.config, options.max_length, origin.directory)
     sources, test_sources = open_sources(options, paths, origin)
     check_number_of_sources(options, len(sources))
+    if not options.allow_overlap:
+        print_overlap(test_sources, hashes_of(sources))
     batch_size = batch_size_of(options, len(sources))
     files_to_save(origin)  # what cannot be saved in the end is refused now
     recipe = choose_recipe(options, origin, lambda: workload_of(options, sources, batch_size))
@@ -256,6 +262,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     )
     print_where_more_is_plain(options, len(sources))
     begin(training, recipe, facts, lock)
+    write_training_prompts(run, sources)
     return training
 
 

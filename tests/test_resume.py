@@ -86,6 +86,7 @@ def test_a_crashed_run_resumes_bitwise(world, tmp_path, name, monkeypatch):
         "options.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training_prompts.safetensors",
     ]
     assert (
         train(options(world, tmp_path / "cut", resume=True, **changes)) == 0

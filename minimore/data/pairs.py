@@ -23,6 +23,7 @@ TRUNCATE = ("each", "together")
 TOKENISED_AT_ONCE = 512  # pairs
 CHARACTERS_AT_ONCE = 8_000_000  # of all pairs that wait to be tokenised
 MOST_SOURCES_OF_A_FILE = 1000
+NO_PROMPT = "\0"  # begins what stands for the prompt of a pair that has none
 ROLE_MARKS = (":", ">", "]")  # with one of these a prompt may end that a response follows at once
 
 
@@ -314,7 +315,7 @@ def _tokenise(
         source.turned += pair.is_turned
         source.named += not pair.rendered and tokenizer.names_special("".join(texts[sides]))
         _count_joints(source, pair)
-        prompt = pair.prompt or f"none {source.read}"
+        prompt = pair.prompt or f"{NO_PROMPT}{source.read}"
         token_pair = TokenPair(
             chosen=chosen,
             rejected=rejected,

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ..checksums import read_checked_json, write_checked_json
 from ..data.labels import MAJORITY
+from ..data.overlap import print_overlap_of_files
 from ..data.pairs import Source, TokenPair, batches_by_length, load_source, pack_pairs
+from ..data.texts import Reading
 from ..files import make_directory, one_line, sweep
 from ..model.checkpoint import Checkpoint
 from ..model.tensors import require_as_written, write_tensors
@@ -45,6 +47,9 @@ class FeaturesOptions(ReadingOptions):
     dtype: str = option(
         "float16", choices=("float16", "float32"), help="type in which states are stored"
     )
+    allow_overlap: bool = option(
+        False, help="training and test files are meant to share prompts: do not warn of it"
+    )
 
 
 # ---- storing -------------------------------------------------------------------------------------
@@ -61,6 +66,8 @@ def features(options: FeaturesOptions) -> None:
     output, checkpoint = Path(options.output), Checkpoint(options.model)
     rules = options.rules(checkpoint)
     refuse_other_directories(output)
+    if not options.allow_overlap:
+        print_overlap_of_files(paths, Reading(checkpoint.tokenizer, rules.chat))
     make_directory(output)
     sweep(output)
     model = load_reward_model(checkpoint, options)

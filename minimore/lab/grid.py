@@ -137,6 +137,9 @@ class ReproduceOptions:
     quick: bool = option(
         False, help="a cut of the ladder that takes a minute: one width, a tenth of the pairs"
     )
+    allow_overlap: bool = option(
+        False, help="training and test files are meant to share prompts: do not warn of it"
+    )
     dry_run: bool = option(False, help="print the cells and the hours, and stop")
 
     def sizes(self) -> tuple[Any, ...]:

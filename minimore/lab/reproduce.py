@@ -14,9 +14,12 @@ from typing import Any
 
 from .. import plots
 from ..checksums import read_checked_json, write_checked_json
+from ..data.overlap import print_overlap_of_files
+from ..data.texts import Reading
 from ..engine.cost import in_time
 from ..files import make_directory, sweep, write_json, write_text
-from ..options import InputError, require
+from ..model.checkpoint import Checkpoint
+from ..options import InputError, parse_sources, require
 from .cells import is_finished, margins_of, run_cell
 from .estimate import SHARE_OF_SPEED, STEP_SECONDS, estimated_seconds
 from .experiments import REPORTS, every_entry
@@ -24,13 +27,25 @@ from .finished import Grid
 from .grid import PROTOCOLS, Cell, ReproduceOptions, checked_cells
 
 # Options that leave a grid what it is. It may be continued with other values of these.
-FREE = ("output", "dry_run", "device", "micro_tokens", "recompute", "memory", "seeds")
+FREE = (
+    "output",
+    "dry_run",
+    "allow_overlap",
+    "device",
+    "micro_tokens",
+    "recompute",
+    "memory",
+    "seeds",
+)
 
 
 def reproduce(options: ReproduceOptions) -> int:
     """Plan, run and report an experiment; returns the exit code."""
     cells, output = checked_cells(options), Path(options.output)
     check_same_grid(options, output)
+    if options.model and not options.allow_overlap:
+        reading = Reading(Checkpoint(options.model[0]).tokenizer)
+        print_overlap_of_files(parse_sources(options.source), reading)
     unfinished = [cell for cell in cells if not is_finished(output, cell)]
     print_plan(options, cells, unfinished)
     if options.dry_run:

@@ -1,0 +1,178 @@
+"""Splitting: one file into training, validation and test, of which none shares a prompt.
+
+    read      every line                 -> its group: the prompt, or what the human says first
+    place     hash of seed and group     -> a number from 0 to 1, by which the group falls to a part
+    write     every line, byte for byte  -> train.jsonl, validation.jsonl, test.jsonl
+
+Where a group falls depends on the seed and on its own text alone. So several sources that are split
+with one seed share no prompt across parts either, and a file that has grown is split as before.
+"""
+
+import gzip
+import hashlib
+from array import array
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checksums import write_checked_json
+from ..files import directory_written_whole, refuse_existing
+from ..options import Range, check_ranges, option, require
+from ..tables import Table
+from .overlap import normalised
+from .records import BYTE_ORDER_MARK, Record, read_records
+from .texts import Reading, opening_of
+
+PARTS = ("train", "validation", "test")
+NEITHER = 255  # stands for the part of a blank line
+SHARE = Range(least=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """What `data split` takes."""
+
+    file: str = option(
+        value="FILE", positional=True, help="JSON lines of pairs (.jsonl, .jsonl.gz)"
+    )
+    output: str = option(value="DIR", help="directory for the parts; must not exist")
+    validation: float = option(0.0, within=SHARE, help="share of prompts for validation")
+    test: float = option(0.1, within=SHARE, help="share of prompts for the test")
+    by: str = option(
+        "prompt",
+        choices=("prompt", "opening"),
+        help="what may stand in one part only: a whole prompt, or what the human says first in it, "
+        "so that no dialogue is cut in two",
+    )
+    seed: int = option(
+        0, within=Range(least=0, most=2**63 - 1), help="other seeds make other parts"
+    )
+
+    def shares(self) -> tuple[float, float, float]:
+        """The share of every part."""
+        return (1 - self.validation - self.test, self.validation, self.test)
+
+
+def split(options: SplitOptions) -> None:
+    """Split a file by prompt; print how many lines and prompts each part has."""
+    check_options(options)
+    parts, groups = parts_of_lines(options)
+    _, first_line = next(lines_of(options.file), (0, b""))
+    require(
+        not first_line.lstrip().startswith(b"["),
+        f"{options.file}: is one JSON list, which has no lines; expected JSON lines, which"
+        " `minimore data convert` makes of it",
+    )
+    for part, share in enumerate(options.shares()):
+        require(
+            bool(groups[part]) == bool(share),
+            f"{options.file}: no prompt of {sum(map(len, groups))} falls to {PARTS[part]}; expected"
+            " a larger share, or another --seed",
+        )
+    with directory_written_whole(Path(options.output)) as directory:
+        write_parts(options, parts, directory)
+        counts = {
+            name: {"lines": parts.count(part), "prompts": len(groups[part])}
+            for part, name in enumerate(PARTS)
+        }
+        description = {"file": options.file, "seed": options.seed, "by": options.by}
+        write_checked_json(directory / "split.json", description | {"parts": counts})
+    table = Table("part", "lines", "prompts")
+    for name, count in counts.items():
+        table.add(name, count["lines"], count["prompts"])
+    print(f"{table}\n{options.output}: no prompt stands in two parts")
+
+
+def check_options(options: SplitOptions) -> None:
+    """Refuse what cannot be split (InputError)."""
+    check_ranges(options)
+    require(
+        options.validation + options.test < 1,
+        f"--validation {options.validation} and --test {options.test} leave nothing to train on;"
+        " expected shares of which the sum is less than 1",
+    )
+    require(
+        options.validation or options.test, "--validation and --test are 0: there is nothing to do"
+    )
+    refuse_existing(options.output)
+    require(
+        Path(options.file).is_file(),
+        f"{options.file}: not a file; expected one file of JSON lines",
+    )
+
+
+# ---- where a line falls --------------------------------------------------------------------------
+
+
+def parts_of_lines(options: SplitOptions) -> tuple[array, list[set[bytes]]]:
+    """The part of every line, from the first, and the groups of every part.
+
+    A group is known by a hash of 16 bytes.
+    """
+    parts, groups = array("B"), [set[bytes]() for _ in PARTS]
+    salt = options.seed.to_bytes(8, "little")
+    for where, record in read_records(options.file):
+        group = group_of(record, where, options.by).encode()
+        digest = hashlib.blake2b(group, digest_size=16, salt=salt).digest()
+        part = part_of(int.from_bytes(digest[:8], "little") / 2**64, options.shares())
+        line = int(where.rpartition(":")[2])
+        parts.extend([NEITHER] * (line - 1 - len(parts)))  # blank lines
+        parts.append(part)
+        groups[part].add(digest)
+    return parts, groups
+
+
+def group_of(record: Record, where: str, by: str) -> str:
+    """What must not cross parts: the normalised prompt of a record, or its opening.
+
+    A record without a prompt is known by its first response.
+    """
+    pair = Reading().pairs(with_unequal_scores(record), where)[0][0]
+    prompt = pair.prompt if by == "prompt" else opening_of(pair.prompt)
+    return normalised(prompt) or normalised(pair.chosen)
+
+
+def with_unequal_scores(record: Record) -> Record:
+    """The record with other scores, so that it makes pairs also where annotators saw a tie."""
+    changed = dict(record)
+    for key in ("score", "scores"):
+        scores = record.get(key)
+        if isinstance(scores, list) and len(set(map(str, scores))) == 1:
+            changed[key] = list(range(len(scores)))
+    return changed
+
+
+def part_of(position: float, shares: tuple[float, float, float]) -> int:
+    """The part to which a position from 0 to 1 falls: test, then validation, then training.
+
+    >>> [PARTS[part_of(position, (0.7, 0.2, 0.1))] for position in (0.05, 0.15, 0.5)]
+    ['test', 'validation', 'train']
+    """
+    _, validation, test = shares
+    if position < test:
+        return 2
+    return 1 if position < test + validation else 0
+
+
+# ---- lines as they are ---------------------------------------------------------------------------
+
+
+def lines_of(path: str) -> Iterator[tuple[int, bytes]]:
+    """Every line of a file, plain or .gz, from 0, without a byte order mark."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+        for number, line in enumerate(file):
+            yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
+
+
+def write_parts(options: SplitOptions, parts: array, directory: Path) -> None:
+    """Write every line into the file of its part; a part without a share gets no file."""
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(open(directory / f"{name}.jsonl", "xb")) if share else None
+            for name, share in zip(PARTS, options.shares())
+        ]
+        for number, line in lines_of(options.file):
+            file = files[parts[number]] if line.strip() else None
+            if file:
+                file.write(line if line.endswith(b"\n") else line + b"\n")

@@ -1,0 +1,157 @@
+"""Splits by prompt: every line once, byte for byte, and no prompt in two parts."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from minimore.checksums import read_checked_json
+from minimore.cli import main
+from minimore.data.records import read_records
+
+DATA = Path(os.environ.get("MINIMORE_DATA", ROOT.parent / "shared" / "data"))
+SHARES = ("--validation", "0.2", "--test", "0.3")
+
+
+def split(path, output, *more):
+    return main(["data", "split", str(path), "--output", str(output), *map(str, more)])
+
+
+def parts_of(output):
+    return {path.stem: path.read_bytes().splitlines(True) for path in output.glob("*.jsonl")}
+
+
+def record(prompt, i):
+    return {"prompt": prompt, "chosen": f" yes {i}", "rejected": f" no {i}"}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """200 prompts, of which the first has many pairs; odd bytes, which must stay as they are."""
+    prompts = ["\n\nHuman: the first\n\nAssistant:"] * 30
+    prompts += [f"\n\nHuman: Question {i}\n\nAssistant:" for i in range(200)]
+    lines = [json.dumps(record(prompt, i)) for i, prompt in enumerate(prompts)]
+    lines[5] = lines[5].replace("the first", "The  First")  # is the same prompt
+    lines[7] = '  {"prompt":"caf\\u00e9 \u00e9", "chosen":"a" ,"rejected":"b"}  '
+    lines[9] = lines[9] + "\r"
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(lines).encode())  # no line's end at the last
+    return path
+
+
+def test_every_line_is_in_one_part_as_it_was(file, tmp_path):
+    assert split(file, tmp_path / "a", *SHARES) == 0
+    parts = parts_of(tmp_path / "a")
+    lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    expected = [line + b"\n" for line in lines if line]
+    assert sorted(sum(parts.values(), [])) == sorted(expected)
+    for lines in parts.values():  # in the order of the file
+        places = [expected.index(line) for line in lines]
+        assert places == sorted(places)
+    prompts = {
+        name: {" ".join(json.loads(line)["prompt"].casefold().split()) for line in lines}
+        for name, lines in parts.items()
+    }
+    assert not prompts["train"] & prompts["test"] and not prompts["train"] & prompts["validation"]
+    assert not prompts["validation"] & prompts["test"]
+    counts = read_checked_json(tmp_path / "a" / "split.json")["parts"]
+    assert {name: len(found) for name, found in prompts.items()} == {
+        name: count["prompts"] for name, count in counts.items()
+    }
+    assert len(prompts["test"]) == pytest.approx(61, abs=20)
+    assert len(prompts["validation"]) == pytest.approx(40, abs=18)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_gives_others(file, tmp_path):
+    zipped = tmp_path / "in.jsonl.gz"
+    zipped.write_bytes(gzip.compress(file.read_bytes()))
+    for name, path, seed in (("a", file, 1), ("b", zipped, 1), ("c", file, 2)):
+        assert split(path, tmp_path / name, *SHARES, "--seed", seed) == 0
+    assert parts_of(tmp_path / "a") == parts_of(tmp_path / "b") != parts_of(tmp_path / "c")
+
+
+def test_a_prompt_falls_to_the_same_part_in_every_file(file, tmp_path):
+    grown = tmp_path / "grown.jsonl"
+    more = "".join(json.dumps(record(f"another {i}", i)) + "\n" for i in range(50))
+    grown.write_bytes(more.encode() + file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    assert split(file, tmp_path / "a") == split(grown, tmp_path / "b") == 0
+    small, large = parts_of(tmp_path / "a"), parts_of(tmp_path / "b")
+    assert all(set(small[name]) <= set(large[name]) for name in small)
+    assert sorted(small) == ["test", "train"]  # no share, no file
+
+
+def test_dialogues_with_one_opening_stay_together(tmp_path):
+    dialogues = [
+        f"\n\nHuman: Question {i}\n\nAssistant: Yes.\n\nHuman: {turn}\n\nAssistant:"
+        for i in range(60)
+        for turn in ("And then?", "Really?", "Why?")
+    ]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(record(p, i)) + "\n" for i, p in enumerate(dialogues)))
+    crossing = {}
+    for by in ("prompt", "opening"):
+        assert split(path, tmp_path / by, "--test", "0.4", "--by", by) == 0
+        openings = [
+            {json.loads(line)["prompt"].split("\n\n")[1] for line in lines}
+            for lines in parts_of(tmp_path / by).values()
+        ]
+        crossing[by] = len(openings[0] & openings[1])
+    assert crossing["opening"] == 0 < crossing["prompt"]
+
+
+def test_forms_of_every_kind_and_label_ties_are_split_by_their_prompt(tmp_path):
+    turns = [{"role": "user", "content": "Hi"}]
+    records = [
+        {"prompt": turns, "chosen": "a", "rejected": "b"},
+        {"prompt": turns, "responses": ["a", "b"], "scores": [1, 1]},
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"},
+        {"text": ["\n\nHuman: Hi\n\nAssistant: a"] * 2, "score": [2.0, 2.0]},
+    ] + [record(f"other {i}", i) for i in range(40)]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert split(path, tmp_path / "out", "--test", "0.5") == 0
+    first = {json.dumps(r).encode() + b"\n" for r in records[:4]}
+    assert any(first <= set(lines) for lines in parts_of(tmp_path / "out").values())
+
+
+def refused(capsys, *arguments):
+    assert main(["data", "split", *map(str, arguments)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def test_what_cannot_be_split_is_one_line_and_leaves_nothing(file, tmp_path, capsys):
+    out = ("--output", tmp_path / "out")
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps([record("a", 0)]))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps(record("a", 0)) + "\n{nope\n")
+    assert "has no lines" in refused(capsys, listed, *out)
+    assert "bad.jsonl:2: not JSON" in refused(capsys, bad, *out)
+    assert "not a file" in refused(capsys, tmp_path, *out)
+    assert "not a file" in refused(capsys, tmp_path / "absent.jsonl", *out)
+    assert "nothing to do" in refused(capsys, file, *out, "--test", 0)
+    assert "less than 1" in refused(capsys, file, *out, "--test", 0.5, "--validation", 0.5)
+    assert "falls to test" in refused(capsys, file, *out, "--test", 1e-9)
+    assert "FILE is missing" in refused(capsys, *out)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
+    (tmp_path / "out").mkdir()
+    assert "exists already" in refused(capsys, file, *out)
+
+
+@pytest.mark.skipif(
+    not (DATA / "pairs").is_dir(), reason=f"no preference data in {DATA}; set MINIMORE_DATA"
+)
+def test_four_tastes_on_the_same_questions_do_not_leak_into_each_other(tmp_path):
+    prompts = {"train": set(), "test": set()}
+    for taste in ("academy", "business"):
+        path = DATA / "pairs" / f"dsp_{taste}.test.jsonl.gz"
+        assert split(path, tmp_path / taste, "--test", "0.3") == 0
+        for name, found in prompts.items():
+            found |= {r["prompt"] for _, r in read_records(str(tmp_path / taste / f"{name}.jsonl"))}
+    assert len(prompts["train"]) + len(prompts["test"]) == 139
+    assert not prompts["train"] & prompts["test"]

@@ -15,6 +15,7 @@ from .alignment.perplexity import PerplexityOptions, perplexity
 from .alignment.sample import SampleOptions, sample
 from .alignment.selection import SelectOptions, select
 from .check import CheckOptions, check
+from .data.convert import ConvertOptions, convert
 from .engine.plan import PlanOptions, plan
 from .evaluate import EvaluateOptions, evaluate
 from .files import is_out_of_memory
@@ -36,7 +37,10 @@ class Verb(NamedTuple):
     help: str
 
 
-GROUPS = {"align": "from a reward model to a policy, step by step"}
+GROUPS = {
+    "align": "from a reward model to a policy, step by step",
+    "data": "from files as people have them to pairs one can trust",
+}
 
 # By name; a command of a group has two words.
 VERBS = {
@@ -58,6 +62,9 @@ VERBS = {
     ),
     "align perplexity": Verb(
         PerplexityOptions, perplexity, "how likely a language model finds the responses of a file"
+    ),
+    "data convert": Verb(
+        ConvertOptions, convert, "write the pairs of a public file, whatever its shape, and count"
     ),
     "demo": Verb(
         DemoOptions, demo, "train uniform and MORE on a synthetic world, in about a minute"

@@ -4,6 +4,7 @@ Nothing is skipped silently: see `Source.line`.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from ..model.attention import Stream, pack
 from ..model.tokenizer import Tokenizer
 from ..options import InputError
 from .forms import Pair, record_pairs
-from .records import read_records
+from .shapes import read_house_records
 
 TRUNCATE = ("each", "together")
 TOKENISED_AT_ONCE = 512  # pairs
@@ -67,6 +68,8 @@ class Source:
     text holds the name of a special token, read as text. These are kept. glued: the prompt runs
     into the response, as in "What is 2+2?4". repeated: both responses begin with their prompt.
 
+    unlabelled: comparisons of a foreign shape (shapes.py) that have no label, by reason.
+
     read: all pairs of the file so far, used or not. prompts: the number of each prompt.
     """
 
@@ -82,6 +85,7 @@ class Source:
     repeated: int = 0
     read: int = 0
     prompts: dict[str, int] = field(default_factory=dict)
+    unlabelled: Counter[str] = field(default_factory=Counter)
     example: str = ""  # of a prompt that runs into its response
 
     def line(self) -> str:
@@ -92,6 +96,8 @@ class Source:
             f" {self.identical} identical, {self.truncated} truncated, {self.blank} blank,"
             f" {self.dropped} dropped, {mean_tokens:.0f} mean tokens"
         )
+        for reason, count in sorted(self.unlabelled.items()):
+            line += f"; {count} comparisons left out: {reason}"
         if self.named:
             line += f"; {self.named} pairs hold names of special tokens, which are read as text"
         if self.glued > self.read / 2:
@@ -147,7 +153,7 @@ def load_source(
     truncate: str = "each",
     chat: bool = False,
 ) -> Source:
-    """Read, check and tokenise a file of pairs.
+    """Read, check and tokenise a file of pairs, of any shape that is one record a line.
 
     max_length, truncate, chat: see `TextRules`. Raises InputError for a line that cannot
     be read, or if no usable pair is left.
@@ -155,7 +161,7 @@ def load_source(
     source, records = Source(name), 0
     waiting: list[Pair] = []
     characters = 0
-    for where, record in read_records(path):
+    for where, record in read_house_records(path, source.unlabelled):
         records += 1
         pairs, label_ties = record_pairs(record, where, tokenizer, chat)
         source.label_ties += label_ties
@@ -175,6 +181,8 @@ def load_source(
                 f"has no usable pair: of {records} records, {source.label_ties} label ties,"
                 f" {source.identical} identical and {source.dropped} dropped pairs"
             )
+        if source.unlabelled:
+            reason += f", {source.unlabelled.total()} comparisons without a label"
         raise InputError(f"{path}: {reason}; source {name!r} needs at least one pair")
     return source
 

@@ -1,0 +1,120 @@
+"""Sift: which comparisons make a pair or a label tie, and why the others do not.
+
+Every record is read as training will read it (forms.py), so that what is written can be trained on.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from ..model.tokenizer import Tokenizer
+from ..options import require
+from .comparisons import scored
+from .forms import Pair, record_pairs
+from .records import Record
+
+
+@dataclass
+class FileCounts:
+    """Of one file that is written: its pairs, its label ties, and what was left out by reason."""
+
+    pairs: int = 0
+    ties: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "FileCounts") -> None:
+        """Add the counts of another file."""
+        self.pairs += other.pairs
+        self.ties += other.ties
+        self.left_out.update(other.left_out)
+
+    def line(self) -> str:
+        """One line for the log."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+        line = f"{self.pairs} pairs, {self.ties} label ties, {self.left_out.total()} left out"
+        return line + (f" ({reasons})" if reasons else "")
+
+
+class PlainTurns(Tokenizer):
+    """Writes conversations plainly, as a checkpoint without a chat template does; it has no files.
+
+    With it forms.py reads a record as training will.
+    """
+
+    template = None
+
+    def __init__(self) -> None:
+        pass
+
+
+PLAIN_TURNS = PlainTurns()
+
+
+def sifted(record: Record, where: str, counts: FileCounts) -> Iterator[Record]:
+    """The record, or those of its comparisons that are a pair or a label tie; all are counted.
+
+    Blank responses and equal ones are left out. Raises InputError for a record that training would
+    refuse.
+    """
+    if "responses" in record and "chosen" not in record:
+        singles, ties = _twos_of_scores(record, where)
+    else:
+        singles, ties = _twos_of_pairs(record, where), set()
+    usable = []
+    for place, (single, pair) in enumerate(singles):
+        reason = reason_against(pair)
+        if reason:
+            counts.left_out[reason] += 1
+            continue
+        usable.append(single)
+        counts.ties += place in ties
+        counts.pairs += place not in ties
+    if usable and len(usable) == len(singles) and ("responses" in record or len(usable) == 1):
+        usable = [record]
+    yield from usable
+
+
+def reason_against(pair: Pair) -> str:
+    """Why two responses make no pair; empty if they do."""
+    if pair.is_blank:
+        return "blank"
+    return "equal" if pair.chosen == pair.rejected else ""
+
+
+def _twos_of_pairs(record: Record, where: str) -> list[tuple[Record, Pair]]:
+    """Every chosen response with every rejected one, as a record of its own."""
+    pairs, _ = record_pairs(record, where, PLAIN_TURNS)
+    if len(pairs) == 1:
+        return [(record, pairs[0])]
+    sides = [
+        value if _are_several(value) else [value]
+        for value in (record["chosen"], record["rejected"])
+    ]
+    twos = [
+        {"chosen": chosen, "rejected": rejected} for chosen in sides[0] for rejected in sides[1]
+    ]
+    return [(record | two, pair) for two, pair in zip(twos, pairs)]
+
+
+def _are_several(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
+
+
+def _twos_of_scores(record: Record, where: str) -> tuple[list[tuple[Record, Pair]], set[int]]:
+    """Every two of the responses as a record of its own, and the places of those that are ties."""
+    record_pairs(record, where, PLAIN_TURNS)  # refuses scores that are none
+    responses, scores = record["responses"], record["scores"]
+    others = {key: value for key, value in record.items() if key not in ("responses", "scores")}
+    singles: list[tuple[Record, Pair]] = []
+    ties: set[int] = set()
+    for i, j in combinations(range(len(responses)), 2):
+        two = scored(record["prompt"], [responses[i], responses[j]], [scores[i], scores[j]])
+        as_pair = others | {"chosen": responses[i], "rejected": responses[j]}
+        pairs, _ = record_pairs(as_pair, where, PLAIN_TURNS)
+        require(len(pairs) == 1, f"{where}: a response is a list of responses; expected one")
+        if scores[i] == scores[j]:
+            ties.add(len(singles))
+        singles.append((others | two, pairs[0]))
+    return singles, ties

@@ -16,6 +16,7 @@ from .alignment.sample import SampleOptions, sample
 from .alignment.selection import SelectOptions, select
 from .check import CheckOptions, check
 from .data.convert import ConvertOptions, convert
+from .data.get import GetOptions, get
 from .engine.plan import PlanOptions, plan
 from .evaluate import EvaluateOptions, evaluate
 from .files import is_out_of_memory
@@ -65,6 +66,9 @@ VERBS = {
     ),
     "data convert": Verb(
         ConvertOptions, convert, "write the pairs of a public file, whatever its shape, and count"
+    ),
+    "data get": Verb(
+        GetOptions, get, "a public set of preferences by its name, from the hub or from its files"
     ),
     "demo": Verb(
         DemoOptions, demo, "train uniform and MORE on a synthetic world, in about a minute"

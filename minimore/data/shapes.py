@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..options import require
 from . import readers
+from .annotators import MULTIPREF_GROUPS, multipref, prism
 from .columns import read_rows
 from .comparisons import Item, LeftOut, keys_of
 from .forms import PROMPT_KEYS, is_whole
@@ -123,6 +124,18 @@ SHAPES = (
         "HelpSteer3 preferences",
         ("context", "response1", "response2", "overall_preference"),
         readers.helpsteer3,
+    ),
+    Shape(
+        "multipref",
+        "MultiPref, votes of four annotators",
+        ("text", "completion_a", "completion_b", *MULTIPREF_GROUPS),
+        multipref,
+    ),
+    Shape(
+        "prism",
+        "PRISM conversations, rated turn by turn",
+        ("conversation_history", "user_id"),
+        prism,
     ),
     Shape(
         "helpsteer",

@@ -13,7 +13,8 @@ model.attention model.fused model.recompute model.trunk model.families model.san
 model.tokenizer model.tensors model.checkpoint
 data.messages data.records data.columns data.forms data.comparisons data.trees data.rows
 data.readers data.annotators data.fields data.shapes data.sift data.convert data.pairs data.sampling
-data.world data.sources data.download data.changes data.parts data.get
+data.world data.sources data.download data.changes data.manifest data.parts
+data.get
 reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
 engine.workload engine.cost engine.choose engine.plan

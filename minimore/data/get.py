@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checksums import read_checked_json, write_checked_json
+from ..checksums import write_checked_json
 from ..files import locked, make_directory, to_disk
 from ..options import COUNT, Range, check_ranges, option, require
 from ..tables import Table
 from .changes import Input, changes_of_file, changes_of_records, changes_since, input_of
 from .download import fetch, offers_of, read_receipt, sha256_of
+from .manifest import is_complete, read_manifest
 from .parts import Conversion, Counts, Stream, sampled
 from .sources import SETS, File, PublicSet
 
@@ -65,7 +66,8 @@ def get(options: GetOptions) -> None:
     make_directory(output)
     lock = locked(output, f"--output {output}: another data get is writing here; wait for it")
     try:
-        manifest = earlier_manifest(options, output)
+        path = output / f"{options.name}.json"
+        manifest = read_manifest(path, request_of(options)) if path.is_file() else None
         if manifest is None or not is_complete(manifest, output):
             manifest = get_in(options, public_set, output, manifest)
         print(summary(manifest, public_set))
@@ -83,8 +85,8 @@ def get_in(
         files = public_set.test
     inputs, commit = obtain(options, public_set, files, output, earlier)
     changes = [change for i in inputs for change in changes_of_file(i.file, i.size, i.sha256)]
+    changes += changes_since(earlier, inputs) if earlier else []
     refuse_changes(options, changes)
-    refuse_changes(options, changes_since(earlier, inputs) if earlier else [])
     conversion = Conversion(public_set, inputs)
     with unfinished_removed(options.name, output):
         outputs = write_parts(options, conversion, output)
@@ -118,11 +120,14 @@ def described(i: Input, conversion: Conversion) -> dict[str, Any]:
 def description(name: str, public_set: PublicSet) -> str:
     """What is known of a set before anything is fetched."""
     sizes = [file.size for file in public_set.files if file.size is not None]
-    size = f"{sum(sizes):,} bytes in {len(sizes)} of them" if sizes else "the hub knows"
+    count = len(public_set.files)
+    size = f"{sum(sizes):,} bytes" if sizes else "said by the hub before the download"
+    if 0 < len(sizes) < count:
+        size += f" for {len(sizes)} of the files; the hub says that of the others"
     commit = public_set.revision or f"not pinned: what {public_set.branch} has at the first time"
     lines = [
         f"{name}: {public_set.about}",
-        f"  repository  {public_set.repository}, {len(public_set.files)} files",
+        f"  repository  {public_set.repository}, {count} file{'s' * (count > 1)}",
         f"  commit      {commit}",
         f"  licence     {public_set.licence}",
         f"  size        {size}",
@@ -271,9 +276,6 @@ def put_in_place(outputs: dict[str, Any], output: Path) -> None:
     to_disk(output)
 
 
-# ---- an earlier manifest -------------------------------------------------------------------------
-
-
 def request_of(options: GetOptions) -> dict[str, Any]:
     """The options on which the bytes depend."""
     return {
@@ -282,34 +284,3 @@ def request_of(options: GetOptions) -> dict[str, Any]:
         "seed": options.seed,
         "test_only": options.test_only,
     }
-
-
-def earlier_manifest(options: GetOptions, output: Path) -> dict[str, Any] | None:
-    """The manifest that is there, if there is one. Raises InputError if it is of other options."""
-    path = output / f"{options.name}.json"
-    if not path.is_file():
-        return None
-    manifest = read_checked_json(path)
-    differing = [
-        f"{name} {manifest['request'].get(name)}, not {value}"
-        for name, value in request_of(options).items()
-        if manifest["request"].get(name) != value
-    ]
-    require(
-        not differing,
-        f"{path}: was written with {'; '.join(differing)}; choose another --output, or remove it"
-        " and the files it lists",
-    )
-    return manifest
-
-
-def is_complete(manifest: dict[str, Any], output: Path) -> bool:
-    """Whether all files are there. Raises InputError if one is not as it was written."""
-    for values in manifest["outputs"].values():
-        path = output / values["file"]
-        require(
-            not path.exists() or sha256_of(path) == values["sha256"],
-            f"{path}: is not as it was written: its checksum is another; remove it, and give the"
-            " same command again",
-        )
-    return all((output / values["file"]).exists() for values in manifest["outputs"].values())

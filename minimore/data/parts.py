@@ -18,7 +18,7 @@ from ..options import require
 from .changes import Input
 from .convert import Rules, Tally, converted
 from .forms import ASSISTANT
-from .messages import is_conversation
+from .messages import is_conversation, messages_of
 from .records import Record
 from .sources import File, PublicSet
 from .trees import TreeRules
@@ -32,11 +32,11 @@ Stream = Callable[[], Iterator[Record]]  # the house records of a part, from the
 # ---- what a record says --------------------------------------------------------------------------
 
 
-def text_of(value: Any) -> str:
-    """A text, or messages as one text."""
-    if isinstance(value, str):
-        return value
-    messages = [value] if isinstance(value, dict) else value
+def text_of(prompt: Any) -> str:
+    """A prompt as a text, also if it is messages."""
+    if not is_conversation(prompt):
+        return str(prompt)
+    messages = messages_of(prompt, "prompt", None, "user")
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
@@ -47,11 +47,10 @@ def opening_of(prompt: Any) -> str:
     '\\n\\nHuman: hi'
     """
     if is_conversation(prompt):
-        messages = [prompt] if isinstance(prompt, dict) else prompt
+        messages = messages_of(prompt, "prompt", None, "user")
         roles = [message["role"] for message in messages]
-        end = roles.index("assistant") if "assistant" in roles else len(messages)
-        return text_of(messages[:end])
-    text = text_of(prompt)
+        return text_of(messages[: roles.index("assistant")] if "assistant" in roles else messages)
+    text = str(prompt)
     return text[: min((text.find(mark) for mark in ASSISTANT if mark in text), default=len(text))]
 
 

@@ -299,6 +299,7 @@ ULTRAFEEDBACK = PublicSet(
     taste="overall",
     notes=(
         "it has no split of its own, so the split is ours",
+        "the score of a reply is the mean of its four ratings",
         "it holds the questions of TruthfulQA and FalseQA: no benchmark for what trains on it",
     ),
 )

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,9 +24,11 @@ from hub import COMMIT, Hub
 import minimore.data.get as get_module
 from minimore.checksums import read_checked_json
 from minimore.cli import main
+from minimore.data.comparisons import LeftOut
 from minimore.data.parts import copies_of_pairs, is_test, key_of, opening_of
-from minimore.data.shapes import BY_NAME
+from minimore.data.shapes import BY_NAME, house_records, items_of
 from minimore.data.sources import SETS, File
+from minimore.options import InputError
 
 DATA = Path(os.environ.get("MINIMORE_DATA", ROOT.parent / "shared" / "data"))
 real = pytest.mark.skipif(not (DATA / "native").is_dir(), reason=f"no native data in {DATA}")
@@ -344,14 +347,13 @@ def test_no_network(serve, capsys):
     hub.stop = lambda: None
 
 
-def test_a_server_that_is_no_hub(serve, capsys, monkeypatch):
+def test_a_server_that_is_no_hub(serve, capsys):
     serve(commit="", etag=lambda content: "")
     assert "expected a hub, so check HF_ENDPOINT" in refused(capsys)
 
 
-def test_a_damaged_file_is_removed(serve, capsys):
-    monkey = known(train=(File(TRAIN),), test=(File(TEST),))
-    SETS[NAME] = monkey
+def test_a_damaged_file_is_removed(serve, capsys, monkeypatch):
+    monkeypatch.setitem(SETS, NAME, known(train=(File(TRAIN),), test=(File(TEST),)))
     serve(etag=lambda content: sha256(b"another"))
     assert "what came is not what the hub says" in refused(capsys)
     assert not list(Path("out").rglob("*.gz*"))
@@ -457,7 +459,7 @@ def test_missing_files_are_named(capsys):
     assert get("--from", "here", "--test-only") == 0
     assert set(outputs()) == {"hh-harmless.json", "hh-harmless.test.jsonl"}
     assert "give --test-pairs" in refused(capsys, "--pairs", 3, "--test-only", output="other")
-    assert "no such set" in capsys.readouterr().err or get(name="hh") == 2
+    assert "expected one of hh-helpful, hh-harmless" in refused(capsys, name="hh")
 
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -614,8 +616,8 @@ EXAMPLES = {
         0,
         {"chosen": "x", "rejected": "y"},
     ),
-    "pku-safer": ([PAIR], 1, 0, {"prompt": "P", "chosen": "y", "rejected": "x"}),
-    "pku-better": ([PAIR], 1, 0, {"prompt": "P", "chosen": "x", "rejected": "y"}),
+    "pku-safer": ([PAIR], 1, 0, {"chosen": "y", "rejected": "x"}),
+    "pku-better": ([PAIR], 1, 0, {"chosen": "x", "rejected": "y"}),
     "multipref": (
         [
             {
@@ -634,7 +636,7 @@ EXAMPLES = {
         ],
         1,
         0,
-        {"prompt": "P", "chosen": "y", "rejected": "x", "votes": [2.5, 1.5]},
+        {"chosen": "y", "rejected": "x", "votes": [2.5, 1.5]},
     ),
     "helpsteer3": (
         [
@@ -661,7 +663,7 @@ EXAMPLES = {
         [{"history": "P", "human_ref_A": "x", "human_ref_B": "y", "labels": 0}],
         1,
         0,
-        {"prompt": "P", "chosen": "y", "rejected": "x"},
+        {"chosen": "y", "rejected": "x"},
     ),
     "ultrafeedback": (
         [
@@ -675,7 +677,7 @@ EXAMPLES = {
         ],
         2,
         1,
-        {"prompt": "P", "responses": ["x", "y", "z"]},
+        {"responses": ["x", "y", "z"], "scores": [2.0, 4.5, 2.0]},
     ),
 }
 
@@ -702,19 +704,18 @@ def test_every_set_becomes_pairs(name, monkeypatch, parquet_of_json):
     records, pairs, ties, first = EXAMPLES[name]
     monkeypatch.setattr("minimore.data.parts.TEST_SHARE", 0)
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    other = "\n".join(json.dumps(r).replace("P", "R").replace("1", "2") for r in records[:0])
     for file in SETS[name].files:
-        text = lines if file == SETS[name].train[0] else lines.replace('"P"', f'"{file.path}"')
-        content = text.encode() + other.encode()
+        content = lines.replace('"P"', f'"{file.path}"').encode()  # prompts that no other has
         content = gzip.compress(content, mtime=0) if file.path.endswith(".gz") else content
         lay_out("here", {("", file.path): content})
     assert get("--from", "here", "--accept-change", name=name) == 0
     manifest = read_checked_json(f"out/{name}.json")
-    part = manifest["outputs"]["test" if SETS[name].test else "train"]
-    files = len(SETS[name].test or SETS[name].train)
-    assert (part["pairs"], part["ties"]) == (files * pairs, files * ties)
-    if first is not None and not SETS[name].test:
-        assert first.items() <= lines_of(f"out/{name}.train.jsonl")[0].items()
+    part = "test" if SETS[name].test else "train"
+    values = manifest["outputs"][part]
+    files = len(getattr(SETS[name], part))
+    assert (values["pairs"], values["ties"]) == (files * pairs, files * ties)
+    if first is not None:
+        assert first.items() <= lines_of(f"out/{name}.{part}.jsonl")[0].items()
 
 
 def test_the_table_says_what_it_must():
@@ -732,6 +733,50 @@ def test_parquet_without_pyarrow_is_one_line(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     lay_out("here", {("", SETS["webgpt"].train[0].path): b"PAR1"})
     assert "pip install pyarrow" in refused(capsys, "--from", "here", name="webgpt")
+
+
+BROKEN = {
+    "multipref": [
+        ("normal_worker_annotations", "Tie", "expected a list"),
+        ("normal_worker_annotations", ["Tie"], "expected an object"),
+        ("normal_worker_annotations", [{"pref": "Tie"}], '"overall_pref" is missing'),
+        ("expert_worker_annotations", [{"overall_pref": "C"}], "expected one of A-is-clearly"),
+        ("completion_a", None, "expected a string"),
+        ("text", 7, "expected a string"),
+    ],
+    "prism": [
+        ("conversation_history", "hi", "expected a list"),
+        ("conversation_history", ["hi"], "expected an object"),
+        ("conversation_history", [{"turn": 0}], '"role" is missing'),
+        ("conversation_history", prism_turns()[1:4], "holds 0 questions"),
+        ("conversation_history", [prism_turns()[0]] * 2, "holds 2 questions"),
+        ("conversation_history", [prism_turns()[0] | {"turn": []}, {}], '"turn" is missing'),
+        ("user_id", None, "expected a string"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "says"),
+    [(name, *case) for name, cases in BROKEN.items() for case in cases],
+)
+def test_a_malformed_record_is_refused_by_its_line(name, key, value, says):
+    records, *_ = EXAMPLES[name]
+    with pytest.raises(InputError, match=re.escape(says)) as error:
+        house_records(records[0] | {key: value}, "file:7", name)
+    assert str(error.value).startswith("file:7: ")
+
+
+def test_what_nobody_labelled_is_left_out():
+    """MultiPref without a vote; PRISM without a score, and behind a turn without a choice."""
+    record = EXAMPLES["multipref"][0][0] | {"normal_worker_annotations": None}
+    record |= {"expert_worker_annotations": [{"overall_pref": None}]}
+    assert items_of(BY_NAME["multipref"], record, "w") == [LeftOut("no label")]
+    turns = [dict(turn, if_chosen=False) for turn in prism_turns()]
+    turns[1]["score"] = None
+    items = items_of(BY_NAME["prism"], {"conversation_history": turns, "user_id": "u"}, "w")
+    assert items[0] == LeftOut("no score", 2) and items[1]["responses"] == ["B", "C"]
+    assert items[2:] == [LeftOut("behind a turn without a chosen reply", 1)]
 
 
 # ---- the real files ------------------------------------------------------------------------------

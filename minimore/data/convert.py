@@ -30,12 +30,12 @@ from .comparisons import Item, LeftOut, Note, keys_of
 from .fields import Fields, are_rows, fields_of_options, proposal
 from .records import CONVERTED, Record, json_line
 from .rows import items_of_rows
-from .shapes import BY_NAME, Shape, items_of, require_shape, shape_of
+from .shapes import BY_NAME, Shape, items_of, require_shape, shape_named, shape_of
 from .sift import FileCounts, sifted
 from .trees import WRITTEN, TreeRules, items_of_messages, items_of_tree
 
 PLAIN_NAME = "pairs"  # of the file, where there is neither a split nor a taste
-FILE_NAME = re.compile(r"\w[\w.-]{0,99}")
+FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 MOST_FILES = 100
 
 
@@ -138,7 +138,7 @@ def converted(
         if isinstance(item, Note):
             tally.notes[item.what] += 1
         elif isinstance(item, LeftOut):
-            name = item.taste or PLAIN_NAME
+            name = file_of({"taste": item.taste}, where)
             tally.of_file(name).left_out[item.reason] += item.comparisons
         else:
             counts = tally.of_file(file_of(item, where))
@@ -156,6 +156,11 @@ def _items(
         raise InputError(f"{path}: is empty; expected at least one record")
     shape = _shape(first, shape_name, path, rules.fields)
     tally.shape, tally.what = shape.name, shape.what
+    require(
+        rules.trees == TreeRules() or shape.name.startswith("oasst"),
+        f"--language, --skip-deleted and --turns are for OASST; the shape of the file is"
+        f" {shape.name!r}",
+    )
     located = _of_one_shape(chain([first], records), shape)
     if shape.name == "oasst-messages":
         yield from items_of_messages(located, rules.trees)
@@ -194,7 +199,7 @@ def _shape(first: tuple[str, Record], name: str | None, path: str, fields: Field
         read = None if are_rows(fields, record) else fields.items
         return Shape("fields", "named fields", fields.keys, read)
     if name is not None:
-        return BY_NAME[name]
+        return shape_named(name)
     shape = shape_of(record)
     if shape is None:
         raise InputError(
@@ -224,7 +229,6 @@ def convert(options: ConvertOptions) -> None:
     tally = Tally()
     with directory_written_whole(output) as unfinished:
         written = write_files(converted(options.file, options.shape, rules, tally), unfinished)
-        refuse_idle_rules(rules, tally.shape)
         total = tally.total()
         require(
             written,
@@ -249,14 +253,6 @@ def rules_of(options: ConvertOptions) -> Rules:
         "--shape and the names of fields both say how records are read; give one",
     )
     return Rules(TreeRules(options.language, options.skip_deleted, options.turns), fields)
-
-
-def refuse_idle_rules(rules: Rules, shape: str) -> None:
-    """Refuse what is asked of OASST where the file is none."""
-    require(
-        rules.trees == TreeRules() or shape.startswith("oasst"),
-        f"--language, --skip-deleted and --turns are for OASST; the shape of the file is {shape!r}",
-    )
 
 
 def identity_of(options: ConvertOptions) -> dict[str, Any]:

@@ -35,6 +35,11 @@ class Shape(NamedTuple):
     fits: Callable[[Record], bool] = lambda record: True
     is_house: bool = False
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether forms.py reads no record of it, whatever its values."""
+        return not self.is_house and "chosen" not in self.keys
+
     def holds(self, record: Record) -> bool:
         """Whether a record has this shape."""
         return all(key in record for key in self.keys) and self.fits(record)
@@ -225,6 +230,12 @@ def shape_of(record: Record) -> Shape | None:
     return next((shape for shape in shapes if shape.holds(record)), None)
 
 
+def shape_named(name: str) -> Shape:
+    """The shape of this name; InputError if there is none."""
+    require(name in BY_NAME, f"shape {name!r}: expected one of {', '.join(BY_NAME)}")
+    return BY_NAME[name]
+
+
 def require_shape(shape: Shape, record: Record, where: str) -> None:
     """Refuse a record of another shape (InputError)."""
     require(
@@ -241,7 +252,7 @@ def house_records(record: Record, where: str, shape: str | None = None) -> list[
     or that has no known shape, comes back as it is. Comparisons without a label are no part of the
     list; `items_of` has them, too. Raises InputError for a record that cannot be read.
     """
-    known = BY_NAME[shape] if shape is not None else shape_of(record)
+    known = shape_of(record) if shape is None else shape_named(shape)
     if known is None or known.is_house or known.read is None:
         return [record]
     return [item for item in items_of(known, record, where) if isinstance(item, dict)]
@@ -258,16 +269,18 @@ def read_house_records(
 ) -> Generator[tuple[str, Record], None, None]:
     """("file:line", house record) of a file, for training and scoring without a conversion.
 
-    The first record decides: if it has a foreign shape, all others must have it, too; otherwise
-    each is given as it is. left_out: counts comparisons without a label, by reason. Raises
-    InputError for a line that cannot be read, and for one that holds several tastes.
+    If the first record has a foreign shape, all others must have it, too. left_out: counts
+    comparisons without a label, by reason. Raises InputError for a line that cannot be read, and
+    for one that holds several tastes.
     """
-    shape: Shape | None = None
+    foreign: Shape | None = None
     for number, (where, record) in enumerate(read_rows(path)):
-        if number == 0:
-            shape = shape_of(record)
-        if shape is None or shape.is_house or shape.read is None:
-            yield where, record
+        shape = shape_of(record)
+        if number == 0 and shape is not None and shape.is_foreign and shape.read is not None:
+            foreign = shape
+        shape = foreign or shape
+        if shape is None or shape.is_house or (shape.is_foreign and foreign is None):
+            yield where, record  # as it is; forms.py refuses what it cannot read
             continue
         items = items_of(shape, record, where)
         refuse_several_tastes(items, shape, where)

@@ -50,6 +50,8 @@ class PlainTurns(Tokenizer):
 
 
 PLAIN_TURNS = PlainTurns()
+LABELS = ("votes", "margin", "weight")  # what a record may say of its label
+Single = tuple[Record, Pair]  # a comparison as a record of its own, and as texts
 
 
 def sifted(record: Record, where: str, counts: FileCounts) -> Iterator[Record]:
@@ -58,10 +60,8 @@ def sifted(record: Record, where: str, counts: FileCounts) -> Iterator[Record]:
     Blank responses and equal ones are left out. Raises InputError for a record that training would
     refuse.
     """
-    if "responses" in record and "chosen" not in record:
-        singles, ties = _twos_of_scores(record, where)
-    else:
-        singles, ties = _twos_of_pairs(record, where), set()
+    is_scored = "responses" in record and "chosen" not in record
+    singles, ties = (_twos_of_scores if is_scored else _twos_of_pairs)(record, where)
     usable = []
     for place, (single, pair) in enumerate(singles):
         reason = reason_against(pair)
@@ -71,9 +71,7 @@ def sifted(record: Record, where: str, counts: FileCounts) -> Iterator[Record]:
         usable.append(single)
         counts.ties += place in ties
         counts.pairs += place not in ties
-    if usable and len(usable) == len(singles) and ("responses" in record or len(usable) == 1):
-        usable = [record]
-    yield from usable
+    yield from [record] if is_scored and len(usable) == len(singles) else usable
 
 
 def reason_against(pair: Pair) -> str:
@@ -83,11 +81,14 @@ def reason_against(pair: Pair) -> str:
     return "equal" if pair.chosen == pair.rejected else ""
 
 
-def _twos_of_pairs(record: Record, where: str) -> list[tuple[Record, Pair]]:
-    """Every chosen response with every rejected one, as a record of its own."""
-    pairs, _ = record_pairs(record, where, PLAIN_TURNS)
+def _twos_of_pairs(record: Record, where: str) -> tuple[list[Single], set[int]]:
+    """Every chosen response with every rejected one, as a record of its own, and which are ties."""
+    unlabelled = {key: value for key, value in record.items() if key not in LABELS}
+    pairs, _ = record_pairs(unlabelled, where, PLAIN_TURNS)
+    _, ties = record_pairs(record, where, PLAIN_TURNS)  # equal votes are ties, and are no pairs
+    places = set(range(len(pairs))) if ties else set()
     if len(pairs) == 1:
-        return [(record, pairs[0])]
+        return [(record, pairs[0])], places
     sides = [
         value if _are_several(value) else [value]
         for value in (record["chosen"], record["rejected"])
@@ -95,19 +96,19 @@ def _twos_of_pairs(record: Record, where: str) -> list[tuple[Record, Pair]]:
     twos = [
         {"chosen": chosen, "rejected": rejected} for chosen in sides[0] for rejected in sides[1]
     ]
-    return [(record | two, pair) for two, pair in zip(twos, pairs)]
+    return [(record | two, pair) for two, pair in zip(twos, pairs)], places
 
 
 def _are_several(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
 
 
-def _twos_of_scores(record: Record, where: str) -> tuple[list[tuple[Record, Pair]], set[int]]:
-    """Every two of the responses as a record of its own, and the places of those that are ties."""
+def _twos_of_scores(record: Record, where: str) -> tuple[list[Single], set[int]]:
+    """Every two of the responses as a record of its own, and which of them are label ties."""
     record_pairs(record, where, PLAIN_TURNS)  # refuses scores that are none
     responses, scores = record["responses"], record["scores"]
     others = {key: value for key, value in record.items() if key not in ("responses", "scores")}
-    singles: list[tuple[Record, Pair]] = []
+    singles: list[Single] = []
     ties: set[int] = set()
     for i, j in combinations(range(len(responses)), 2):
         two = scored(record["prompt"], [responses[i], responses[j]], [scores[i], scores[j]])

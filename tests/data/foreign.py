@@ -194,6 +194,50 @@ ROWS = {
             [pair([USER], B, A, margin=1, votes=[2.5, 1.5], domain="general", language="english")],
         )
     ],
+    "multipref": [
+        Row(
+            {
+                "text": Q,
+                "completion_a": A,
+                "completion_b": B,
+                "normal_worker_annotations": [
+                    {"overall_pref": "B-is-clearly-better"},
+                    {"overall_pref": "Tie"},
+                ],
+                "expert_worker_annotations": [
+                    {"overall_pref": "B-is-slightly-better"},
+                    {"overall_pref": "A-is-slightly-better"},
+                ],
+            },
+            [pair(Q, B, A, votes=[2.5, 1.5])],
+        )
+    ],
+    "prism": [
+        Row(
+            {
+                "user_id": "u1",
+                "conversation_history": [
+                    {"turn": 0, "role": "user", "content": Q},
+                    {"turn": 0, "role": "model", "content": A, "score": 90, "if_chosen": True},
+                    {"turn": 0, "role": "model", "content": B, "score": 5, "if_chosen": False},
+                    {"turn": 0, "role": "model", "content": "6", "score": 5, "if_chosen": False},
+                    {"turn": 1, "role": "user", "content": "Why?"},
+                    {"turn": 1, "role": "model", "content": "No.", "score": 4, "if_chosen": False},
+                    {"turn": 1, "role": "model", "content": "So.", "score": 9, "if_chosen": True},
+                ],
+            },
+            [
+                scored([USER], [A, B, "6"], [90, 5, 5], annotator="u1"),
+                scored(
+                    [USER, GOOD, {"role": "user", "content": "Why?"}],
+                    ["No.", "So."],
+                    [4, 9],
+                    annotator="u1",
+                ),
+            ],
+            4,
+        )
+    ],
     "pandalm": [
         Row(
             {

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from foreign import ROWS
 from hub import COMMIT, Hub
 
 import minimore.data.get as get_module
@@ -553,27 +554,19 @@ def test_samples_of_both_parts(capsys):
 
 
 def test_a_sample_of_scored_responses_holds_single_pairs(monkeypatch):
-    record = {"conversation_history": prism_turns(), "user_id": "u1"}
-    lay_out("here", {("", "conversations.jsonl"): (json.dumps(record) + "\n").encode() * 3})
+    lines = (json.dumps(ROWS["prism"][0].record) + "\n") * 3
+    lay_out("here", {("", "conversations.jsonl"): lines.encode()})
     monkeypatch.setattr("minimore.data.parts.TEST_SHARE", 0)
     more = ("--from", "here", "--accept-change")
     assert get(*more, name="prism") == 0 and get(*more, "--pairs", 7, name="prism", output="s") == 0
     whole, sample = lines_of("out/prism.train.jsonl"), lines_of("s/prism.train.jsonl")
     assert len(whole) == 6 and "scores" in whole[0]
     assert len(sample) == 7 and all("scores" not in record for record in sample)
-    assert {(r["chosen"], r["rejected"]) for r in sample} <= {("B", "A"), ("B", "C"), ("D", "E")}
+    pairs = {(r["chosen"], r["rejected"]) for r in sample}
+    assert pairs <= {("It is 4.", "It is 5."), ("It is 4.", "6"), ("So.", "No.")}
 
 
 # ---- the table -----------------------------------------------------------------------------------
-
-
-def prism_turns():
-    """Three rated replies, of which two are a tie; then two to the turn that followed."""
-    rows = [(0, "user", "hi", None, None), (0, "model", "A", 5, False), (0, "model", "B", 90, True)]
-    rows += [(0, "model", "C", 5, False), (1, "user", "why?", None, None)]
-    rows += [(1, "model", "D", 60, True), (1, "model", "E", 40, False)]
-    keys = ("turn", "role", "content", "score", "if_chosen")
-    return [dict(zip(keys, row)) for row in rows]
 
 
 def oasst():
@@ -618,26 +611,7 @@ EXAMPLES = {
     ),
     "pku-safer": ([PAIR], 1, 0, {"chosen": "y", "rejected": "x"}),
     "pku-better": ([PAIR], 1, 0, {"chosen": "x", "rejected": "y"}),
-    "multipref": (
-        [
-            {
-                "text": "P",
-                "completion_a": "x",
-                "completion_b": "y",
-                "normal_worker_annotations": [
-                    {"overall_pref": "B-is-clearly-better"},
-                    {"overall_pref": "Tie"},
-                ],
-                "expert_worker_annotations": [
-                    {"overall_pref": "B-is-slightly-better"},
-                    {"overall_pref": "A-is-slightly-better"},
-                ],
-            }
-        ],
-        1,
-        0,
-        {"chosen": "y", "rejected": "x", "votes": [2.5, 1.5]},
-    ),
+    "multipref": ([ROWS["multipref"][0].record], 1, 0, {"votes": [2.5, 1.5]}),
     "helpsteer3": (
         [
             {
@@ -653,12 +627,7 @@ EXAMPLES = {
         1,
         {"chosen": "y", "rejected": "x", "votes": [2.0, 1.0]},
     ),
-    "prism": (
-        [{"conversation_history": prism_turns(), "user_id": "u1"}],
-        3,
-        1,
-        {"annotator": "u1", "responses": ["A", "B", "C"], "scores": [5, 90, 5]},
-    ),
+    "prism": ([ROWS["prism"][0].record], 3, 1, {"annotator": "u1", "scores": [90, 5, 5]}),
     "shp": (
         [{"history": "P", "human_ref_A": "x", "human_ref_B": "y", "labels": 0}],
         1,
@@ -718,7 +687,8 @@ def test_every_set_becomes_pairs(name, monkeypatch, parquet_of_json):
         assert first.items() <= lines_of(f"out/{name}.{part}.jsonl")[0].items()
 
 
-def test_the_table_says_what_it_must():
+def test_the_table_says_what_it_must(monkeypatch):
+    monkeypatch.undo()
     for name, public_set in SETS.items():
         assert public_set.shape in BY_NAME, name
         assert public_set.revision is None or len(public_set.revision) == 40
@@ -729,12 +699,26 @@ def test_the_table_says_what_it_must():
     assert len(SETS) == 12 and [name for name in SETS if SETS[name].paper] == [*SETS][:5]
 
 
+def test_the_page_lists_every_set_with_licence_and_sizes(monkeypatch):
+    monkeypatch.undo()
+    page = (ROOT / "minimore" / "data" / "README.md").read_text("utf-8")
+    for name, public_set in SETS.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` ")]
+        assert public_set.repository in row or name == "pku-better"
+        assert public_set.licence[:10] in row
+        numbers = (public_set.train_records, public_set.test_records, *(public_set.paper or ()))
+        assert all(f"{number:,}" in row for number in numbers if number is not None)
+    unpinned = [name for name in SETS if SETS[name].revision is None]
+    assert unpinned == ["webgpt", "summarize"] and "Ten sets have a commit" in page
+
+
 def test_parquet_without_pyarrow_is_one_line(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     lay_out("here", {("", SETS["webgpt"].train[0].path): b"PAR1"})
     assert "pip install pyarrow" in refused(capsys, "--from", "here", name="webgpt")
 
 
+TURNS = ROWS["prism"][0].record["conversation_history"]
 BROKEN = {
     "multipref": [
         ("normal_worker_annotations", "Tie", "expected a list"),
@@ -748,9 +732,9 @@ BROKEN = {
         ("conversation_history", "hi", "expected a list"),
         ("conversation_history", ["hi"], "expected an object"),
         ("conversation_history", [{"turn": 0}], '"role" is missing'),
-        ("conversation_history", prism_turns()[1:4], "holds 0 questions"),
-        ("conversation_history", [prism_turns()[0]] * 2, "holds 2 questions"),
-        ("conversation_history", [prism_turns()[0] | {"turn": []}, {}], '"turn" is missing'),
+        ("conversation_history", TURNS[1:4], "holds 0 questions"),
+        ("conversation_history", [TURNS[0]] * 2, "holds 2 questions"),
+        ("conversation_history", [TURNS[0] | {"turn": []}, {}], '"turn" is missing'),
         ("user_id", None, "expected a string"),
     ],
 }
@@ -772,10 +756,10 @@ def test_what_nobody_labelled_is_left_out():
     record = EXAMPLES["multipref"][0][0] | {"normal_worker_annotations": None}
     record |= {"expert_worker_annotations": [{"overall_pref": None}]}
     assert items_of(BY_NAME["multipref"], record, "w") == [LeftOut("no label")]
-    turns = [dict(turn, if_chosen=False) for turn in prism_turns()]
+    turns = [dict(turn, if_chosen=False) for turn in TURNS]
     turns[1]["score"] = None
     items = items_of(BY_NAME["prism"], {"conversation_history": turns, "user_id": "u"}, "w")
-    assert items[0] == LeftOut("no score", 2) and items[1]["responses"] == ["B", "C"]
+    assert items[0] == LeftOut("no score", 2) and items[1]["responses"] == ["It is 5.", "6"]
     assert items[2:] == [LeftOut("behind a turn without a chosen reply", 1)]
 
 

@@ -27,6 +27,7 @@ from .manifest import is_complete, read_manifest
 from .parts import Conversion, Counts, Stream, sampled
 from .sources import SETS, File, PublicSet
 
+SHOWN_CHANGES = 3
 DOWNLOADS = "downloads"  # in the output directory: what came from the hub, by repository
 
 
@@ -151,10 +152,13 @@ def summary(manifest: dict[str, Any], public_set: PublicSet) -> str:
 
 def refuse_changes(options: GetOptions, changes: list[str]) -> None:
     """Refuse a set that is not what it was, unless that is accepted."""
+    shown = changes[:SHOWN_CHANGES]
+    if len(changes) > len(shown):
+        shown.append(f"and {len(changes) - len(shown)} more")
     require(
         not changes or options.accept_change,
-        f"{options.name} is not what it was: {'; '.join(changes)}; give --accept-change to take it"
-        " as it is",
+        f"{options.name} is not what it was: {'; '.join(shown)}; give --accept-change to take it as"
+        " it is",
     )
 
 

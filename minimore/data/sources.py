@@ -126,8 +126,8 @@ OASST1 = PublicSet(
     languages=("en",),
     paper=(18_165, 957),
     notes=(
-        "the paper does not say how it made pairs of OASST1, so its sizes cannot be had; the"
-        " official split is in parquet files only, so the split is ours",
+        "the paper does not say how it made pairs of OASST1, so its sizes cannot be had",
+        "the official split is in Parquet files alone, so the split is ours",
     ),
 )
 

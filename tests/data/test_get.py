@@ -392,6 +392,14 @@ def test_another_number_of_records_is_refused(capsys, monkeypatch):
     assert f"{TRAIN} has 300 records, expected 301" in line and outputs() == {}
 
 
+def test_many_changes_are_told_by_the_first_three(capsys, monkeypatch):
+    files = tuple(File(f"harmless-base/{i}.jsonl", size=1) for i in range(9))
+    monkeypatch.setitem(SETS, NAME, known(train=files, test=(), train_records=None))
+    lay_out("here", {("", file.path): b"{}\n" for file in files})
+    line = refused(capsys, "--from", "here")
+    assert line.count("has 3 bytes, expected 1") == 3 and "; and 6 more; give --accept" in line
+
+
 def test_other_columns_are_refused(capsys, monkeypatch):
     records = gzip.compress(b'{"winner": "a", "loser": "b"}\n', mtime=0)
     monkeypatch.setitem(SETS, NAME, known(train=(File(TRAIN),), train_records=None))
@@ -705,7 +713,7 @@ def test_the_page_lists_every_set_with_licence_and_sizes(monkeypatch):
     for name, public_set in SETS.items():
         (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` ")]
         assert public_set.repository in row or name == "pku-better"
-        assert public_set.licence[:10] in row
+        assert public_set.licence[:8] in row
         numbers = (public_set.train_records, public_set.test_records, *(public_set.paper or ()))
         assert all(f"{number:,}" in row for number in numbers if number is not None)
     unpinned = [name for name in SETS if SETS[name].revision is None]

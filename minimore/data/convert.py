@@ -12,6 +12,7 @@ three numbers add up, and everything that is written can be read by training.
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -204,7 +205,7 @@ def _shape(first: tuple[str, Record], name: str | None, path: str, fields: Field
     if shape is None:
         raise InputError(
             f"{where}: has no known shape; found keys: {keys_of(record)}. Name its fields:"
-            f" minimore data convert {path} --output DIR {proposal(record)}"
+            f" minimore data convert {shlex.quote(path)} --output DIR {proposal(record)}"
         )
     return shape
 

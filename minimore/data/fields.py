@@ -9,10 +9,11 @@
                                                         the others to the same prompt
 """
 
+import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..options import require
+from ..options import InputError, require
 from .comparisons import Item, LeftOut, apart, is_absent, number_of, preferred, scored, value_of
 from .messages import is_conversation, shown
 from .records import Record
@@ -51,9 +52,9 @@ class Fields(NamedTuple):
 
     def rows(self) -> Keys:
         """The same for a file of one response a row."""
-        prompt = self.prompt
-        require(prompt, "--score-field: rows of one response need --prompt-field, to be compared")
-        return Keys(prompt or "", self.chosen, self.scores)
+        if self.prompt is None:
+            raise InputError("--score-field: rows of one response need --prompt-field as well")
+        return Keys(self.prompt, self.chosen, self.scores)
 
     def items(self, record: Record, where: str) -> Iterator[Item]:
         """The comparisons of one record."""
@@ -160,10 +161,9 @@ def _winner(option: str | None) -> tuple[str, ...]:
 
 def are_rows(fields: Fields, record: Record) -> bool:
     """Whether a file that begins with this record has one response a row."""
-    is_single = not isinstance(record.get(fields.chosen), list) or is_conversation(
-        record[fields.chosen]
-    )
-    return fields.rejected is None and is_single
+    response = record.get(fields.chosen)
+    is_list = isinstance(response, list) and not is_conversation(response)
+    return fields.rejected is None and not is_list
 
 
 def proposal(record: Record) -> str:
@@ -171,5 +171,5 @@ def proposal(record: Record) -> str:
     options = []
     for part, words in LIKELY.items():
         key = next((key for key in record if any(word in str(key).lower() for word in words)), None)
-        options.append(f"--{part}-field {'KEY' if key is None else key}")
+        options.append(f"--{part}-field {'KEY' if key is None else shlex.quote(str(key))}")
     return " ".join(options)

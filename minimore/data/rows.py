@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from ..options import require
 from .comparisons import Item, LeftOut, Note, is_absent, number_of, scored, twos, value_of
@@ -12,20 +13,15 @@ from .records import Record
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 
-class Keys:
+class Keys(NamedTuple):
     """Under which keys a row has its prompt, its response and its scores.
 
-    scores: of every taste; a single one needs no name, so that its file has none.
+    scores: of several, each is a taste.
     """
 
-    def __init__(self, prompt: str, response: str, scores: Sequence[str]):
-        self.prompt = prompt
-        self.response = response
-        self.scores = scores
-
-    def taste(self, key: str) -> Record:
-        """What the record of a score says of it."""
-        return {"taste": key} if len(self.scores) > 1 else {}
+    prompt: str
+    response: str
+    scores: tuple[str, ...]
 
 
 HELPSTEER = Keys("prompt", "response", ATTRIBUTES)
@@ -63,10 +59,10 @@ def _items_of_prompt(rows: Sequence[tuple[str, Record]], keys: Keys) -> Iterator
     for key in keys.scores:
         rated = [row for _, row in rows if row[key] is not None]
         missing = twos(len(rows)) - twos(len(rated))
-        taste = keys.taste(key)
+        taste = key if len(keys.scores) > 1 else ""
         if missing:
-            yield where, LeftOut("no score", missing, taste.get("taste", ""))
+            yield where, LeftOut("no score", missing, taste)
         if len(rated) > 1:
             responses = [row[keys.response] for row in rated]
             house = scored(first[keys.prompt], responses, [row[key] for row in rated])
-            yield where, house | taste
+            yield where, house | ({"taste": taste} if taste else {})

@@ -92,13 +92,16 @@ def items_of_messages(
 def node_of(message: Record, where: str, parent: str | None) -> Node:
     """One message, checked."""
     role = value_of(message, "role", where)
-    require(role in ROLES if isinstance(role, str) else False, _expected(where, "role", role))
+    require(
+        isinstance(role, str) and role in ROLES,
+        f'{where}: "role" is {shown(role)}; expected {" or ".join(ROLES)}',
+    )
     rank = message.get("rank")
     is_rank = rank is None or (type(rank) is int and rank >= 0)
     require(is_rank, f'{where}: "rank" is {shown(rank)}; expected null, or a whole number from 0')
     deleted = message.get("deleted")
     require(
-        deleted in (None, False, True) and type(deleted) is not int,
+        deleted is None or isinstance(deleted, bool),
         f'{where}: "deleted" is {shown(deleted)}; expected true or false',
     )
     language = message.get("lang")
@@ -112,10 +115,6 @@ def node_of(message: Record, where: str, parent: str | None) -> Node:
         rank=rank,
         is_deleted=bool(deleted),
     )
-
-
-def _expected(where: str, key: str, value: Any) -> str:
-    return f'{where}: "{key}" is {shown(value)}; expected {" or ".join(ROLES)}'
 
 
 def _add(nodes: Nodes, node: Node) -> None:

@@ -417,6 +417,10 @@ def test_a_second_run_says_that_it_is_finished_and_other_ones_are_refused(tmp_pa
     code, said, _ = run(tmp_path, capsys, path)
     assert code == 0 and "is finished" in said
     assert before == (file.read_bytes(), file.stat().st_mtime_ns)
+    run(tmp_path, capsys, path, output="again")
+    for name in ("pairs.jsonl", "converted.json"):
+        again = (tmp_path / "again" / name).read_bytes()
+        assert again == (tmp_path / "out" / name).read_bytes()
     code, said, _ = run(tmp_path, capsys, path, "--shape", "pairs")
     assert code == 2 and "with other options" in said
     file.write_bytes(before[0] + b"\n")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from foreign import ROWS
-from hub import COMMIT, Hub
+from hub import COMMIT, Hub, git_name
 
 import minimore.data.get as get_module
 from minimore.checksums import read_checked_json
@@ -134,7 +134,7 @@ def lines_of(path):
 
 @pytest.mark.parametrize("large", [False, True])
 def test_a_set_from_the_hub(serve, capsys, large):
-    hub = serve(large=large, etag=sha256 if large else Hub.__init__.__defaults__[3])
+    hub = serve(large=large, etag=sha256 if large else git_name)
     assert get() == 0
     printed = capsys.readouterr().out
     assert printed.index("licence     MIT") < printed.index("download    2 files")
@@ -353,9 +353,10 @@ def test_a_server_that_is_no_hub(serve, capsys):
     assert "expected a hub, so check HF_ENDPOINT" in refused(capsys)
 
 
-def test_a_damaged_file_is_removed(serve, capsys, monkeypatch):
+@pytest.mark.parametrize("etag", [sha256(b"another"), git_name(b"another")])
+def test_a_damaged_file_is_removed(serve, capsys, monkeypatch, etag):
     monkeypatch.setitem(SETS, NAME, known(train=(File(TRAIN),), test=(File(TEST),)))
-    serve(etag=lambda content: sha256(b"another"))
+    serve(etag=lambda content: etag)
     assert "what came is not what the hub says" in refused(capsys)
     assert not list(Path("out").rglob("*.gz*"))
 

@@ -484,6 +484,8 @@ def test_texts_that_no_utf8_is_are_refused(tmp_path, capsys):
         ("arena", {"conversation_a": [{"role": "user", "content": "other"}]}, "same turns"),
         ("ultrafeedback", {"completions": [{"response": "x"}]}, '"fine-grained_score" is missing'),
         ("ultrafeedback", {"completions": "x"}, '"completions"'),
+        ("openai", {"preferred_output": ["a", "b"]}, "a response is a list of several"),
+        ("pairs", {"chosen": [A, B], "votes": [2, 1]}, '"votes" beside several responses'),
         ("openai", {"input": []}, '"input" is []'),
         ("domains", {"responses": {"a": 5, "b": "x"}}, '"chosen" is 5'),
         ("orca", {"system": 5}, '"system" is 5'),

@@ -112,7 +112,7 @@ def with_single_values(record: Record, keys: tuple[str, ...]) -> Record:
 
 
 def with_input(record: Record, where: str) -> str:
-    """ "instruction" and, on the next line, "input", if there is one."""
+    """An instruction and, on the next line, its input, if there is one."""
     instruction = text_at(record, "instruction", where)
     value = record.get("input")
     text = "" if value is None else string_of(value, f'{where}: "input"')

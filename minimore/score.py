@@ -85,10 +85,12 @@ def score(options: ScoreOptions) -> None:
     check_ranges(options)
     refuse_existing(options.output)
     unlabelled: Counter[str] = Counter()
-    with closing(read_house_records(options.input, unlabelled)) as records:  # opened once: a pipe?
+    # The input may be a pipe, so it is opened once.
+    with closing(read_house_records(options.input, unlabelled)) as records:
         first = next(records, None)
         if first is None:
-            raise InputError(f"{options.input}: is empty; expected at least one line")
+            lack = "has no comparison with a label" if unlabelled else "is empty"
+            raise InputError(f"{options.input}: {lack}; expected at least one line")
         model, checkpoint = open_reward_model(options)
         rules = options.rules(checkpoint)
         scorer = Scorer(model, checkpoint, rules, options.micro_tokens)

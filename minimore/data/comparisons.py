@@ -56,6 +56,8 @@ def preferred(prompt: Any, two: Sequence[Any], first_is_better: bool | None) -> 
 def voted(prompt: Any, two: Sequence[Any], votes: list[float]) -> Record:
     """Two responses with how many annotators prefer each; as many for both are a label tie.
 
+    A tie has scores, not votes: nobody may take its first response for the better one.
+
     >>> voted("P", ["a", "b"], [1, 2])
     {'prompt': 'P', 'chosen': 'b', 'rejected': 'a', 'votes': [2, 1]}
     """

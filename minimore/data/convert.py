@@ -49,13 +49,16 @@ class ConvertOptions:
         positional=True,
         help="JSON lines (.gz too), a JSON list, CSV, tab-separated or Parquet; or a directory",
     )
-    output: str = option(value="DIR", help="directory to write; must not exist")
+    output: str = option(
+        value="DIR", help="directory to write; must not exist, or hold this very conversion"
+    )
     shape: str | None = option(
         None, choices=tuple(BY_NAME), help="shape of the records, if it is not to be recognised"
     )
     language: tuple[str, ...] = option(
         (),
         repeat=True,
+        value="CODE",
         help="OASST: use messages of this language alone, as in en; may be repeated",
     )
     skip_deleted: bool = option(False, help="OASST: leave out what holds a deleted message")
@@ -65,22 +68,29 @@ class ConvertOptions:
         help='OASST: write a thread with role marks ("\\n\\nHuman:"), or as messages for a chat '
         "template",
     )
-    prompt_field: str | None = option(None, help="where the prompt is, in a file of no known shape")
+    prompt_field: str | None = option(
+        None, value="KEY", help="where the prompt is, in a file of no known shape"
+    )
     chosen_field: str | None = option(
         None,
+        value="KEY",
         help="where the better response is; with a winner or scores, the first of two responses, "
         "or the only one: a list, or one response a record",
     )
     rejected_field: str | None = option(
-        None, help="where the worse response is; with a winner or scores, the second of two"
+        None,
+        value="KEY",
+        help="where the worse response is; with a winner or scores, the second of two",
     )
     score_field: str | None = option(
         None,
+        value="KEY[,KEY]",
         help="where the scores are: S,T for two responses; S for a list of responses, or for one "
         "response a record, which is compared with the others to its prompt",
     )
     winner_field: str | None = option(
         None,
+        value="KEY[=VALUES]",
         help="what says which of two responses is better: KEY, or KEY=FIRST,SECOND,NEITHER with "
         "its values, as in label=1,2,0",
     )

@@ -176,7 +176,7 @@ def load_source(
     _tokenise(source, waiting, tokenizer, max_length, truncate)
     if not source.pairs:
         reason = "is empty"
-        if records:
+        if records or source.unlabelled:
             reason = (
                 f"has no usable pair: of {records} records, {source.label_ties} label ties,"
                 f" {source.identical} identical and {source.dropped} dropped pairs"

@@ -7,6 +7,7 @@ those of the public files; shapes.py has the table of them.
 import html
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import PurePath
 from typing import Any
 
@@ -48,6 +49,7 @@ WINNERS = {
     "tie (inconsistent)": None,
 }
 PAIR_KEYS = ("prompt", "chosen", "rejected", "votes", "margin", "weight")
+SCORED_KEYS = ("prompt", "responses", "scores", "votes")
 STYLES = ("easy", "normal", "hard")  # of RM-Bench: chosen dressed better, alike, worse
 
 
@@ -55,7 +57,10 @@ STYLES = ("easy", "normal", "hard")  # of RM-Bench: chosen dressed better, alike
 
 
 def pairs(record: Record, where: str) -> Iterator[Item]:
-    """A prompt with what was chosen and what was rejected, or two whole dialogues."""
+    """A prompt with what was chosen and what was rejected, or two whole dialogues.
+
+    Several responses on a side make all their pairs.
+    """
     for key in ("chosen", "rejected"):
         value_of(record, key, where)
     record = with_prompt(record, where)
@@ -63,15 +68,26 @@ def pairs(record: Record, where: str) -> Iterator[Item]:
     if "prompt" not in record and isinstance(chosen, str) and isinstance(rejected, str):
         prompt, (chosen, rejected) = apart([chosen, rejected], where)
         record = {"prompt": prompt} | record
-    yield with_single_values(record, PAIR_KEYS) | {
-        "chosen": chosen,
-        "rejected": rejected,
-    }
+    house = with_single_values(record, PAIR_KEYS)
+    twos_of_sides = list(product(_several(chosen, where), _several(rejected, where)))
+    require(
+        len(twos_of_sides) == 1 or record.get("votes") is None,
+        f'{where}: "votes" beside several responses; expected one "chosen" and one "rejected"',
+    )
+    for chosen, rejected in twos_of_sides:
+        yield house | {"chosen": chosen, "rejected": rejected}
+
+
+def _several(value: Any, where: str) -> list[Any]:
+    """The responses of one side: those of a list, or the single one."""
+    if not isinstance(value, list) or is_conversation(value):
+        return [value]
+    return list_of(value, f"{where}: the responses of a side")
 
 
 def scored_responses(record: Record, where: str) -> Iterator[Item]:
     """A prompt with several responses and a score each."""
-    yield with_single_values(with_prompt(record, where), ("prompt", "responses", "scores"))
+    yield with_single_values(with_prompt(record, where), SCORED_KEYS)
 
 
 def scored_texts(record: Record, where: str) -> Iterator[Item]:
@@ -79,7 +95,7 @@ def scored_texts(record: Record, where: str) -> Iterator[Item]:
     texts = texts_of(record, where)
     end = prompt_end(texts)
     house = scored(texts[0][:end], [text[end:] for text in texts], record["score"])
-    yield house | with_single_values(record, ())
+    yield house | with_single_values(record, ("votes",))
 
 
 def with_single_values(record: Record, keys: tuple[str, ...]) -> Record:
@@ -96,7 +112,7 @@ def with_single_values(record: Record, keys: tuple[str, ...]) -> Record:
 
 
 def with_input(record: Record, where: str) -> str:
-    """ "instruction" and, on the next line, "input", if there is one."""
+    """An instruction and, on the next line, its input, if there is one."""
     instruction = text_at(record, "instruction", where)
     value = record.get("input")
     text = "" if value is None else string_of(value, f'{where}: "input"')

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
 
 from ..model.tokenizer import Tokenizer
 from ..options import require
@@ -50,18 +49,20 @@ class PlainTurns(Tokenizer):
 
 
 PLAIN_TURNS = PlainTurns()
-LABELS = ("votes", "margin", "weight")  # what a record may say of its label
 Single = tuple[Record, Pair]  # a comparison as a record of its own, and as texts
 
 
 def sifted(record: Record, where: str, counts: FileCounts) -> Iterator[Record]:
     """The record, or those of its comparisons that are a pair or a label tie; all are counted.
 
-    Blank responses and equal ones are left out. Raises InputError for a record that training would
-    refuse.
+    A pair has one response on each side. Blank responses and equal ones are left out. Raises
+    InputError for a record that training would refuse.
     """
     is_scored = "responses" in record and "chosen" not in record
-    singles, ties = (_twos_of_scores if is_scored else _twos_of_pairs)(record, where)
+    if is_scored:
+        singles, ties = _twos_of_scores(record, where)
+    else:
+        singles, ties = [(record, _single_pair(record, where))], set()
     usable = []
     for place, (single, pair) in enumerate(singles):
         reason = reason_against(pair)
@@ -81,26 +82,14 @@ def reason_against(pair: Pair) -> str:
     return "equal" if pair.chosen == pair.rejected else ""
 
 
-def _twos_of_pairs(record: Record, where: str) -> tuple[list[Single], set[int]]:
-    """Every chosen response with every rejected one, as a record of its own, and which are ties."""
-    unlabelled = {key: value for key, value in record.items() if key not in LABELS}
-    pairs, _ = record_pairs(unlabelled, where, PLAIN_TURNS)
-    _, ties = record_pairs(record, where, PLAIN_TURNS)  # equal votes are ties, and are no pairs
-    places = set(range(len(pairs))) if ties else set()
-    if len(pairs) == 1:
-        return [(record, pairs[0])], places
-    sides = [
-        value if _are_several(value) else [value]
-        for value in (record["chosen"], record["rejected"])
-    ]
-    twos = [
-        {"chosen": chosen, "rejected": rejected} for chosen in sides[0] for rejected in sides[1]
-    ]
-    return [(record | two, pair) for two, pair in zip(twos, pairs)], places
-
-
-def _are_several(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
+def _single_pair(record: Record, where: str) -> Pair:
+    """The one pair of a record; InputError if it has several."""
+    pairs, _ = record_pairs(record, where, PLAIN_TURNS)
+    require(
+        len(pairs) == 1,
+        f"{where}: a response is a list of several; expected a string, or messages",
+    )
+    return pairs[0]
 
 
 def _twos_of_scores(record: Record, where: str) -> tuple[list[Single], set[int]]:
@@ -113,9 +102,8 @@ def _twos_of_scores(record: Record, where: str) -> tuple[list[Single], set[int]]
     for i, j in combinations(range(len(responses)), 2):
         two = scored(record["prompt"], [responses[i], responses[j]], [scores[i], scores[j]])
         as_pair = others | {"chosen": responses[i], "rejected": responses[j]}
-        pairs, _ = record_pairs(as_pair, where, PLAIN_TURNS)
-        require(len(pairs) == 1, f"{where}: a response is a list of responses; expected one")
+        pair = _single_pair(as_pair, where)
         if scores[i] == scores[j]:
             ties.add(len(singles))
-        singles.append((others | two, pairs[0]))
+        singles.append((others | two, pair))
     return singles, ties

@@ -97,7 +97,7 @@ def node_of(message: Record, where: str, parent: str | None) -> Node:
         f'{where}: "role" is {shown(role)}; expected {" or ".join(ROLES)}',
     )
     rank = message.get("rank")
-    is_rank = rank is None or (type(rank) is int and rank >= 0)
+    is_rank = rank is None or (type(rank) in (int, float) and rank >= 0 and rank % 1 == 0)
     require(is_rank, f'{where}: "rank" is {shown(rank)}; expected null, or a whole number from 0')
     deleted = message.get("deleted")
     require(
@@ -112,7 +112,7 @@ def node_of(message: Record, where: str, parent: str | None) -> Node:
         text=text_at(message, "text", where),
         role=role,
         language="" if language is None else string_of(language, f'{where}: "lang"'),
-        rank=rank,
+        rank=None if rank is None else int(rank),  # tables write 1.0 where some are missing
         is_deleted=bool(deleted),
     )
 

@@ -64,7 +64,7 @@ ROWS = {
         ),
         Row(  # RewardBench 2
             pair(Q, [A], [B, "6", "7"], num_correct=1, subset="Math"),
-            [pair(Q, [A], [B, "6", "7"], num_correct=1, subset="Math")],
+            [pair(Q, A, other, num_correct=1, subset="Math") for other in (B, "6", "7")],
             3,
         ),
         Row(pair(Q, A, B, votes=[3, 1]), [pair(Q, A, B, votes=[3, 1])]),

@@ -97,6 +97,19 @@ def test_training_refuses_several_tastes_in_one_file(name, tmp_path):
         load_source("s", path, Tokenizer(GOLDENS / "gpt_neox"), 200)
 
 
+def test_comparisons_without_a_label_are_counted_by_training_and_by_score(tmp_path, capsys):
+    row = ROWS["shp"][0].record
+    path = write(tmp_path / "a.jsonl", row | {"labels": None})
+    with pytest.raises(InputError, match="no usable pair.* 1 comparisons without a label"):
+        load_source("s", path, Tokenizer(GOLDENS / "gpt_neox"), 200)
+    arguments = ["--model", str(GOLDENS / "gpt_neox"), "--output", str(tmp_path / "out")]
+    assert main(["score", *arguments, "--input", path]) == 2
+    assert "has no comparison with a label" in capsys.readouterr().err
+    path = write(tmp_path / "b.jsonl", row | {"labels": None}, row)
+    assert main(["score", *arguments, "--input", path]) == 0
+    assert "1 comparisons without a label are not scored: no label" in capsys.readouterr().out
+
+
 def test_score_reads_foreign_shapes(tmp_path, capsys):
     for name in ("shp", "webgpt"):
         path = write(tmp_path / f"{name}.jsonl", ROWS[name][0].record)
@@ -171,6 +184,8 @@ def test_trees_and_messages_give_the_same_pairs(tmp_path):
         (lambda m: m.update(rank="0"), 'm.jsonl:5: "rank" is "0"'),
         (lambda m: m.update(rank=True), 'm.jsonl:5: "rank"'),
         (lambda m: m.update(rank=-1), 'm.jsonl:5: "rank"'),
+        (lambda m: m.update(rank=0.5), 'm.jsonl:5: "rank"'),
+        (lambda m: m.update(rank=float("inf")), 'm.jsonl:5: "rank"'),
         (lambda m: m.update(role="bot"), 'm.jsonl:5: "role"'),
         (lambda m: m.update(role=[]), 'm.jsonl:5: "role"'),
         (lambda m: m.update(text=None), 'm.jsonl:5: "text"'),
@@ -196,7 +211,7 @@ def test_orphans_are_counted(tmp_path):
 
 
 def test_equal_ranks_are_a_label_tie(tmp_path):
-    messages = [*MESSAGES[:2], MESSAGES[2] | {"rank": 0}]
+    messages = [*MESSAGES[:2], MESSAGES[2] | {"rank": 0.0}]
     records = [r for _, r in converted(write(tmp_path / "m.jsonl", *messages))]
     assert records == [scored(THREAD, [A, B], [0, 0])]
 
@@ -484,6 +499,8 @@ def test_texts_that_no_utf8_is_are_refused(tmp_path, capsys):
         ("arena", {"conversation_a": [{"role": "user", "content": "other"}]}, "same turns"),
         ("ultrafeedback", {"completions": [{"response": "x"}]}, '"fine-grained_score" is missing'),
         ("ultrafeedback", {"completions": "x"}, '"completions"'),
+        ("openai", {"preferred_output": ["a", "b"]}, "a response is a list of several"),
+        ("pairs", {"chosen": [A, B], "votes": [2, 1]}, '"votes" beside several responses'),
         ("openai", {"input": []}, '"input" is []'),
         ("domains", {"responses": {"a": 5, "b": "x"}}, '"chosen" is 5'),
         ("orca", {"system": 5}, '"system" is 5'),

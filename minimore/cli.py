@@ -15,6 +15,8 @@ from .alignment.perplexity import PerplexityOptions, perplexity
 from .alignment.sample import SampleOptions, sample
 from .alignment.selection import SelectOptions, select
 from .check import CheckOptions, check
+from .data.convert import ConvertOptions, convert
+from .data.get import GetOptions, get
 from .data.look import LookOptions, look
 from .data.split import SplitOptions, split
 from .engine.plan import PlanOptions, plan
@@ -63,6 +65,12 @@ VERBS = {
     ),
     "align perplexity": Verb(
         PerplexityOptions, perplexity, "how likely a language model finds the responses of a file"
+    ),
+    "data get": Verb(
+        GetOptions, get, "a public set of preferences by its name, from the hub or from its files"
+    ),
+    "data convert": Verb(
+        ConvertOptions, convert, "write the pairs of a public file, whatever its shape, and count"
     ),
     "data look": Verb(LookOptions, look, "what is in files of pairs, and what is wrong with them"),
     "data split": Verb(

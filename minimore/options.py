@@ -108,8 +108,8 @@ def option(
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field: `learning_rate` is `--learning-rate`."""
-    return "--" + name.replace("_", "-")
+    """The flag of a field: `learning_rate` is `--learning-rate`, and `from_` is `--from`."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def check_ranges(options: Any) -> None:
@@ -180,6 +180,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: t
         text += f" (default: {field.default})"
     parser.add_argument(
         flag_of(field.name),
+        dest=field.name,
         type=_parser_of(kind) if kind in (int, float) else kind,
         required=required,
         default=None if required else default,

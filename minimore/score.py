@@ -6,8 +6,8 @@ reward   token ids -> rewards; pairs share their prompt
 write    the record with its rewards, in input order
 """
 
-import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -31,7 +31,8 @@ from .data.forms import (
 )
 from .data.messages import Messages, is_conversation, messages_of, shown
 from .data.pairs import TextRules, encode, refuse_doubled_bos
-from .data.records import Record, read_records
+from .data.records import Record, json_line
+from .data.shapes import read_house_records
 from .files import refuse_existing, written_whole
 from .model.checkpoint import Checkpoint
 from .model.tokenizer import Tokenizer
@@ -78,14 +79,18 @@ def score(options: ScoreOptions) -> None:
 
     A pair gets chosen_reward, rejected_reward and probability = sigmoid(their difference). A prompt
     with a response gets reward. A prompt with a list of responses, and a list of texts, gets the
-    list rewards; with --best the best of the responses remains.
+    list rewards; with --best the best of the responses remains. A record of a foreign shape
+    (data/shapes.py) is written as the house records that it becomes.
     """
     check_ranges(options)
     refuse_existing(options.output)
-    with closing(read_records(options.input)) as records:  # opened once: it may be a pipe
+    unlabelled: Counter[str] = Counter()
+    # The input may be a pipe, so it is opened once.
+    with closing(read_house_records(options.input, unlabelled)) as records:
         first = next(records, None)
         if first is None:
-            raise InputError(f"{options.input}: is empty; expected at least one line")
+            lack = "has no comparison with a label" if unlabelled else "is empty"
+            raise InputError(f"{options.input}: {lack}; expected at least one line")
         model, checkpoint = open_reward_model(options)
         rules = options.rules(checkpoint)
         scorer = Scorer(model, checkpoint, rules, options.micro_tokens)
@@ -98,6 +103,8 @@ def score(options: ScoreOptions) -> None:
                     record = best_of_record(record, where)
                 file.write(json_line(record, where) + "\n")
     print(f"{options.output}: {scorer.counts.line(rules.max_length)}")
+    for reason, count in sorted(unlabelled.items()):
+        print(f"{count} comparisons without a label are not scored: {reason}")
     if not checkpoint.has_head:
         print(
             f"{options.model}: no score.weight, so the rewards are those of an untrained head",
@@ -158,16 +165,6 @@ def with_one_response(
         finished = record["finished"]
         chosen["finished"] = finished[place] if isinstance(finished, list) else finished
     return chosen
-
-
-def json_line(record: Record, where: str) -> str:
-    """A record as JSON; escapes only where UTF-8 has no bytes for half of a surrogate pair."""
-    try:
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        raise InputError(f"{where}: holds a number that is not finite; expected JSON") from None
-    has_bytes = text.encode("utf-8", "replace").decode() == text
-    return text if has_bytes else json.dumps(record)
 
 
 # ---- read ----------------------------------------------------------------------------------------

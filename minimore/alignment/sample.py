@@ -17,13 +17,12 @@ from ..checksums import file_checksum
 from ..data.forms import MOST_RESPONSES, prompt_end, with_prompt
 from ..data.messages import is_conversation, messages_of, string_of
 from ..data.pairs import encode, refuse_doubled_bos
-from ..data.records import Record, read_records
+from ..data.records import Record, json_line, read_records
 from ..files import refuse_existing, written_whole
 from ..model.checkpoint import Checkpoint, ids_of_eos
 from ..model.tokenizer import Tokenizer
 from ..options import COUNT, Range, check_ranges, option, require
 from ..reward import ModelOptions, check_length
-from ..score import json_line
 from .generate import Sample, Sampling, Stop, generate
 from .policy import LanguageModel, open_policy, require_language_model
 from .portions import Unfinished, alone, begin_or_continue

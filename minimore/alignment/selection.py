@@ -20,12 +20,12 @@ import numpy as np
 from ..checksums import file_checksum
 from ..data.forms import with_prompt
 from ..data.messages import is_conversation, shown
-from ..data.records import Record, read_records
+from ..data.records import Record, json_line, read_records
 from ..files import refuse_existing, written_whole
 from ..model.checkpoint import Checkpoint
 from ..options import COUNT, Range, check_ranges, option, require
 from ..reward import ReadingOptions, load_reward_model
-from ..score import Scorer, best_of_rewards, check_responses, json_line, with_one_response
+from ..score import Scorer, best_of_rewards, check_responses, with_one_response
 from .portions import Unfinished, alone, begin_or_continue
 
 RESPONSES_AT_ONCE = 256  # scored between two writes to the disk

@@ -4,6 +4,7 @@ Nothing is skipped silently: see `Source.line`.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
 from .forms import Pair, record_pairs
 from .labels import AS_WRITTEN, ONE_VOTE, Label, LabelRules, source_name
-from .records import Record, read_records
+from .records import Record
+from .shapes import read_house_records
 
 TRUNCATE = ("each", "together")
 TOKENISED_AT_ONCE = 512  # pairs
@@ -72,6 +74,8 @@ class Source:
     that the file calls rejected, so it is the chosen one here. These are kept. glued: the prompt
     runs into the response, as in "What is 2+2?4". repeated: both responses begin with their prompt.
 
+    unlabelled: comparisons of a foreign shape (shapes.py) that have no label, by reason.
+
     read: all pairs of the file so far, used or not. prompts: the number of each prompt.
     """
 
@@ -88,6 +92,7 @@ class Source:
     turned: int = 0
     read: int = 0
     prompts: dict[str, int] = field(default_factory=dict)
+    unlabelled: Counter[str] = field(default_factory=Counter)
     example: str = ""  # of a prompt that runs into its response
 
     @property
@@ -109,6 +114,8 @@ class Source:
             f" {self.dropped} dropped, {mean_tokens:.0f} mean tokens"
         )
         line += self._line_of_labels()
+        for reason, count in sorted(self.unlabelled.items()):
+            line += f"; {count} comparisons left out: {reason}"
         if self.named:
             line += f"; {self.named} pairs hold names of special tokens, which are read as text"
         if self.glued > self.read / 2:
@@ -185,7 +192,7 @@ def load_source(
     chat: bool = False,
     labels: LabelRules = AS_WRITTEN,
 ) -> Source:
-    """Read, check and tokenise a file of pairs.
+    """Read, check and tokenise a file of pairs, of any shape that is one record a line.
 
     max_length, truncate, chat: see `TextRules`. labels: what is read besides "chosen", by default
     nothing. Raises InputError for a line that cannot be read, or if no usable pair is left.
@@ -209,7 +216,8 @@ def load_sources(
     InputError as `load_source` does.
     """
     readers: dict[str, SourceReader] = {}
-    for where, record in read_records(path):
+    unlabelled: Counter[str] = Counter()
+    for where, record in read_house_records(path, unlabelled):
         own_name = source_name(name, field, record, where)
         if own_name not in readers:
             readers[own_name] = SourceReader(Source(own_name), tokenizer, rules, labels)
@@ -218,7 +226,12 @@ def load_sources(
             f"{path}: --source-field {field} makes more than {MOST_SOURCES_OF_A_FILE} sources",
         )
         readers[own_name].add(record, where)
-    require(readers, f"{path}: is empty; source {name!r} needs at least one pair")
+    require(readers or unlabelled, f"{path}: is empty; source {name!r} needs at least one pair")
+    if field is None:
+        readers.setdefault(name, SourceReader(Source(name), tokenizer, rules, labels))
+        readers[name].source.unlabelled = unlabelled
+    for reason, count in sorted(unlabelled.items()) if field else ():
+        print(f"{path}: {count} comparisons left out: {reason}", flush=True)
     for reader in readers.values():
         reader.tokenise()
     in_order = [readers[own_name] for own_name in sorted(readers)]
@@ -259,12 +272,15 @@ class SourceReader:
 
     def finished(self, path: str) -> Source:
         """The source, once nothing waits. Raises InputError if no pair is usable."""
-        source = self.source
+        source, without_label = self.source, ""
+        if source.unlabelled:
+            without_label = f", {source.unlabelled.total()} comparisons without a label"
         require(
             source.pairs,
             f"{path}: has no usable pair: of {self.records} records, {source.label_ties} label"
-            f" ties, {source.identical} identical and {source.dropped} dropped pairs; source"
-            f" {source.name!r} needs at least one pair",
+            f" ties, {source.identical} identical and {source.dropped} dropped pairs"
+            + without_label
+            + f"; source {source.name!r} needs at least one pair",
         )
         if self.labels.weights:
             source.pairs = with_mean_weight(source.pairs)

@@ -20,6 +20,7 @@ LONGEST_LINE = 8_000_000  # bytes
 LARGEST_LIST = 200_000_000  # bytes of a file that is one JSON list
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DATA_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+CONVERTED = "converted.json"  # says of a directory what `minimore data convert` wrote there
 
 Record = dict[str, Any]
 
@@ -69,11 +70,17 @@ def _data_files(directory: str) -> list[str]:
         for name in os.listdir(directory)
         if name.endswith(DATA_FILES) and os.path.isfile(os.path.join(directory, name))
     )
+    is_converted = CONVERTED in names
+    names = [name for name in names if name != CONVERTED]
     require(names, f"{directory}: a directory without a .jsonl or .json file (.gz too)")
     words = {word for name in names for word in re.split(r"[^a-z]+", name.lower())}
     require(
         not {"train", "test"} <= words,
         f"{directory}: holds training and test files ({', '.join(names[:4])}); name the files",
+    )
+    require(
+        not is_converted or len(names) == 1,
+        f"{directory}: holds several splits or tastes ({', '.join(names[:4])}); name the files",
     )
     return [os.path.join(directory, name) for name in names]
 
@@ -99,3 +106,13 @@ def _parse(text: str, where: str, expected: str) -> Any:
 def _object(value: Any, where: str) -> Record:
     require(isinstance(value, dict), f"{where}: a JSON {type(value).__name__}; expected an object")
     return value
+
+
+def json_line(record: Record, where: str) -> str:
+    """A record as JSON; escapes only where UTF-8 has no bytes for half of a surrogate pair."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise InputError(f"{where}: holds a number that is not finite; expected JSON") from None
+    has_bytes = text.encode("utf-8", "replace").decode() == text
+    return text if has_bytes else json.dumps(record)

@@ -1,0 +1,99 @@
+"""Annotators: readers of public sets in which people disagree, and the set says who said what.
+
+Each takes a record and "file:line", and gives items (comparisons.py); shapes.py has the table.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from ..options import require
+from .comparisons import (
+    Item,
+    LeftOut,
+    is_absent,
+    list_of,
+    number_of,
+    object_of,
+    scored,
+    text_at,
+    twos,
+    value_of,
+    voted,
+)
+from .records import Record
+
+# What an annotator of MultiPref says, as votes for either response.
+MULTIPREF_VOTES = {
+    "A-is-clearly-better": (1.0, 0.0),
+    "A-is-slightly-better": (1.0, 0.0),
+    "Tie": (0.5, 0.5),
+    "B-is-slightly-better": (0.0, 1.0),
+    "B-is-clearly-better": (0.0, 1.0),
+}
+MULTIPREF_GROUPS = ("normal_worker_annotations", "expert_worker_annotations")
+
+
+def multipref(record: Record, where: str) -> Iterator[Item]:
+    """MultiPref: two responses, and the overall preference of four annotators, two of them experts.
+
+    One who prefers neither is half a vote for each.
+    """
+    votes = [0.0, 0.0]
+    for group in MULTIPREF_GROUPS:
+        named = f'{where}: "{group}"'
+        annotations = value_of(record, group, where)
+        for annotation in list_of(annotations, named) if annotations else []:
+            said = value_of(object_of(annotation, named), "overall_pref", named)
+            if is_absent(said):
+                continue
+            is_known = isinstance(said, str) and said in MULTIPREF_VOTES
+            expected = ", ".join(MULTIPREF_VOTES)
+            require(is_known, f'{named}: "overall_pref" is {said}; expected one of {expected}')
+            votes = [vote + more for vote, more in zip(votes, MULTIPREF_VOTES[said])]
+    if not any(votes):
+        yield LeftOut("no label")
+        return
+    two = [text_at(record, f"completion_{side}", where) for side in "ab"]
+    yield voted(text_at(record, "text", where), two, votes)
+
+
+def prism(record: Record, where: str) -> Iterator[Item]:
+    """PRISM: a conversation in which a person rates, at every turn, the replies of several models.
+
+    The prompt of a turn is what was said before, with the reply that the person chose to go on
+    with. What comes behind a turn without such a reply has no prompt, and is left out.
+    """
+    named = f'{where}: "conversation_history"'
+    messages = [object_of(each, named) for each in list_of(record["conversation_history"], named)]
+    thread: list[Any] | None = []
+    for _, turn in groupby(messages, lambda message: value_of(message, "turn", named)):
+        asked, replies = _turn_of(list(turn), named)
+        texts = [text_at(reply, "content", named) for reply in replies]
+        scores = [reply.get("score") for reply in replies]
+        if thread is None:
+            yield LeftOut("behind a turn without a chosen reply", twos(len(replies)))
+            continue
+        prompt = [*thread, {"role": "user", "content": text_at(asked, "content", named)}]
+        rated = [i for i, score in enumerate(scores) if not is_absent(score)]
+        missing = twos(len(replies)) - twos(len(rated))
+        if missing:
+            yield LeftOut("no score", missing)
+        if len(rated) > 1:
+            numbers = [number_of(scores[i], f"{named}: score") for i in rated]
+            house = scored(prompt, [texts[i] for i in rated], numbers)
+            yield house | {"annotator": text_at(record, "user_id", where)}
+        chosen = [text for text, reply in zip(texts, replies) if reply.get("if_chosen") is True]
+        thread = [*prompt, {"role": "assistant", "content": chosen[0]}] if chosen else None
+
+
+def _turn_of(turn: list[Record], named: str) -> tuple[Record, list[Record]]:
+    """What a person asks in one turn, and the replies of the models."""
+    asked = [message for message in turn if value_of(message, "role", named) == "user"]
+    replies = [message for message in turn if message["role"] == "model"]
+    require(
+        len(asked) == 1 and len(asked) + len(replies) == len(turn),
+        f"{named}: a turn holds {len(asked)} questions among {len(turn)} messages; expected one,"
+        " and replies of models",
+    )
+    return asked[0], replies

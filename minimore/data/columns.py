@@ -1,0 +1,125 @@
+"""Columns: records from files of tables (CSV, tab-separated, Parquet), row by row.
+
+A row is a record whose keys are the names of the columns. Every value of a CSV file is a string.
+"""
+
+import csv
+import gzip
+import io
+import zlib
+from collections.abc import Generator, Iterator
+from typing import Any, TextIO
+
+from ..files import one_line, refuse_pointer
+from ..options import InputError, require
+from .records import LONGEST_LINE, Record, read_records
+
+TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+PARQUET = ".parquet"
+ROWS_AT_ONCE = 1024  # of a Parquet file
+
+
+def read_rows(path: str) -> Generator[tuple[str, Record], None, None]:
+    """("file:line", record) for each row of a table, or for each line of a file of JSON.
+
+    The ending of the name says which it is. Raises InputError, which names file and line, for
+    anything that cannot be read.
+    """
+    name = str(path).lower()
+    if name.endswith(TEXT_TABLES):
+        yield from _rows_of_text(path)
+    elif name.endswith(PARQUET):
+        yield from _rows_of_parquet(path)
+    else:
+        yield from read_records(path)
+
+
+def _rows_of_text(path: str) -> Iterator[tuple[str, Record]]:
+    """The rows of a CSV or a tab-separated file.
+
+    A header line with a tab in it makes the file tab-separated, whatever its name. Such a file is
+    read without quoting: in those that people publish, a field may begin with a quotation mark.
+    """
+    line = 0
+    try:
+        refuse_pointer(path)
+        with _opened(path) as file:
+            reader = _reader(file)
+            names: list[str] | None = None
+            for cells in reader:
+                where, line = f"{path}:{line + 1}", reader.line_num
+                if not cells:
+                    continue  # a blank line
+                if names is None:
+                    names = _checked_names(cells, where)
+                    continue
+                require(
+                    len(cells) == len(names),
+                    f"{where}: has {len(cells)} fields; expected {len(names)}, as in the header",
+                )
+                yield where, dict(zip(names, cells))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{line + 1}: not UTF-8 ({error.reason})") from None
+    except csv.Error as error:
+        raise InputError(f"{path}:{line + 1}: no row of a table ({one_line(error)})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
+
+
+def _opened(path: str) -> TextIO:
+    opened = (gzip.open if str(path).endswith(".gz") else open)(path, "rb")
+    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]
+
+
+def _reader(file: TextIO) -> Any:
+    """A reader of rows for the kind of table that the header line shows."""
+    csv.field_size_limit(LONGEST_LINE)
+    header = file.readline(LONGEST_LINE)
+    rest = _lines(header, file)
+    if "\t" in header:
+        return csv.reader(rest, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.reader(rest, strict=True)
+
+
+def _lines(header: str, file: TextIO) -> Iterator[str]:
+    """The header line and every line behind it, none of them huge."""
+    yield header
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), ""), 2):
+        require(
+            len(line) <= LONGEST_LINE,
+            f"line {number} has more than {LONGEST_LINE / 1e6:.0f} million characters",
+        )
+        yield line
+
+
+def _checked_names(names: list[str], where: str) -> list[str]:
+    """The names of the columns; InputError if two are the same or one is empty."""
+    is_header = all(name.strip() for name in names) and len(set(names)) == len(names)
+    require(
+        is_header,
+        f"{where}: the header is {', '.join(names)[:200]!r}; expected a different name for every"
+        " column",
+    )
+    return names
+
+
+def _rows_of_parquet(path: str) -> Iterator[tuple[str, Record]]:
+    try:
+        from pyarrow import parquet  # type: ignore[import-not-found]
+    except ImportError:
+        raise InputError(
+            f"{path}: Parquet files need pyarrow, which is not installed; pip install pyarrow, or"
+            " write the table as JSON lines"
+        ) from None
+    try:
+        row = 0
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE):
+            for record in batch.to_pylist():
+                row += 1
+                yield f"{path}:{row}", record
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these
+        raise InputError(f"{path}: not readable as Parquet ({one_line(error)})") from None

@@ -1,0 +1,68 @@
+"""Rows: files in which every row is one response, compared with the others to the same prompt."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from ..options import require
+from .comparisons import Item, LeftOut, Note, is_absent, number_of, scored, twos, value_of
+from .forms import MOST_RESPONSES
+from .records import Record
+
+# What HelpSteer and HelpSteer2 rate, from 0 to 4; each is a taste.
+ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+
+class Keys(NamedTuple):
+    """Under which keys a row has its prompt, its response and its scores.
+
+    scores: of several, each is a taste.
+    """
+
+    prompt: str
+    response: str
+    scores: tuple[str, ...]
+
+
+HELPSTEER = Keys("prompt", "response", ATTRIBUTES)
+
+
+def items_of_rows(
+    located: Iterable[tuple[str, Record]], keys: Keys = HELPSTEER
+) -> Iterator[tuple[str, Item]]:
+    """("file:line", comparisons) of the rows of every prompt; those of a file are in memory.
+
+    The line is that of the prompt's first row.
+    """
+    groups: dict[str, list[tuple[str, Record]]] = {}
+    for where, record in located:
+        values = {key: value_of(record, key, where) for key in (keys.prompt, keys.response)}
+        for key in keys.scores:
+            score = value_of(record, key, where)
+            values[key] = None if is_absent(score) else number_of(score, f'{where}: "{key}"')
+        prompt = json.dumps(values[keys.prompt])
+        rows = groups.setdefault(prompt, [])
+        rows.append((where, values))
+        require(
+            len(rows) <= MOST_RESPONSES,
+            f"{where}: the prompt has more than {MOST_RESPONSES} responses, the first in"
+            f" {rows[0][0]}; expected at most so many",
+        )
+    for rows in groups.values():
+        yield from _items_of_prompt(rows, keys)
+
+
+def _items_of_prompt(rows: Sequence[tuple[str, Record]], keys: Keys) -> Iterator[tuple[str, Item]]:
+    where, first = rows[0]
+    if len(rows) == 1:
+        yield where, Note("prompts with a single response, which is compared with none")
+    for key in keys.scores:
+        rated = [row for _, row in rows if row[key] is not None]
+        missing = twos(len(rows)) - twos(len(rated))
+        taste = key if len(keys.scores) > 1 else ""
+        if missing:
+            yield where, LeftOut("no score", missing, taste)
+        if len(rated) > 1:
+            responses = [row[keys.response] for row in rated]
+            house = scored(first[keys.prompt], responses, [row[key] for row in rated])
+            yield where, house | ({"taste": taste} if taste else {})

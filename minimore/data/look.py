@@ -147,6 +147,9 @@ def section_of(each: Look) -> Iterator[str]:
         f"{survey.pairs} pairs of {len(set(survey.prompts))} prompts in {survey.records} records;"
         f" {survey.label_ties} label ties."
     )
+    if survey.unlabelled:
+        reasons = (f"{count} {reason}" for reason, count in sorted(survey.unlabelled.items()))
+        yield f"Comparisons without a label: {', '.join(reasons)}."
     yield "## Findings"
     yield from finding_lines(each.findings)
     yield "## Counts"
@@ -261,6 +264,7 @@ def numbers_of_file(each: Look) -> dict[str, Any]:
         "records": survey.records,
         "prompts": len(set(survey.prompts)),
         "label_ties": survey.label_ties,
+        "unlabelled": dict(survey.unlabelled),
         "unit": survey.unit,
         "max_length": survey.max_length,
         "counts": {

@@ -10,6 +10,7 @@ with one seed share no prompt across parts either, and a file that has grown is 
 
 import gzip
 import hashlib
+import json
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from ..options import Range, check_ranges, option, require
 from ..tables import Table
 from .overlap import normalised
 from .records import BYTE_ORDER_MARK, Record, read_records
+from .shapes import house_records
 from .texts import Reading, opening_of
 
 PARTS = ("train", "validation", "test")
@@ -128,9 +130,21 @@ def group_of(record: Record, where: str, by: str) -> str:
 
     A record without a prompt is known by its first response.
     """
-    pair = Reading().pairs(with_unequal_scores(record), where)[0][0]
-    prompt = pair.prompt if by == "prompt" else opening_of(pair.prompt)
-    return normalised(prompt) or normalised(pair.chosen)
+    pairs = [
+        pair
+        for house in house_records(record, where)
+        for pair in Reading().pairs(with_unequal_scores(house), where)[0]
+    ]
+    if not pairs:  # comparisons without a label: no pair of theirs can cross parts
+        return json.dumps(record)
+    prompts = [pair.prompt if by == "prompt" else opening_of(pair.prompt) for pair in pairs]
+    groups = set(map(normalised, prompts))
+    require(
+        len(groups) == 1,
+        f"{where}: holds comparisons under {len(groups)} prompts, which may not share a line;"
+        " expected one prompt a line, as `minimore data convert` writes them",
+    )
+    return groups.pop() or normalised(pairs[0].chosen)
 
 
 def with_unequal_scores(record: Record) -> Record:

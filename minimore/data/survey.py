@@ -72,8 +72,9 @@ class Survey:
     response, in `unit`. longer: characters of the chosen response minus the rejected one's.
     prompts: of every pair, the number of its prompt.
 
-    first_wins: of records with the scores of two responses, how many there are and how many prefer
-    the first. agreement: of every pair with votes, the share of them on the larger side.
+    unlabelled: comparisons of a foreign shape that have no label, by reason. first_wins: of records
+    with the scores of two responses, how many there are and how many prefer the first. agreement:
+    of every pair with votes, the share of them on the larger side.
     """
 
     path: str
@@ -81,6 +82,7 @@ class Survey:
     max_length: int | None
     records: int = 0
     label_ties: int = 0
+    unlabelled: Counter[str] = field(default_factory=Counter)
     counts: dict[str, Count] = field(default_factory=dict)
     lengths: tuple[array, array, array] = field(
         default_factory=lambda: (array("q"), array("q"), array("q"))
@@ -126,7 +128,7 @@ def survey_of(path: str, tokenizer: Tokenizer | None, max_length: int, chat: boo
     """
     unit = "characters" if tokenizer is None else "tokens"
     survey = Survey(path, unit, None if tokenizer is None else max_length)
-    records = Reading(tokenizer, chat).records(path)
+    records = Reading(tokenizer, chat).records(path, survey.unlabelled)
     while some := list(islice(records, ENCODED_AT_ONCE)):
         for read in some:
             count_record(survey, read)

@@ -5,12 +5,14 @@ Messages are written by the chat template of a tokenizer if there is one, else p
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..model.tokenizer import Tokenizer
 from .forms import ASSISTANT, Pair, record_pairs
-from .records import Record, read_records
+from .records import Record
+from .shapes import read_house_records
 
 # What begins a turn of the human, in plain dialogues and in those of the template of many models.
 HUMAN = re.compile(r"(?:^|\n)\s*(?:## )?(?:Human|User):")
@@ -54,9 +56,13 @@ class Reading(NamedTuple):
     tokenizer: Tokenizer | None = None
     chat: bool = False
 
-    def records(self, path: str) -> Iterator[ReadRecord]:
-        """Every record of a file with its pairs. Raises InputError for what cannot be read."""
-        for where, record in read_records(path):
+    def records(self, path: str, unlabelled: Counter[str] | None = None) -> Iterator[ReadRecord]:
+        """Every record of a file with its pairs. Raises InputError for what cannot be read.
+
+        unlabelled: counts comparisons of a foreign shape that have no label, by reason.
+        """
+        left_out: Counter[str] = Counter() if unlabelled is None else unlabelled
+        for where, record in read_house_records(path, left_out):
             yield ReadRecord(where, record, *self.pairs(record, where))
 
     def pairs(self, record: Record, where: str) -> tuple[list[Pair], int]:

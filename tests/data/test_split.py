@@ -11,6 +11,7 @@ from conftest import ROOT
 from minimore.checksums import read_checked_json
 from minimore.cli import main
 from minimore.data.records import read_records
+from minimore.data.split import group_of
 
 DATA = Path(os.environ.get("MINIMORE_DATA", ROOT.parent / "shared" / "data"))
 SHARES = ("--validation", "0.2", "--test", "0.3")
@@ -155,3 +156,12 @@ def test_four_tastes_on_the_same_questions_do_not_leak_into_each_other(tmp_path)
             found |= {r["prompt"] for _, r in read_records(str(tmp_path / taste / f"{name}.jsonl"))}
     assert len(prompts["train"]) + len(prompts["test"]) == 139
     assert not prompts["train"] & prompts["test"]
+
+
+def test_a_foreign_record_falls_where_its_house_record_falls():
+    """A shape that one line holds whole is split as it lies; one with several prompts is not."""
+    foreign = {"instruction": "P", "input": "", "output_1": "a", "output_2": "b", "preference": 2}
+    house = {"prompt": "P", "chosen": "b", "rejected": "a"}
+    assert group_of(foreign, "x:1", "prompt") == group_of(house, "x:1", "prompt")
+    unequal = {"text": ["a", "b", "c"], "score": [1, 2, 3]}  # three pairs without a prompt
+    assert group_of(unequal, "x:1", "prompt") == "c"

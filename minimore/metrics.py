@@ -29,8 +29,8 @@ def step_metrics(result: StepResult, source: Tensor, names: Sequence[str]) -> di
     """What metrics.jsonl says of one step.
 
     source: (B,) integers in [0, K); names: of the sources. Per source: pairs, loss (without label
-    smoothing), accuracy, weight and the norm of the head gradient; the cosines between the sources'
-    head gradients. None where a source has no pair.
+    smoothing), accuracy, mean margin, weight and the norm of the head gradient; the cosines between
+    the sources' head gradients. None where a source has no pair.
     """
     K, head = len(names), result.head
     margins = (result.z_chosen - result.z_rejected) @ head  # (B,)
@@ -45,6 +45,7 @@ def step_metrics(result: StepResult, source: Tensor, names: Sequence[str]) -> di
             "pairs": int(mine.sum()),
             "loss": finite(losses[k]),
             "accuracy": finite(is_right[mine].mean()),
+            "margin": finite(margins[mine].mean()),
             "weight": float(result.weights[k]),
             "gradient_norm": finite(norms[k]),
         }

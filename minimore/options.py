@@ -155,9 +155,15 @@ def _add_switch(parser: argparse.ArgumentParser, field: dataclasses.Field) -> No
 
 
 def _add_positional(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    """The same value without its name or with it; `from_arguments` says if both are missing."""
+    """The same value without its name or with it; `from_arguments` says if both are missing.
+
+    Several values have no names.
+    """
     choices = field.metadata["choices"]
     shown = "{" + ",".join(choices) + "}" if choices else field.metadata["value"]
+    if field.metadata["repeat"]:
+        parser.add_argument(field.name, nargs="*", help=_help_of(field), metavar=shown)
+        return
     parser.add_argument(
         field.name, nargs="?", default=argparse.SUPPRESS, help=_help_of(field), metavar=shown
     )
@@ -224,7 +230,8 @@ def from_arguments(options_class: type, arguments: argparse.Namespace) -> Any:
 
 def _check_positional(field: dataclasses.Field, value: Any) -> None:
     choices = field.metadata["choices"]
-    require(value is not None, f"{field.name.upper()} is missing: {field.metadata['help']}")
+    is_missing = value is None or value == []
+    require(not is_missing, f"{field.name.upper()} is missing: {field.metadata['help']}")
     require(
         not choices or value in choices,
         f"{field.name} {value}: expected one of {', '.join(choices or ())}",

@@ -11,11 +11,11 @@ PAGE = """
 options files checksums tables more calibration uncertainty plots
 model.attention model.fused model.recompute model.trunk model.families model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint
-data.messages data.records data.forms data.pairs data.sampling data.world
+data.messages data.records data.forms data.pairs data.sampling data.validation data.world
 reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
 engine.workload engine.cost engine.choose engine.plan
-metrics resume run training train
+metrics resume run best training train
 alignment.portions alignment.policy alignment.generate alignment.sample alignment.selection
 alignment.language alignment.responses alignment.finetune alignment.perplexity
 alignment.judges alignment.answers alignment.endpoint alignment.questions alignment.compare

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 PAGE = """
 options files checksums tables more calibration uncertainty plots
+history curves plot
 model.attention model.fused model.recompute model.trunk model.families model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint
 data.messages data.records data.forms data.pairs data.sampling data.validation data.world

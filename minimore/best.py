@@ -85,10 +85,8 @@ def validation_line(record: Mapping[str, Any], best: Best | None) -> str:
     if best is None:
         return line
     if best.step == record["step"]:
-        return f"{line}; the best {FIGURES[best.by]} so far"
-    return (
-        f"{line}; the best {FIGURES[best.by]}, {number(best.value)}, was that of step {best.step}"
-    )
+        return f"{line}; best {FIGURES[best.by]} so far"
+    return f"{line}; best {FIGURES[best.by]} {number(best.value)} at step {best.step}"
 
 
 # ---- in the finished run -------------------------------------------------------------------------
@@ -117,10 +115,5 @@ def write_which(run: Path, best: Best, steps: int, last: float) -> None:
     last: the same figure of the model of the last step.
     """
     write_json(run / "best.json", best._asdict() | {"steps": steps, "last": last})
-    if best.step == steps:
-        print(f"best: step {best.step}, the last one, {best}; {run / BEST} is the same model")
-    else:
-        print(
-            f"best: step {best.step} of {steps}, {best}: {run / BEST}; {run} itself is the model of"
-            f" the last step, {number(last)}"
-        )
+    print(f"best: step {best.step} of {steps}, {best}, in {run / BEST}")
+    print(f"last: step {steps} of {steps}, {best._replace(value=last)}, in {run}")

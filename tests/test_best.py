@@ -114,11 +114,13 @@ def test_what_a_run_says_of_its_best(whole):
     assert held_out[0] == "  ana: held out for validation: 9 of 30 prompts, 9 of 30 pairs"
     best = json.loads((whole / "best.json").read_text())
     value = number(best["value"])
-    assert f"; the best NLL, {value}, was that of step {best['step']}" in said
-    last_lines = said.splitlines()[-2:]
-    assert last_lines[0].startswith(f"best: step {best['step']} of {best['steps']}, validation NLL")
-    assert f"{whole} itself is the model of the last step" in last_lines[0]
-    assert last_lines[1] == f"finished: {whole}"
+    assert f"; best NLL {value} at step {best['step']}\n" in said
+    steps, last = best["steps"], number(best["last"])
+    assert said.splitlines()[-3:] == [
+        f"best: step {best['step']} of {steps}, validation NLL {value}, in {whole / 'best'}",
+        f"last: step {steps} of {steps}, validation NLL {last}, in {whole}",
+        f"finished: {whole}",
+    ]
 
 
 def test_a_moved_best_is_evaluated_and_scored_as_the_run_would_be(world, whole, tmp_path, capsys):
@@ -144,7 +146,8 @@ def test_where_the_last_step_is_the_best_both_are_the_same_model(
     assert train(options(world, run, save_dtype=dtype, **SHORT)) == 0
     for name in ("model.safetensors", "config.json", "checksums.json", "tokenizer.json"):
         assert (run / name).read_bytes() == (run / "best" / name).read_bytes()
-    assert "the last one, validation NLL" in capsys.readouterr().out
+    best, last, _ = capsys.readouterr().out.splitlines()[-3:]
+    assert best.replace("best", "last", 1) == f"{last}/best"
 
 
 # ---- killed, and continued -----------------------------------------------------------------------

@@ -57,10 +57,10 @@ def saved_best(run: Path, facts: Mapping[str, Any]) -> Best | None:
     try:
         best = Best(**facts["best"])
         checkpoint = checkpoint_of(run, best.step)
-        is_whole = best.by in FIGURES and isinstance(best.value, float)
+        is_readable = best.by in FIGURES and isinstance(best.value, float)
     except UNREADABLE:
-        is_whole = False
-    if not is_whole:
+        is_readable = False
+    if not is_readable:
         raise InputError(
             f"{run}: the last checkpoint says that the best step so far is {facts['best']!r};"
             " remove that checkpoint, or start a new run"

@@ -130,7 +130,8 @@ class Page:
         colour, line = self.style_of("training", number)
         is_exact = figure == "learning rate" or self.window == 1
         if self.is_alone and not is_exact:
-            dots = {"markersize": 3.5, "markeredgewidth": 0, "alpha": 0.3, "rasterized": True}
+            alpha = min(0.3, 300 / len(series.steps))  # many dots are fainter than few
+            dots = {"markersize": 3.5, "markeredgewidth": 0, "alpha": alpha, "rasterized": True}
             panel.plot(*series, ".", color=colour, **dots)
         values = series.values if is_exact else series.smoothed(self.window)
         panel.plot(series.steps, values, line, color=colour, linewidth=1.4)
@@ -159,7 +160,7 @@ class Page:
                 if series is not None:
                     values = series.smoothed(self.window) if kind == "training" else series.values
                     ends.append((values[-1] - low) / (high - low))
-                    name = NAMES[kind] if self.is_alone else shortened(history.run, 24)
+                    name = NAMES[kind] if self.is_alone else shortened(history.run)
                     names.append((name, self.style_of(kind, number)[0]))
         style = {"transform": panel.transAxes, "va": "center", "size": 9, "parse_math": False}
         for (name, colour), height in zip(names, spread(ends, gap=0.08)):
@@ -209,7 +210,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def shortened(name: str, most: int = 18) -> str:
+def shortened(name: str, most: int = 24) -> str:
     """A name of at most so many characters: its end, where paths differ."""
     return name if len(name) <= most else "…" + name[-(most - 1) :]
 

@@ -28,6 +28,7 @@ from .lab.grid import ReproduceOptions
 from .lab.probe import ProbeOptions, probe
 from .lab.reproduce import reproduce
 from .options import InputError, Parser, add_options, from_arguments, printable, require
+from .plot import PlotOptions, plot
 from .score import ScoreOptions, score
 from .train import TrainOptions, train
 
@@ -96,6 +97,11 @@ VERBS = {
         check,
         "what is in a checkpoint, and does it work here: perplexity, rewards, memory, parity with "
         "transformers",
+    ),
+    "plot": Verb(
+        PlotOptions,
+        plot,
+        "a page on one run or several: losses, accuracies, weights, cosines, calibration",
     ),
     "features": Verb(FeaturesOptions, features, "store the pooled states of a frozen checkpoint"),
     "probe": Verb(

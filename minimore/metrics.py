@@ -31,8 +31,8 @@ def step_metrics(
     """What metrics.jsonl says of one step.
 
     source: (B,) integers in [0, K); names: of the sources; labels: of the pairs. Per source: pairs,
-    loss (without label smoothing), accuracy, weight and the norm of the head gradient; the cosines
-    between the sources' head gradients. None where a source has no pair.
+    loss (without label smoothing), accuracy, mean margin, weight and the norm of the head gradient;
+    the cosines between the sources' head gradients. None where a source has no pair.
     """
     K, head = len(names), result.head
     margins = (result.z_chosen - result.z_rejected) @ head  # (B,)
@@ -50,6 +50,7 @@ def step_metrics(
             "pairs": int(mine.sum()),
             "loss": finite(losses[k]),
             "accuracy": finite(is_right[mine].mean()),
+            "margin": finite(margins[mine].mean()),
             "weight": float(result.weights[k]),
             "gradient_norm": finite(norms[k]),
         }

@@ -53,7 +53,7 @@ class Snapshot:
 
 
 class Saver:
-    """Writes checkpoint-STEP, then removes those that are older than the newest `keep`.
+    """Writes checkpoint-STEP, then removes the others but the newest `keep` and the best.
 
         memory allows a copy     copy everything -> training goes on, a thread writes the copy
         it does not              write tensor by tensor, and training waits
@@ -72,15 +72,19 @@ class Saver:
         optimizer: AdamW,
         weighting_state: Mapping[str, Tensor],
         log_checksum: str,
+        best: Mapping[str, Any] | None = None,
     ) -> None:
         """Save the state after step `optimizer.steps`, at once or by a thread that begins here.
 
-        model: a RewardModel or a LanguageModel. log_checksum: of the log so far. An error of the
-        thread is raised by the next `save` or `wait`.
+        model: a RewardModel or a LanguageModel. log_checksum: of the log so far. best: what the
+        state is to say of the best step so far; the checkpoint of its "step" is kept. An error of
+        the thread is raised by the next `save` or `wait`.
         """
         self.wait()
         has_room = available_memory() > ROOM * bytes_to_copy(model, optimizer)
         snapshot = self._snapshot(model, optimizer, weighting_state, log_checksum, copy=has_room)
+        if best:
+            snapshot.facts["best"] = dict(best)
         if has_room:
             self.thread = Thread(target=self._write_in_thread, args=(snapshot,))
             self.thread.start()
@@ -159,8 +163,10 @@ class Saver:
             reason = error.strerror or error
             message = f"{reason}; {name} was not written, {kept} is kept"
             raise OSError(error.errno, message, str(self.run)) from None
-        for old in checkpoints(self.run)[: -self.keep]:  # all but the newest
-            remove(old)
+        newest = checkpoints(self.run)[-self.keep :]
+        for old in checkpoints(self.run)[: -self.keep]:
+            if old not in map(best_named_by, newest):
+                remove(old)
 
     def _write_into(self, directory: Path, snapshot: Snapshot) -> None:
         write_model(directory, self.origin, snapshot.model, snapshot.kind, "float32")
@@ -251,6 +257,21 @@ def checkpoints(run: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The step after which a checkpoint was saved, by its name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run / f"checkpoint-{int(step)}"
+
+
+def best_named_by(checkpoint: Path) -> Path | None:
+    """The checkpoint of the best step so far, as this one has it; None if it names none."""
+    try:
+        return checkpoint_of(
+            checkpoint.parent, read_json(checkpoint / "state.json")["best"]["step"]
+        )
+    except UNREADABLE:
+        return None
 
 
 def remove(checkpoint: Path) -> None:

@@ -5,6 +5,8 @@
     checkpoint-STEP/                  the state after that step (resume.py)
     README.md, evaluation.json, model.safetensors, tokenizer files, config.json
                                       the finished model; config.json comes last
+    best/, best.json, validation.json
+                                      the model of the best step, if it was sought (best.py)
 
 Every file is written beside its place and renamed, so the last good state always stands.
 """

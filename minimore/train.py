@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .best import BEST, FIGURES, Best, better_of, validation_line, write_best, write_which
 from .data.labels import LabelRules
 from .data.overlap import hashes_of, print_overlap, write_training_prompts
 from .data.pairs import Source, TokenPair, load_sources
 from .data.sampling import batch_size_of
+from .data.validation import hold_out, line_of
 from .engine.objective import RewardObjective, StepResult, labels_of
 from .engine.streamed import open_engine
 from .engine.workload import RunOptions, workload_of
@@ -98,7 +100,21 @@ class TrainOptions(LoopOptions, RunOptions):
     eval_steps: int | None = option(
         None,
         within=COUNT,
-        help="steps between evaluations on the TEST files (default: only at the end)",
+        help="steps between evaluations on the TEST files and on what --validation holds out "
+        "(default: only at the end)",
+    )
+    validation: float | None = option(
+        None,
+        within=Range(above=0, below=1),
+        help="hold out this share of every training source's prompts, chosen by --seed: nothing is "
+        "trained on them in any source",
+    )
+    keep_best: str | None = option(
+        None,
+        choices=tuple(FIGURES),
+        help="keep the model of the step with the highest accuracy or the lowest negative log "
+        "likelihood, mean over the sources' held-out prompts, in RUN/best; RUN itself holds the "
+        "model of the last step (needs --validation and --eval-steps)",
     )
     allow_overlap: bool = option(
         False, help="training and test files are meant to share prompts: do not warn of it"
@@ -139,6 +155,7 @@ class RewardTraining(Training):
     options: TrainOptions
     sources: list[Source]
     test_sources: list[Source]
+    validation_sources: list[Source]
 
     @property
     def names(self) -> list[str]:
@@ -155,7 +172,8 @@ class RewardTraining(Training):
     ) -> dict[str, Any]:
         """What metrics.jsonl says of a step: things as they were before its update.
 
-        After every --eval-steps there is an evaluation, of things as they are after it.
+        After every --eval-steps there are evaluations, of things as they are after it; with
+        --keep-best there is one after the last step, too.
         """
         on_device = torch.tensor(source, device=result.z_chosen.device)
         labels = labels_of([pair.label for pair in items], result.head)
@@ -165,13 +183,31 @@ class RewardTraining(Training):
             "tokens": sum(pair.tokens for pair in items),
             **step_metrics(result, on_device, self.names, labels),
         }
-        if self.options.eval_steps and step % self.options.eval_steps == 0:
-            record["evaluation"] = self.evaluation()
+        eval_steps = self.options.eval_steps
+        is_due = eval_steps is not None and step % eval_steps == 0
+        if is_due and self.test_sources:
+            record["evaluation"] = self.report_on(self.test_sources)
+        is_last_candidate = self.options.keep_best and step == self.schedule.steps
+        if self.validation_sources and (is_due or is_last_candidate):
+            record["validation"] = self.report_on(self.validation_sources)
+            self.compare_with_best(step, record["validation"])
+            if self.best:
+                record["best"] = self.best.step
         return record
+
+    def compare_with_best(self, step: int, report: dict[str, Any]) -> None:
+        """Let a step be the best one, if it is, by its report on the validation sources."""
+        by = self.options.keep_best
+        if by:
+            self.best = better_of(self.best, Best(step, by, report["mean"][by]))
 
     def progress_line(self, record: dict[str, Any], seconds_left: float) -> str:
         """Loss, accuracy and weight of each source; cosines of their gradients; the time left."""
         return progress_line(record, self.schedule.steps, seconds_left)
+
+    def validation_line(self, record: dict[str, Any]) -> str | None:
+        """The mean figures over the validation sources, and which step is the best."""
+        return validation_line(record, self.best) if "validation" in record else None
 
     def what_begins(self) -> str:
         """Pairs a step, and the method."""
@@ -185,9 +221,9 @@ class RewardTraining(Training):
         """The loss of a source, in words."""
         return f"the loss of source {self.names[source]!r}"
 
-    def evaluation(self) -> dict[str, Any]:
-        """The report on the test sources."""
-        return evaluate_sources(self.model, self.test_sources, self.options.micro_tokens)[0]
+    def report_on(self, sources: Sequence[Source]) -> dict[str, Any]:
+        """The report of the model as it is on some sources."""
+        return evaluate_sources(self.model, sources, self.options.micro_tokens)[0]
 
 
 # ---- prepare -------------------------------------------------------------------------------------
@@ -206,6 +242,11 @@ def check_options(options: TrainOptions, sources: int) -> None:
     require(
         is_more or (options.normalize == "l2" and options.gradient_average == 1),
         "--normalize and --gradient-average go with --method more",
+    )
+    require(
+        not options.keep_best or (options.validation and options.eval_steps),
+        "--keep-best chooses among evaluations of held-out prompts: it needs --validation SHARE and"
+        " --eval-steps N",
     )
     check_recipe_options(options)
 
@@ -230,6 +271,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     check_length(origin.config, options.max_length, origin.directory)
     sources, test_sources = open_sources(options, paths, origin)
     check_number_of_sources(options, len(sources))
+    sources, validation_sources = held_out_of(sources, options)
     if not options.allow_overlap:
         print_overlap(test_sources, hashes_of(sources))
     batch_size = batch_size_of(options, len(sources))
@@ -245,6 +287,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
         origin=origin,
         sources=sources,
         test_sources=test_sources,
+        validation_sources=validation_sources,
         schedule=Schedule(
             options,
             options.epochs,
@@ -258,7 +301,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
         model=model,
         optimizer=optimizer,
         engine=open_engine(model, optimizer, recipe),
-        digests={source.name: source.digest() for source in sources},
+        digests=digests_of(sources, validation_sources),
     )
     print_where_more_is_plain(options, len(sources))
     begin(training, recipe, facts, lock)
@@ -287,8 +330,9 @@ def open_sources(
             test_sources.append(source)
             print(f"  test {source.line()}", flush=True)
     require(
-        test_sources or not options.eval_steps,
-        "--eval-steps: no source has a TEST file; expected NAME=TRAIN.jsonl,TEST.jsonl",
+        test_sources or options.validation or not options.eval_steps,
+        "--eval-steps: no source has a TEST file; expected NAME=TRAIN.jsonl,TEST.jsonl, or"
+        " --validation SHARE",
     )
     require_labels(options, train_sources)
     return train_sources, test_sources
@@ -305,6 +349,24 @@ def require_labels(options: TrainOptions, sources: Sequence[Source]) -> None:
         not options.pair_weights or any(label.weight != 1 for label in labels),
         '--pair-weights: no training pairs have different "weight"s; leave it out',
     )
+
+
+def held_out_of(sources: list[Source], options: TrainOptions) -> tuple[list[Source], list[Source]]:
+    """What is trained on, and what --validation holds out; a line for each source."""
+    if options.validation is None:
+        return sources, []
+    training, validation = hold_out(sources, options.validation, options.seed)
+    for left, held_out in zip(training, validation):
+        print(f"  {left.name}: {line_of(left, held_out)}", flush=True)
+    return training, validation
+
+
+def digests_of(sources: Sequence[Source], validation: Sequence[Source]) -> dict[str, str]:
+    """What tells whether a source has the same texts, those that are held out included."""
+    digests = {source.name: source.digest() for source in sources}
+    for source in validation:
+        digests[source.name] += source.digest()
+    return digests
 
 
 def open_objective(
@@ -345,21 +407,52 @@ def finish(training: RewardTraining) -> None:
     run, options = training.run, training.options
     write_weights(training)
     hold_as_stored(training)
-    report = training.evaluation() if training.test_sources else None
+    report = training.report_on(training.test_sources) if training.test_sources else None
     if report:
         print(table(report))
         write_json(run / "evaluation.json", report)
-    write_text(run / "README.md", model_card(options, training.sources, report))
+    validation = None
+    if training.validation_sources:
+        validation = training.report_on(training.validation_sources)
+        print(f"held out for validation:\n{table(validation)}")
+        write_json(run / "validation.json", validation)
+    results = [section("Results on the test files", report, "No test file was given.")]
+    if validation:
+        results.append(section("Results on the prompts held out for validation", validation))
+    write_text(run / "README.md", model_card(training, "\n\n".join(results)))
+    if options.keep_best and validation:
+        finish_best(training, validation)
     write_finished(training)
 
 
-def model_card(
-    options: TrainOptions, sources: Sequence[Source], report: dict[str, Any] | None
-) -> str:
-    """README.md of a finished run: what it is, on which data, with which options, how good."""
+def finish_best(training: RewardTraining, validation: dict[str, Any]) -> None:
+    """Write the model of the best step, and say which it is; validation: that of the last one."""
+    run, best = training.run, training.best
+    if best is None:  # its checkpoint was removed after the last step
+        print(f"{run}: has no best step, since its checkpoint is gone; it has no {BEST}/")
+        return
+    which = f"## Which step\n\nStep {best.step} of {training.schedule.steps}, by {best}."
+    card = model_card(training, which)
+    write_best(run, best, training.model.kind, training.options.save_dtype, card)
+    write_which(run, best, training.schedule.steps, validation["mean"][best.by])
+
+
+def section(title: str, report: dict[str, Any] | None, missing: str = "") -> str:
+    """A report as a part of a model card."""
+    return f"## {title}\n\n" + (f"```\n{table(report)}\n```" if report else missing)
+
+
+def model_card(training: RewardTraining, results: str) -> str:
+    """README.md of a finished model: what it is, on which data, with which options, how good.
+
+    results: the sections that say how good.
+    """
+    options = training.options
     options_table = table_of_options(options, ("source", "output", "resume", "model"))
-    counts = "\n".join(f"- {source.line()}" for source in sources)
-    results = f"```\n{table(report)}\n```" if report else "No test file was given."
+    lines = [f"- {source.line()}" for source in training.sources]
+    for source, held_out in zip(training.sources, training.validation_sources):
+        lines.append(f"- {source.name}: {line_of(source, held_out)}")
+    counts = "\n".join(lines)
     return f"""---
 tags: [reward-model, minimore]
 pipeline_tag: text-classification
@@ -374,8 +467,6 @@ sigmoid(difference of two rewards) is the probability that people prefer the fir
 ## Data
 
 {counts}
-
-## Results on the test files
 
 {results}
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .best import Best, saved_best
 from .checksums import checksum
 from .data.sampling import epoch_steps
 from .engine.choose import choose, parse_memory
@@ -160,6 +161,7 @@ class Training:
     digests: dict[str, str]
     weighting_state: dict[str, Tensor] = field(default_factory=dict)
     first_step: int = 1
+    best: Best | None = None  # the best step so far, where one is sought
 
     def batch_at(self, step: int) -> tuple[list[Any], list[int]]:
         """The items of a step, and the source of each."""
@@ -174,6 +176,10 @@ class Training:
     def progress_line(self, record: dict[str, Any], seconds_left: float) -> str:
         """The line of a step on the screen."""
         raise NotImplementedError
+
+    def validation_line(self, record: dict[str, Any]) -> str | None:
+        """What a step's validation has shown; None for a step without one."""
+        return None
 
     def what_begins(self) -> str:
         """What is trained, in a few words, for the first line."""
@@ -235,6 +241,7 @@ def restore(training: Training, facts: dict[str, Any]) -> None:
         " remove it to start again from step 0",
     )
     training.first_step = step + 1
+    training.best = saved_best(training.run, facts)
 
 
 def check_recipe_options(options: LoopOptions) -> None:
@@ -336,7 +343,8 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
             log.append(record)
             print_progress(record, training, clock)
             saver.raise_error()  # of the thread that writes the checkpoint before
-            is_due = step % options.save_steps == 0 or step == steps or bool(signals)
+            is_best = training.best is not None and training.best.step == step
+            is_due = is_best or step % options.save_steps == 0 or step == steps or bool(signals)
             if is_due:
                 save(training, saver, log)
             if is_due and signals:  # a signal that came too late for this save ends the next step
@@ -350,19 +358,31 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
 
 
 def print_progress(record: dict[str, Any], training: Training, clock: "Clock") -> None:
-    """Print what is wrong with the first step, and the line of every --log-steps-th step."""
+    """Print the line of every --log-steps-th step, and of every validation.
+
+    Before that of the first step comes what is wrong with it.
+    """
     step, options = record["step"], training.options
     wrong = training.what_is_wrong(record) if step == training.first_step else None
     if wrong:
         print(f"step {step}: {wrong}", flush=True)
     if step % options.log_steps == 0 or step == training.schedule.steps:
         print(training.progress_line(record, clock.seconds_left_after(step)), flush=True)
+    validated = training.validation_line(record)
+    if validated:
+        print(validated, flush=True)
 
 
 def save(training: Training, saver: Saver, log: Log) -> None:
     """Save the state after the step that was taken last."""
     training.engine.settle()  # the optimizer's states may be on their way to the host
-    saver.save(training.model, training.optimizer, training.weighting_state, log.to_disk())
+    saver.save(
+        training.model,
+        training.optimizer,
+        training.weighting_state,
+        log.to_disk(),
+        best=training.best._asdict() if training.best else None,
+    )
 
 
 class Clock:

@@ -9,19 +9,19 @@ from conftest import ROOT
 
 PAGE = """
 options files checksums tables votes more calibration
-uncertainty disagreement plots
+uncertainty disagreement plots history curves plot
 model.attention model.fused model.recompute model.model_config model.rotation model.trunk
 model.config_json model.family_configs model.families model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint
 data.messages data.records data.columns data.labels data.forms data.comparisons data.trees data.rows
 data.readers data.annotators data.fields data.shapes data.sift data.convert data.texts data.pairs
-data.overlap data.split data.sampling data.world
+data.overlap data.split data.sampling data.validation data.world
 data.near_duplicates data.signs data.word_rule data.survey data.findings data.look
 data.sources data.download data.changes data.manifest data.parts data.get
 reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
 engine.workload engine.cost engine.choose engine.plan
-metrics resume run training train
+metrics resume run best training train
 alignment.portions alignment.policy alignment.generate alignment.sample alignment.selection
 alignment.language alignment.responses alignment.finetune alignment.perplexity
 alignment.judges alignment.answers alignment.endpoint alignment.questions alignment.compare

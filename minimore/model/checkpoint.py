@@ -312,6 +312,23 @@ def model_tensors(
     return tensors
 
 
+def stored_tensors(checkpoint: Checkpoint, dtype: str) -> dict[str, Lazy]:
+    """The tensors of a saved model, as they are, to be written again in another type.
+
+    Each is read when it is written, and checked as those of `model_tensors` are, in their order.
+    """
+    with torch.device("meta"):
+        trunk = Trunk(checkpoint.config)
+    of_trunk = [checkpoint.prefix + name for name in name_table(checkpoint.family, trunk)]
+    of_top = [key for key in checkpoint.tensors.files if key not in set(of_trunk)]
+    tensors = {}
+    for key in (*of_top, *of_trunk):
+        shape = checkpoint.tensors.shape(key)
+        make = partial(checkpoint.tensors.read, key, shape, torch.float32)
+        tensors[key] = Lazy(shape, STORAGE[dtype], partial(_stored, key, make, STORAGE[dtype]))
+    return tensors
+
+
 def fused_shape(trunk: Trunk, names: Sequence[str]) -> tuple[int, ...]:
     """The shape of the stored tensor that holds these parameters: their rows, one after another."""
     shapes = [trunk.get_parameter(name).shape for name in names]

@@ -164,4 +164,4 @@ def test_a_foreign_record_falls_where_its_house_record_falls():
     house = {"prompt": "P", "chosen": "b", "rejected": "a"}
     assert group_of(foreign, "x:1", "prompt") == group_of(house, "x:1", "prompt")
     unequal = {"text": ["a", "b", "c"], "score": [1, 2, 3]}  # three pairs without a prompt
-    assert group_of(unequal, "x:1", "prompt") == "c"
+    assert group_of(unequal, "x:1", "prompt") == "b"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .data.overlap import TRAINING_PROMPTS
 from .files import directory_written_whole, write_bytes, write_json, write_text
 from .model.checkpoint import Checkpoint, stored_tensors, write_model
 from .options import InputError
@@ -96,15 +97,16 @@ def write_best(run: Path, best: Best, kind: str, dtype: str, card: str) -> None:
     """Write best/: the model of the best step, made of its checkpoint, tensor by tensor.
 
     kind: of model. dtype: in which its weights are stored. card: its README.md. With a copy of
-    options.json it can be read as the run can, wherever it is moved. Raises InputError for a
-    checkpoint that is not as it was written.
+    options.json and of the hashes of the training prompts it can be read as the run can, wherever
+    it is moved. Raises InputError for a checkpoint that is not as it was written.
     """
     check_whole(checkpoint_of(run, best.step))
     checkpoint = Checkpoint(str(checkpoint_of(run, best.step)))
     if (run / BEST).is_dir():  # of a try that was killed; its checkpoint is still there
         remove(run / BEST)
     with directory_written_whole(run / BEST) as directory:
-        write_bytes(directory / "options.json", (run / "options.json").read_bytes())
+        for name in ("options.json", TRAINING_PROMPTS):
+            write_bytes(directory / name, (run / name).read_bytes())
         write_text(directory / "README.md", card)
         write_model(directory, checkpoint, stored_tensors(checkpoint, dtype), kind, dtype)
 

@@ -15,12 +15,13 @@ from .alignment.perplexity import PerplexityOptions, perplexity
 from .alignment.sample import SampleOptions, sample
 from .alignment.selection import SelectOptions, select
 from .check import CheckOptions, check
-from .data.convert import ConvertOptions, convert
-from .data.get import GetOptions, get
-from .data.look import LookOptions, look
+from .data.foreign.convert import ConvertOptions, convert
+from .data.inspection.look import LookOptions, look
+from .data.public.get import GetOptions, get
 from .data.split import SplitOptions, split
 from .engine.plan import PlanOptions, plan
 from .evaluate import EvaluateOptions, evaluate
+from .figures.plot import PlotOptions, plot
 from .files import is_out_of_memory
 from .lab.demo import DemoOptions, demo
 from .lab.features import FeaturesOptions, features
@@ -28,7 +29,6 @@ from .lab.grid import ReproduceOptions
 from .lab.probe import ProbeOptions, probe
 from .lab.reproduce import reproduce
 from .options import InputError, Parser, add_options, from_arguments, printable, require
-from .plot import PlotOptions, plot
 from .score import ScoreOptions, score
 from .train import TrainOptions, train
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import plots
 from .comparison import compare, comparison_table, temperature_table, temperatures
 from .data.labels import LabelOptions
 from .data.overlap import (
@@ -16,6 +15,7 @@ from .data.overlap import (
     refuse_training_files,
 )
 from .data.pairs import Source, TextRules, load_sources
+from .figures import plots
 from .files import refuse_existing, write_json
 from .model.checkpoint import Checkpoint
 from .options import InputError, check_ranges, option, parse_sources, require

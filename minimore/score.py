@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .calibration import probability
+from .data.foreign.shapes import read_house_records
 from .data.forms import (
     MOST_RESPONSES,
     prompt_end,
@@ -32,7 +33,6 @@ from .data.forms import (
 from .data.messages import Messages, is_conversation, messages_of, shown
 from .data.pairs import TextRules, encode, refuse_doubled_bos
 from .data.records import Record, json_line
-from .data.shapes import read_house_records
 from .files import refuse_existing, written_whole
 from .model.checkpoint import Checkpoint
 from .model.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def score(options: ScoreOptions) -> None:
     A pair gets chosen_reward, rejected_reward and probability = sigmoid(their difference). A prompt
     with a response gets reward. A prompt with a list of responses, and a list of texts, gets the
     list rewards; with --best the best of the responses remains. A record of a foreign shape
-    (data/shapes.py) is written as the house records that it becomes.
+    (data/foreign/shapes.py) is written as the house records that it becomes.
     """
     check_ranges(options)
     refuse_existing(options.output)

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
+import signal
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from power_cut import Disk, restore
-from runs import command
+from processes import Command
+from runs import command, run_command
 from runs import options as all_options
 
 import minimore.training as training
@@ -300,20 +301,18 @@ def test_killed_at_random_moments_a_run_has_the_same_best(world, tmp_path):
     changes = OVERFITTING | {"eval_steps": 1, "save_steps": 1}
     random, run, killed = np.random.default_rng(0), tmp_path / "run", 0
     began = time.monotonic()
-    subprocess.run(command(options(world, tmp_path / "whole", **changes)), check=True)
+    run_command(options(world, tmp_path / "whole", **changes))
     seconds = time.monotonic() - began
     expected = everything(tmp_path / "whole")
     while True:
-        process = subprocess.Popen(command(options(world, run, resume=True, **changes)))
-        try:  # the first seconds are imports
-            limit = seconds * random.uniform(0.4, 1.0) if killed < KILLS else None
-            assert process.wait(limit) == 0
-        except subprocess.TimeoutExpired:
-            process.kill()
+        process = Command(command(options(world, run, resume=True, **changes)))
+        code = process.wait(seconds * random.uniform(0.1, 1.0) if killed < KILLS else None)
+        if code is None:
+            process.signal(signal.SIGKILL)
             process.wait()
             killed += 1
             continue
-        assert everything(run) == expected
+        assert code == 0 and everything(run) == expected
         if killed >= KILLS:
             break
         shutil.rmtree(run)

@@ -686,8 +686,8 @@ def test_the_module_is_the_command_and_needs_no_extras(capsys):
 import runpy, sys
 for name in ("transformers", "matplotlib"):
     sys.modules[name] = None
-import minimore.plots
-assert not minimore.plots.available()
+import minimore.figures.plots
+assert not minimore.figures.plots.available()
 sys.argv = ["minimore", "--version"]
 runpy.run_module("minimore", run_name="__main__")
 """

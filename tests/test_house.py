@@ -9,15 +9,19 @@ from conftest import ROOT
 
 PAGE = """
 options files checksums tables votes more calibration
-uncertainty disagreement plots history curves plot
+uncertainty disagreement figures.plots figures.history figures.curves figures.plot
 model.attention model.fused model.recompute model.model_config model.rotation model.trunk
 model.config_json model.family_configs model.families model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint
-data.messages data.records data.columns data.labels data.forms data.comparisons data.trees data.rows
-data.readers data.annotators data.fields data.shapes data.sift data.convert data.texts data.pairs
-data.overlap data.split data.sampling data.validation data.world
-data.near_duplicates data.signs data.word_rule data.survey data.findings data.look
-data.sources data.download data.changes data.manifest data.parts data.get
+data.messages data.records data.columns data.labels data.forms
+data.foreign.comparisons data.foreign.trees data.foreign.rows data.foreign.readers
+data.foreign.annotators data.foreign.fields data.foreign.shapes data.foreign.sift
+data.foreign.convert
+data.texts data.pairs data.overlap data.split data.sampling data.validation data.world
+data.inspection.near_duplicates data.inspection.signs data.inspection.word_rule
+data.inspection.survey data.inspection.findings data.inspection.look
+data.public.sources data.public.download data.public.changes data.public.manifest data.public.parts
+data.public.get
 reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
 engine.workload engine.cost engine.choose engine.plan

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minimore.cli import main
-from minimore.history import ALL, Series, What, read_history
+from minimore.figures.history import ALL, Series, What, read_history
 from minimore.options import InputError
 
 SOURCES = ("ana", "ben", "cleo")
@@ -248,7 +248,7 @@ def test_the_lines_are_the_numbers_of_the_log(run):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
-    from minimore.curves import Page
+    from minimore.figures.curves import Page
 
     history = read_history(str(run))
     page = Page([history])
@@ -272,7 +272,7 @@ def test_a_column_of_panels_shows_every_point(run, tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
-    from minimore.curves import Page
+    from minimore.figures.curves import Page
 
     log = run / "metrics.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()]
@@ -307,7 +307,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(run, tmp_path, capsys, monk
         assert main(["plot", *arguments]) == 2, arguments
         message = capsys.readouterr().err
         assert said in message and message.count("\n") == 1, message
-    monkeypatch.setattr("minimore.curves.available", lambda: False)
+    monkeypatch.setattr("minimore.figures.curves.available", lambda: False)
     assert main(["plot", str(run)]) == 2
     assert "this page needs matplotlib: pip install 'minimore[plots]'" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.partial"))

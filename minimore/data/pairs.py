@@ -16,10 +16,10 @@ from torch import Tensor
 from ..model.attention import Stream, pack
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
+from .foreign.shapes import read_house_records
 from .forms import Pair, record_pairs
 from .labels import AS_WRITTEN, ONE_VOTE, Label, LabelRules, source_name
 from .records import Record
-from .shapes import read_house_records
 
 TRUNCATE = ("each", "together")
 TOKENISED_AT_ONCE = 512  # pairs

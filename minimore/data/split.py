@@ -21,9 +21,9 @@ from ..checksums import write_checked_json
 from ..files import directory_written_whole, refuse_existing
 from ..options import Range, check_ranges, option, require
 from ..tables import Table
+from .foreign.shapes import house_records
 from .overlap import normalised
 from .records import BYTE_ORDER_MARK, Record, read_records
-from .shapes import house_records
 from .texts import Reading, opening_of
 
 PARTS = ("train", "validation", "test")

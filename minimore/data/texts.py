@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..model.tokenizer import Tokenizer
+from .foreign.shapes import read_house_records
 from .forms import ASSISTANT, Pair, record_pairs
 from .records import Record
-from .shapes import read_house_records
 
 # What begins a turn of the human, in plain dialogues and in those of the template of many models.
 HUMAN = re.compile(r"(?:^|\n)\s*(?:## )?(?:Human|User):")

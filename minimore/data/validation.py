@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..options import InputError
+from .overlap import normalised
 from .pairs import Source
 
 
@@ -45,7 +46,7 @@ def first_keys(source: Source, share: float, seed: int) -> list[bytes]:
 
 def key_of(prompt: str, seed: int) -> bytes:
     """A hash of the seed and a prompt; the case of letters and white space make no difference."""
-    text = " ".join(prompt.casefold().split()).encode("utf-8", "surrogatepass")
+    text = normalised(prompt).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(text, digest_size=16, salt=seed.to_bytes(8, "little")).digest()
 
 

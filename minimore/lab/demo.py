@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import plots
 from ..calibration import pair_ece
 from ..data.pairs import load_source
 from ..data.world import Paths, World
+from ..figures import plots
 from ..files import refuse_existing, write_json
 from ..options import Range, check_ranges, option
 from ..report import evaluate_sources

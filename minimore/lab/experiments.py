@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import plots
 from ..checksums import read_checked_json
+from ..figures import plots
 from ..tables import Table
 from ..uncertainty import detectable, over_seeds
 from . import figure7, published, table1

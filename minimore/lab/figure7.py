@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import plots
+from ..figures import plots
 from ..tables import Table, number
 from ..uncertainty import over_seeds
 from .alignment_figures import (

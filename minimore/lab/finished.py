@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import plots
+from ..figures import plots
 from .grid import Cell, ReproduceOptions
 from .statistics import Results, Schemes, by_seed
 

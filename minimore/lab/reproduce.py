@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .. import plots
 from ..checksums import read_checked_json, write_checked_json
 from ..data.overlap import print_overlap_of_files
 from ..data.texts import Reading
 from ..engine.cost import in_time
+from ..figures import plots
 from ..files import make_directory, sweep, write_json, write_text
 from ..model.checkpoint import Checkpoint
 from ..options import InputError, parse_sources, require

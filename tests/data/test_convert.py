@@ -13,12 +13,12 @@ from conftest import GOLDENS
 from foreign import HELPSTEER, MESSAGES, ROWS, THREAD, TREE, UKP, USER, A, B, Q, pair, scored
 
 from minimore.cli import main
-from minimore.data import convert as conversion
-from minimore.data.convert import Rules, Tally, converted
+from minimore.data.foreign import convert as conversion
+from minimore.data.foreign.convert import Rules, Tally, converted
+from minimore.data.foreign.shapes import SHAPES, house_records, shape_of
+from minimore.data.foreign.trees import TreeRules
 from minimore.data.pairs import load_source
 from minimore.data.records import read_records
-from minimore.data.shapes import SHAPES, house_records, shape_of
-from minimore.data.trees import TreeRules
 from minimore.model.tokenizer import Tokenizer
 from minimore.options import InputError
 

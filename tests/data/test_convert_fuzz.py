@@ -13,10 +13,10 @@ from foreign import HELPSTEER, MESSAGES, ROWS, UKP
 from test_fuzz import damage_bytes, damage_value
 
 from minimore.cli import main
+from minimore.data.foreign.shapes import shape_of
+from minimore.data.foreign.sift import PLAIN_TURNS
 from minimore.data.forms import record_pairs
 from minimore.data.records import read_records
-from minimore.data.shapes import shape_of
-from minimore.data.sift import PLAIN_TURNS
 
 COUNT = int(os.environ.get("MINIMORE_FUZZ", 400))
 FILES = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from minimore.data.convert import Tally, converted
+from minimore.data.foreign.convert import Tally, converted
 from minimore.data.forms import record_pairs
 from minimore.data.records import read_records
 

@@ -22,13 +22,13 @@ from conftest import ROOT
 from foreign import ROWS
 from hub import COMMIT, Hub, git_name
 
-import minimore.data.get as get_module
+import minimore.data.public.get as get_module
 from minimore.checksums import read_checked_json
 from minimore.cli import main
-from minimore.data.comparisons import LeftOut
-from minimore.data.parts import copies_of_pairs, is_test, key_of, opening_of
-from minimore.data.shapes import BY_NAME, house_records, items_of
-from minimore.data.sources import SETS, File
+from minimore.data.foreign.comparisons import LeftOut
+from minimore.data.foreign.shapes import BY_NAME, house_records, items_of
+from minimore.data.public.parts import copies_of_pairs, is_test, key_of, opening_of
+from minimore.data.public.sources import SETS, File
 from minimore.options import InputError
 
 DATA = Path(os.environ.get("MINIMORE_DATA", ROOT.parent / "shared" / "data"))
@@ -188,7 +188,7 @@ def test_sets_of_one_repository_share_its_files(serve, monkeypatch):
     for name in ("pku-safer", "pku-better"):
         values = {"revision": None, "train": (File(path),), "test": ()}
         monkeypatch.setitem(SETS, name, replace(SETS[name], **values))
-        monkeypatch.setattr("minimore.data.parts.TEST_SHARE", 0)
+        monkeypatch.setattr("minimore.data.public.parts.TEST_SHARE", 0)
         assert get(name=name) == 0
     assert len(hub.fetched()) == 1
     pairs = {name: lines_of(f"out/{name}.train.jsonl") for name in ("pku-safer", "pku-better")}
@@ -250,7 +250,8 @@ def test_a_killed_download_goes_on_where_it_ended(serve):
     commit = SETS[NAME].revision
     code = (
         "import huggingface_hub.constants as constants; constants.DOWNLOAD_CHUNK_SIZE = 10;"
-        "import sys; from dataclasses import replace; from minimore.data.sources import SETS;"
+        "import sys; from dataclasses import replace;"
+        "from minimore.data.public.sources import SETS;"
         f"SETS[{NAME!r}] = replace(SETS[{NAME!r}], revision={commit!r});"
         "from minimore.cli import main; sys.exit(main(sys.argv[1:]))"
     )
@@ -565,7 +566,7 @@ def test_samples_of_both_parts(capsys):
 def test_a_sample_of_scored_responses_holds_single_pairs(monkeypatch):
     lines = (json.dumps(ROWS["prism"][0].record) + "\n") * 3
     lay_out("here", {("", "conversations.jsonl"): lines.encode()})
-    monkeypatch.setattr("minimore.data.parts.TEST_SHARE", 0)
+    monkeypatch.setattr("minimore.data.public.parts.TEST_SHARE", 0)
     more = ("--from", "here", "--accept-change")
     assert get(*more, name="prism") == 0 and get(*more, "--pairs", 7, name="prism", output="s") == 0
     whole, sample = lines_of("out/prism.train.jsonl"), lines_of("s/prism.train.jsonl")
@@ -680,7 +681,7 @@ def parquet_of_json(monkeypatch):
 def test_every_set_becomes_pairs(name, monkeypatch, parquet_of_json):
     """Its records as they are documented, in files that lie as in its repository."""
     records, pairs, ties, first = EXAMPLES[name]
-    monkeypatch.setattr("minimore.data.parts.TEST_SHARE", 0)
+    monkeypatch.setattr("minimore.data.public.parts.TEST_SHARE", 0)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     for file in SETS[name].files:
         content = lines.replace('"P"', f'"{file.path}"').encode()  # prompts that no other has

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from conftest import GOLDENS, ROOT
 
-from minimore import plots
 from minimore.cli import main
-from minimore.data import look as look_module
-from minimore.data.findings import FAULTS, all_between, findings_of, rules_of
 from minimore.data.forms import Pair
+from minimore.data.inspection import look as look_module
+from minimore.data.inspection.findings import FAULTS, all_between, findings_of, rules_of
+from minimore.data.inspection.signs import is_cut_off, is_refusal, marks_in, signs_of
+from minimore.data.inspection.survey import SAMPLE, EvenSample, survey_of
 from minimore.data.records import read_records
-from minimore.data.signs import is_cut_off, is_refusal, marks_in, signs_of
-from minimore.data.survey import SAMPLE, EvenSample, survey_of
 from minimore.data.world import WORDS
+from minimore.figures import plots
 from minimore.model.tokenizer import Tokenizer
 
 DATA = Path(os.environ.get("MINIMORE_DATA", ROOT.parent / "shared" / "data"))

@@ -5,7 +5,13 @@ import random
 import numpy as np
 import pytest
 
-from minimore.data.near_duplicates import BINS, PIECE, near_copies, piece_hashes, signature
+from minimore.data.inspection.near_duplicates import (
+    BINS,
+    PIECE,
+    near_copies,
+    piece_hashes,
+    signature,
+)
 from minimore.data.world import WORDS
 
 

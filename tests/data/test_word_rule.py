@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from minimore.data.forms import Pair
-from minimore.data.word_rule import RIDGE, STYLE, features, fit, frequent_words, word_rule
+from minimore.data.inspection.word_rule import (
+    RIDGE,
+    STYLE,
+    features,
+    fit,
+    frequent_words,
+    word_rule,
+)
 from minimore.data.world import WORDS
 
 

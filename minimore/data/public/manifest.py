@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ..checksums import read_checked_json
-from ..options import InputError, require
+from ...checksums import read_checked_json
+from ...options import InputError, require
 from .download import sha256_of
 
 

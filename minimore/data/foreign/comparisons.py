@@ -8,10 +8,10 @@ comparison: what a reader cannot understand is an InputError.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..options import require
-from .forms import MOST_RESPONSES, prompt_end
-from .messages import Messages, is_conversation, messages_of, shown, string_of
-from .records import Record
+from ...options import require
+from ..forms import MOST_RESPONSES, prompt_end
+from ..messages import Messages, is_conversation, messages_of, shown, string_of
+from ..records import Record
 
 MOST_NUMBER = 1e300  # forms.py reads no larger score
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from .calibration import pair_reliability
-from .files import written_whole
-from .options import InputError
+from ..calibration import pair_reliability
+from ..files import written_whole
+from ..options import InputError
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 PALETTE = (

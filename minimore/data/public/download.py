@@ -18,9 +18,9 @@ from typing import Any
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.file_download import http_get
 
-from ..checksums import read_checked_json, write_checked_json
-from ..files import blame, make_directory, one_line, to_disk
-from ..options import InputError, require
+from ...checksums import read_checked_json, write_checked_json
+from ...files import blame, make_directory, one_line, to_disk
+from ...options import InputError, require
 
 RECEIPT = "downloaded.json"
 READ_AT_ONCE = 1 << 24  # bytes

@@ -6,9 +6,9 @@ Each is a guess from the form of a text. A single one means little, and thousand
 import re
 from collections.abc import Iterator, Sequence
 
-from ..model.tokenizer import Tokenizer
-from .forms import Pair
-from .overlap import normalised
+from ...model.tokenizer import Tokenizer
+from ..forms import Pair
+from ..overlap import normalised
 
 SHORTEST_CUT = 80  # characters of a text that may count as cut off
 REFUSAL_WITHIN = 120  # characters from the beginning of a response

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checksums import write_checked_json
-from ..files import locked, make_directory, to_disk
-from ..options import COUNT, Range, check_ranges, option, require
-from ..tables import Table
+from ...checksums import write_checked_json
+from ...files import locked, make_directory, to_disk
+from ...options import COUNT, Range, check_ranges, option, require
+from ...tables import Table
 from .changes import Input, changes_of_file, changes_of_records, changes_since, input_of
 from .download import fetch, offers_of, read_receipt, sha256_of
 from .manifest import is_complete, read_manifest

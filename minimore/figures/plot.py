@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import refuse_existing
+from ..options import option, require
 from .curves import MOST_RUNS, draw_page
-from .files import refuse_existing
 from .history import History, read_history
-from .options import option, require
 
 PAGE = "training"  # the name of a run's own page
 

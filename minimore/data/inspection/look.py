@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import plots
-from ..files import directory_written_whole, refuse_existing, write_json, write_text
-from ..model.tokenizer import Tokenizer
-from ..options import Range, check_ranges, option, require
-from ..tables import MarkdownTable, number
+from ...figures import plots
+from ...files import directory_written_whole, refuse_existing, write_json, write_text
+from ...model.tokenizer import Tokenizer
+from ...options import Range, check_ranges, option, require
+from ...tables import MarkdownTable, number
 from .findings import (
     FAULTS,
     Between,

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from ..model.template import Message, render_plainly
-from ..options import require
+from ...model.template import Message, render_plainly
+from ...options import require
+from ..messages import shown, string_of
+from ..records import Record
 from .comparisons import Item, LeftOut, Note, object_of, preferred, text_at, value_of
-from .messages import shown, string_of
-from .records import Record
 
 WRITTEN = ("marks", "messages")  # how a thread becomes a prompt
 ROLES = {"prompter": "user", "assistant": "assistant"}

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from ..options import require
+from ...options import require
+from ..records import Record
 from .comparisons import (
     Item,
     LeftOut,
@@ -21,7 +22,6 @@ from .comparisons import (
     value_of,
     voted,
 )
-from .records import Record
 
 # What an annotator of MultiPref says, as votes for either response.
 MULTIPREF_VOTES = {

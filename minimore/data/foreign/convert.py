@@ -21,15 +21,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from .. import __version__
-from ..checksums import file_checksum, read_checked_json, write_checked_json
-from ..files import directory_written_whole, refuse_existing
-from ..options import InputError, check_ranges, option, require
-from ..tables import Table
-from .columns import read_rows
+from ... import __version__
+from ...checksums import file_checksum, read_checked_json, write_checked_json
+from ...files import directory_written_whole, refuse_existing
+from ...options import InputError, check_ranges, option, require
+from ...tables import Table
+from ..columns import read_rows
+from ..records import CONVERTED, Record, json_line
 from .comparisons import Item, LeftOut, Note, keys_of
 from .fields import Fields, are_rows, fields_of_options, proposal
-from .records import CONVERTED, Record, json_line
 from .rows import items_of_rows
 from .shapes import BY_NAME, Shape, items_of, require_shape, shape_named, shape_of
 from .sift import FileCounts, sifted

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from ..model.tokenizer import Tokenizer
-from ..options import require
+from ...model.tokenizer import Tokenizer
+from ...options import require
+from ..forms import Pair, record_pairs
+from ..records import Record
 from .comparisons import scored
-from .forms import Pair, record_pairs
-from .records import Record
 
 
 @dataclass

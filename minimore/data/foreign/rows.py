@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from ..options import require
+from ...options import require
+from ..forms import MOST_RESPONSES
+from ..records import Record
 from .comparisons import Item, LeftOut, Note, is_absent, number_of, scored, twos, value_of
-from .forms import MOST_RESPONSES
-from .records import Record
 
 # What HelpSteer and HelpSteer2 rate, from 0 to 4; each is a taste.
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")

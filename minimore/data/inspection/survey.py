@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..model.tokenizer import Tokenizer
-from .forms import Pair
+from ...model.tokenizer import Tokenizer
+from ..forms import Pair
+from ..overlap import normalised, prompt_hash
+from ..pairs import encode
+from ..records import Record
+from ..texts import Reading, ReadRecord
 from .near_duplicates import BINS, near_copies, signature
-from .overlap import normalised, prompt_hash
-from .pairs import encode
-from .records import Record
 from .signs import signs_of
-from .texts import Reading, ReadRecord
 
 LINES_SHOWN = 5
 SAMPLE = 10_000  # pairs of which the texts are kept

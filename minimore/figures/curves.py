@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import written_whole
+from ..files import written_whole
+from ..options import require
 from .history import ALL, KINDS, History, Series, What
-from .options import require
 from .plots import LINES, PALETTE, available
 
 OVERVIEW = ("loss", "accuracy", "ECE", "learning rate")

@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from ..options import require
+from ...options import require
+from ..foreign.convert import Rules, Tally, converted
+from ..foreign.trees import TreeRules
+from ..forms import ASSISTANT
+from ..messages import is_conversation, messages_of
+from ..overlap import normalised
+from ..records import Record
 from .changes import Input
-from .convert import Rules, Tally, converted
-from .forms import ASSISTANT
-from .messages import is_conversation, messages_of
-from .records import Record
 from .sources import File, PublicSet
-from .trees import TreeRules
 
 SHARED = "training pairs whose prompt is a test prompt"
 TEST_SHARE = 0.05  # of the openings; the paper's test sets are about as large a share
@@ -56,8 +57,7 @@ def opening_of(prompt: Any) -> str:
 
 def key_of(text: str) -> bytes:
     """Sixteen bytes that stand for a text, whatever the case of its letters and its white space."""
-    folded = " ".join(text.casefold().split())
-    return hashlib.sha256(folded.encode("utf-8", "surrogatepass")).digest()[:16]
+    return hashlib.sha256(normalised(text).encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 def prompt_key(record: Record) -> bytes:

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple
 
-from ..options import require
+from ...options import require
+from ..columns import read_rows
+from ..forms import PROMPT_KEYS, is_whole
+from ..records import Record
 from . import readers
 from .annotators import MULTIPREF_GROUPS, multipref, prism
-from .columns import read_rows
 from .comparisons import Item, LeftOut, keys_of
-from .forms import PROMPT_KEYS, is_whole
-from .records import Record
 from .trees import items_of_tree
 
 Reader = Callable[[Record, str], Iterable[Item]]

@@ -11,7 +11,10 @@ from itertools import product
 from pathlib import PurePath
 from typing import Any
 
-from ..options import require
+from ...options import require
+from ..forms import BEFORE_A_PROMPT, PROMPT_KEYS, prompt_end, texts_of, with_prompt
+from ..messages import is_conversation, string_of
+from ..records import Record
 from .comparisons import (
     Item,
     LeftOut,
@@ -30,9 +33,6 @@ from .comparisons import (
     value_of,
     voted,
 )
-from .forms import BEFORE_A_PROMPT, PROMPT_KEYS, prompt_end, texts_of, with_prompt
-from .messages import is_conversation, string_of
-from .records import Record
 
 LINE_BREAK = re.compile(" *<br/> *")
 PREFERENCES = (-3, -2, -1, 0, 1, 2, 3)  # of HelpSteer; below 0 the first response is better

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..tables import number, with_interval
-from ..uncertainty import Interval, intervals
+from ...tables import number, with_interval
+from ...uncertainty import Interval, intervals
 from .near_duplicates import near_copies
 from .survey import LINES_SHOWN, Survey
 from .word_rule import WordRule, word_rule

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .files import one_line
-from .options import MOST, InputError, require
+from ..files import one_line
+from ..options import MOST, InputError, require
 
 KINDS = ("training", "validation", "test")
 ALL = ""  # stands for all sources together

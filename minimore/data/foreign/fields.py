@@ -13,10 +13,10 @@ import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..options import InputError, require
+from ...options import InputError, require
+from ..messages import is_conversation, shown
+from ..records import Record
 from .comparisons import Item, LeftOut, apart, is_absent, number_of, preferred, scored, value_of
-from .messages import is_conversation, shown
-from .records import Record
 from .rows import Keys
 
 FIRST = ("a", "model_a", "response_a", "first")  # what a winner field says without being asked

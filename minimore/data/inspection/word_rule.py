@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..calibration import probability
-from ..uncertainty import Interval, intervals
-from .forms import Pair
+from ...calibration import probability
+from ...uncertainty import Interval, intervals
+from ..forms import Pair
 
 WORDS = 100  # the most frequent ones, of which each is a feature
 FOLDS = 5

@@ -1,0 +1,1 @@
+"""Public files of preferences, whatever their shape, as house records."""

@@ -1,0 +1,1 @@
+"""What is in files of pairs, and what is wrong with them."""

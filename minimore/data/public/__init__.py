@@ -1,0 +1,1 @@
+"""Public sets of preferences by their names."""

@@ -1,0 +1,1 @@
+"""Figures: of a report, and of the log of a run."""

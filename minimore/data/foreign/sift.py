@@ -11,6 +11,7 @@ from itertools import combinations
 from ...model.tokenizer import Tokenizer
 from ...options import require
 from ..forms import Pair, record_pairs
+from ..labels import LabelRules
 from ..records import Record
 from .comparisons import scored
 
@@ -84,7 +85,7 @@ def reason_against(pair: Pair) -> str:
 
 def _single_pair(record: Record, where: str) -> Pair:
     """The one pair of a record; InputError if it has several."""
-    pairs, _ = record_pairs(record, where, PLAIN_TURNS)
+    pairs, _ = record_pairs(record, where, PLAIN_TURNS, rules=LabelRules())
     require(
         len(pairs) == 1,
         f"{where}: a response is a list of several; expected a string, or messages",

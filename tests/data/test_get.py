@@ -711,7 +711,7 @@ def test_the_table_says_what_it_must(monkeypatch):
 
 def test_the_page_lists_every_set_with_licence_and_sizes(monkeypatch):
     monkeypatch.undo()
-    page = (ROOT / "minimore" / "data" / "README.md").read_text("utf-8")
+    page = (ROOT / "minimore" / "data" / "public" / "README.md").read_text("utf-8")
     page = page.partition("## Public sets by name")[2]
     for name, public_set in SETS.items():
         (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` ")]

@@ -22,6 +22,7 @@ from .storage import (
     empty_moments,
     join,
     key_of,
+    places,
     random_bits,
     read_moments,
     round_at_random,
@@ -209,8 +210,7 @@ def update_slice(
     """
 
     def bits(rounded: str) -> Tensor:
-        place = torch.arange(start, start + len(p), dtype=torch.int32, device=p.device)
-        return random_bits(keys[rounded], place)
+        return random_bits(keys[rounded], places(len(p), start, p.device))
 
     wide = torch.promote_types(p.dtype, torch.float32)
     value = join(p, state["low"]) if "low" in state else p.to(wide)
@@ -261,8 +261,8 @@ def compile_update(backend: str | Callable) -> Callable:
     allows by default.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    # Betas and eps are constants of the graph. As inputs they would be float64, and Triton refuses
-    # to read the bits of a float64 number as 32, as random rounding does (torch 2.11 on an H200).
+    # Betas and eps are constants of the graph. As inputs they would be float64, and so would be a
+    # part of the arithmetic of every number.
     torch._dynamo.config.specialize_float = True
     return torch.compile(update_slice, fullgraph=True, dynamic=True, backend=backend)
 

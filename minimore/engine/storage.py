@@ -184,13 +184,24 @@ def key_of(seed: int, step: int, name: str, rounded: str) -> int:
     return int.from_bytes(digest[:4], "little", signed=True)
 
 
+def places(n: int, start: int = 0, device: torch.device | None = None) -> Tensor:
+    """The places (n,) int32 from `start` on.
+
+    A compiler takes them for indices. These it computes in 64 bits, whatever type they are asked
+    for, and it drops casts of them (torch 2.11). So they are of 64 bits where it reads this. Behind
+    the mask they are numbers like any others, and there the cast to 32 bits holds.
+    """
+    dtype = torch.int64 if torch.compiler.is_compiling() else torch.int32
+    place = torch.arange(start, start + n, dtype=dtype, device=device)
+    return (place & 0x7FFFFFFF).int()
+
+
 def random_bits(key: int | Tensor, place: Tensor) -> Tensor:
     """32 random bits for every place (n,) int32: a hash of key and place.
 
     It multiplies, xors and shifts; products wrap around.
     """
-    # 2^32 / the golden ratio, odd. The mask keeps compilers from taking this for index arithmetic.
-    x = (place & 0x7FFFFFFF) * -1640531535
+    x = place * -1640531535  # 2^32 / the golden ratio, odd
     x = (x ^ ((x >> 16) & 0xFFFF)) ^ key
     x = x * 2146121005
     x = (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261

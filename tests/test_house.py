@@ -9,8 +9,8 @@ from conftest import ROOT
 
 PAGE = """
 options files checksums tables more calibration uncertainty plots
-model.attention model.fused model.recompute model.trunk model.families model.sandbox model.template
-model.tokenizer model.tensors model.checkpoint
+model.attention model.fused model.recompute model.trunk model.families
+model.bounds model.sandbox model.template model.tokenizer model.tensors model.checkpoint
 data.messages data.records data.forms data.pairs data.sampling data.world
 reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed

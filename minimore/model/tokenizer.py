@@ -264,6 +264,9 @@ class Tokenizer:
         config = {key: value for key, value in config.items() if key != "chat_template"}
         if "tokenizer.json" in files:
             config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        is_named = self.special.get("bos_token") or "bos_token" in (self.template or "")
+        if self.bos and not is_named:
+            config |= {"bos_token": self.bos_text}  # others look there whether a text has two
         if pad is not None:
             pad_text = PAD if adds_pad else self.file.id_to_token(pad)
             config |= {"pad_token": pad_text}

@@ -5,6 +5,7 @@ import json
 import pytest
 from power_cut import DIRECTORY, Disk
 
+from minimore.checksums import read_checked_json, write_checked_json
 from minimore.files import (
     beside,
     directory_written_whole,
@@ -128,6 +129,19 @@ def test_what_is_not_json_is_refused(tmp_path, content, kind, expected):
     with pytest.raises(InputError, match=expected) as refusal:
         read_json(path, kind)
     assert str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ['{"a": 2, ', '{"a": NaN, ', '{"a": Infinity, ', '{"a": ' + "[" * 600 + "]" * 600 + ", ", "{"],
+)
+def test_a_file_with_a_checksum_is_refused_whatever_else_it_holds(tmp_path, changed):
+    path = tmp_path / "a.json"
+    write_checked_json(path, {"a": 1})
+    assert read_checked_json(path) == {"a": 1}
+    path.write_text(changed + path.read_text().partition(",")[2])
+    with pytest.raises(InputError, match="a.json: (is not as it was written|not readable as JSON)"):
+        read_checked_json(path)
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 MINIMORE_FLIPS=500 flips so many bits of every kind of directory; otherwise some.
 """
 
+import json
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ from runs import content, options
 
 import minimore.training as training
 from minimore.cli import main
+from minimore.lab import testbed
 from minimore.lab.features import load_features
 from minimore.options import InputError
 from minimore.train import train
@@ -21,13 +23,14 @@ FLIPS = int(os.environ.get("MINIMORE_FLIPS", 24))
 NOT_READ = {"metrics.jsonl", "README.md", "environment.json", "evaluation.json"}
 
 
-def flipped_copies(directory, tmp_path, chance):
+def flipped_copies(directory, tmp_path, chance, flips=FLIPS):
     """Copies of a directory with one flipped bit each, and the name of the file that has it."""
     names = sorted(
         str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
     )
     names = [name for name in names if name not in NOT_READ]
-    for flip in range(FLIPS):
+    chance.shuffle(names)
+    for flip in range(flips):
         name = names[flip % len(names)]
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
@@ -103,3 +106,76 @@ def test_stored_features(world, tmp_path, capsys):
         assert main([*command[:4], str(copy), *command[5:]]) == 0
         for file in copy.glob("*.safetensors"):
             assert file.read_bytes() == (tmp_path / "f" / file.name).read_bytes(), name
+
+
+GRIDS = {
+    "table2": "table2 --seeds 1 --width 16 --pairs 10 --test-pairs 24 --batch-size 10"
+    " --scheme uniform",
+    "figure7": "figure7 --quick --seeds 1 --pairs 32 --test-pairs 24",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_grid(tmp_path, name, capsys):
+    """The same command makes the same report again, or refuses; it trains again what is lost."""
+    grid, whole = tmp_path / "grid", tmp_path / "whole"
+
+    def report():
+        for path in grid.glob("report.*"):
+            path.unlink()
+        code = main(["reproduce", *GRIDS[name].split(), "--output", str(grid)])
+        said = capsys.readouterr().err
+        assert code == 0 or (code == 2 and "minimore reproduce: " in said.splitlines()[-1]), said
+        return (grid / "report.json").read_bytes() if code == 0 else None
+
+    expected = report()
+    grid.rename(whole)
+    for copy, file in flipped_copies(whole, tmp_path, random.Random(3), max(1, FLIPS // 24)):
+        testbed.open_testbed.cache_clear()
+        copy.rename(grid)  # a grid knows its own place
+        assert report() in (None, expected), file
+        shutil.rmtree(grid)
+
+
+@pytest.mark.slow
+def test_a_policy(world, tmp_path, capsys):
+    """A fine-tuned policy that samples are drawn from."""
+    directory, paths = world
+    train_path = str(paths["ana"][0])
+    words = ["align", "finetune", "--model", str(directory / "model"), "--input", train_path]
+    assert main([*words, "--output", str(tmp_path / "run")]) == 0
+
+    def samples(policy):
+        (tmp_path / "out").unlink(missing_ok=True)
+        (tmp_path / "out.unfinished").unlink(missing_ok=True)
+        words = ["align", "sample", "--model", str(policy), "--input", train_path]
+        words += ["--samples", "1", "--max-new-tokens", "3", "--output", str(tmp_path / "out")]
+        return (tmp_path / "out").read_bytes() if main(words) == 0 else None
+
+    expected, refused = samples(tmp_path / "run"), 0
+    for copy, name in flipped_copies(tmp_path / "run", tmp_path, random.Random(4)):
+        drawn = samples(copy)
+        assert drawn in (None, expected), name
+        refused += drawn is None
+    assert refused > FLIPS / 2
+
+
+def test_a_world(world, tmp_path, capsys):
+    """What a world's true rewards are, from its world.json."""
+    directory, paths = world
+    lines = [{"prompt": f"p{i}", "response": f"{w} {w}"} for i, w in enumerate(("add", "river"))]
+    for name, records in (("a", lines), ("b", [line | {"response": "stone"} for line in lines])):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def verdict(home):
+        (tmp_path / "out").unlink(missing_ok=True)
+        words = ["align", "compare", "--judge", f"world:{home}", "--json", str(tmp_path / "out")]
+        words += ["--input", str(tmp_path / "a"), "--other", str(tmp_path / "b")]
+        return json.loads((tmp_path / "out").read_text()) if main(words) == 0 else None
+
+    (tmp_path / "world").mkdir()
+    shutil.copy(directory / "world.json", tmp_path / "world")
+    assert verdict(tmp_path / "world") is not None
+    for copy, _ in flipped_copies(tmp_path / "world", tmp_path, random.Random(5)):
+        assert verdict(copy) is None

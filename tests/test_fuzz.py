@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
 
 from minimore.cli import main
+from minimore.model.sandbox import peak_memory
 
 COUNT = int(os.environ.get("MINIMORE_FUZZ", 400))
 PAIRS = [
@@ -58,6 +61,19 @@ ODD = [
     "BPE",
     "gelu",
 ]
+
+
+MOST_SECONDS = 60  # a guard against hangs, no measurement
+MOST_MEMORY = 1_500_000_000  # bytes more than the process had before
+
+
+@contextmanager
+def within_limits(label):
+    """Within, one command may take neither minutes nor all of the memory."""
+    began, peak = time.monotonic(), peak_memory()
+    yield
+    seconds, memory = time.monotonic() - began, peak_memory() - peak
+    assert seconds < MOST_SECONDS and memory < MOST_MEMORY, f"{label}: {seconds} s, {memory} bytes"
 
 
 def damage_bytes(data: bytes, chance: random.Random) -> bytes:
@@ -199,15 +215,9 @@ def test_damaged_inputs_end_in_one_line(part, models, tmp_path, capsys):
         damaged.add(target.name)
         kept = target.read_bytes()
         capsys.readouterr()
-        code = main(
-            [
-                verb[0],
-                "--model",
-                str(model),
-                *(a.replace("PAIRS", str(pairs)) for a in verb[1:]),
-                str(tmp_path / "out"),
-            ]
-        )
+        words = [verb[0], "--model", model, *verb[1:], tmp_path / "out"]
+        with within_limits(f"part {part}, case {case}, {target.name}, {kept[:300]!r}"):
+            code = main([str(word).replace("PAIRS", str(pairs)) for word in words])
         said = [
             line
             for line in capsys.readouterr().err.splitlines()

@@ -11,7 +11,7 @@ PAGE = """
 options files checksums tables votes more calibration
 uncertainty disagreement figures.plots figures.history figures.curves figures.plot
 model.attention model.fused model.recompute model.model_config model.rotation model.trunk
-model.config_json model.family_configs model.families model.sandbox model.template
+model.config_json model.family_configs model.families model.bounds model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint
 data.messages data.records data.columns data.labels data.forms
 data.foreign.comparisons data.foreign.trees data.foreign.rows data.foreign.readers

@@ -139,6 +139,30 @@ def test_scores(world, tmp_path, monkeypatch):
         assert state.get("out.jsonl", expected) == expected
 
 
+@pytest.mark.parametrize("verb", ["probe", "evaluate", "check"])
+def test_reports(world, tmp_path, monkeypatch, verb):
+    """A file of figures is there whole, or not at all."""
+    directory, paths = world
+    model = str(directory / "model")
+    sources = [f"--source={name}={a},{b}" for name, (a, b) in paths.items()]
+    words = {
+        "probe": ["--features", str(tmp_path / "states"), "--seeds", "1"],
+        "evaluate": ["--model", model, f"--source=a={paths['ana'][1]}"],
+        "check": ["--model", model, "--parity", "none"],
+    }
+    if verb == "probe":
+        assert main(["features", "--model", model, *sources, "--output", words[verb][1]]) == 0
+    root = tmp_path / "disk"
+    root.mkdir()
+    with monkeypatch.context() as patch:
+        disk = Disk(root, patch)
+        assert main([verb, *words[verb], "--json", str(root / "out.json")]) == 0
+    expected = (root / "out.json").read_bytes()
+    assert disk.lazy == {"out.json": expected}
+    for state in disk.states:
+        assert state.get("out.json", expected) == expected
+
+
 def test_what_is_not_brought_to_the_disk_is_lost(tmp_path, monkeypatch):
     """The harness itself: a file renamed without fsync is empty after a power cut."""
     root = tmp_path / "disk"

@@ -91,9 +91,59 @@ def too_large(where: str, what: str, most: int) -> str:
 
 
 def _list_items(text: str, path: str) -> Iterator[tuple[str, Record]]:
-    items = _parse(text, path, "a list of objects, or one object a line")
-    for item, value in enumerate(items, 1):
-        yield f"{path}:{item}", _object(value, f"{path}:{item}")
+    """The objects of a JSON list, decoded one by one: all at once, they may need 25 times its size.
+
+    An object of more than LONGEST_LINE characters is refused.
+    """
+    place, number = _behind_space(text, text.index("[") + 1), 0
+    is_open = text[place : place + 1] != "]"
+    window = Window(text, place)
+    while is_open:
+        number += 1
+        where = f"{path}:{number}"
+        value, place = window.decoded(place, where)
+        yield where, _object(value, where)
+        place = _behind_space(text, place)
+        is_open = text[place : place + 1] == ","
+        place = _behind_space(text, place + 1) if is_open else place
+    is_closed = text[place : place + 1] == "]" and _behind_space(text, place + 1) == len(text)
+    require(
+        is_closed,
+        f"{path}: not JSON behind item {number}; expected a list of objects, or one object a line",
+    )
+
+
+class Window:
+    """The part of a long text in which items are decoded, so that none is longer than it.
+
+    start: where it begins in the text.
+    """
+
+    def __init__(self, text: str, start: int):
+        self.text, self.start, self.decoder = text, start, json.JSONDecoder()
+        self.part = text[start : start + 2 * LONGEST_LINE]
+
+    def decoded(self, place: int, where: str) -> tuple[Any, int]:
+        """The value that begins at a place of the text, and where it ends."""
+        if place - self.start > LONGEST_LINE:
+            self.start, self.part = place, self.text[place : place + 2 * LONGEST_LINE]
+        try:
+            value, end = self.decoder.raw_decode(self.part, place - self.start)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            if self.start + len(self.part) < len(self.text):
+                reason = f"{reason}, or longer than {LONGEST_LINE / 1e6:,.0f} million characters"
+            raise InputError(
+                f"{where}: not JSON ({reason}); expected a list of objects, or one object a line"
+            ) from None
+        return value, self.start + end
+
+
+def _behind_space(text: str, place: int) -> int:
+    """The next place of a text that is no white space."""
+    while text[place : place + 1] in (" ", "\t", "\n", "\r"):
+        place += 1
+    return place
 
 
 def _parse(text: str, where: str, expected: str) -> Any:

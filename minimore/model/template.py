@@ -19,7 +19,8 @@ from jinja2.parser import Parser
 
 from ..files import one_line
 from ..options import InputError
-from .sandbox import LARGEST, Sandbox, bounded, within_seconds
+from .bounds import LARGEST
+from .sandbox import Sandbox, bounded, watched
 
 PLAIN_ROLES = {
     "user": "Human",
@@ -38,6 +39,7 @@ PLAIN_TEMPLATE = (
     "{%- endfor -%}"
     r"{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}"
 )
+LONGEST_TEMPLATE = 200_000  # characters; those of known models have at most some 30,000
 Message = dict[str, str]  # "role" and "content"
 
 
@@ -93,7 +95,7 @@ class ChatTemplate:
         """
         names: dict[str, Any] = {"tools": None, "documents": None, **self.special}
         try:
-            with within_seconds():
+            with watched():
                 pieces, written = [], 0
                 for piece in self._compiled.generate(
                     messages=messages, add_generation_prompt=prompt, **names
@@ -110,6 +112,8 @@ class ChatTemplate:
 
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:
+        if len(self.text) > LONGEST_TEMPLATE:
+            raise ValueError(f"it is longer than {LONGEST_TEMPLATE:,} characters")
         if "strftime_now" in self.text or "date_string" in self.text:
             print(
                 f"{self.directory}: the chat template may write a date,"

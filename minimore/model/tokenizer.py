@@ -39,6 +39,7 @@ REMEDY = (
     "make a tokenizer.json once with transformers (and sentencepiece, tiktoken and protobuf):"
     " AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 )
+LARGEST_ID = 10_000_000  # the library counts all ids up to the largest one
 MOST_GROWTH = 1000  # how many times as long as a text its normalized form may be
 PAD = "<|pad|>"  # the name of a pad token where there was none
 SPECIAL = (
@@ -106,6 +107,11 @@ class Tokenizer:
 
     def _refuse_dice_and_bombs(self) -> None:
         """Refuse a file with which a text is not always the same tokens, or grows without bound."""
+        largest = max(self.file.get_vocab(with_added_tokens=True).values(), default=0)
+        require(
+            largest <= LARGEST_ID,
+            f"{self.path}: a token has the id {largest:,}; expected at most {LARGEST_ID:,}",
+        )
         described = json.loads(self.file.to_str())
         dropout = described["model"].get("dropout")
         require(
@@ -264,6 +270,9 @@ class Tokenizer:
         config = {key: value for key, value in config.items() if key != "chat_template"}
         if "tokenizer.json" in files:
             config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        is_named = self.special.get("bos_token") or "bos_token" in (self.template or "")
+        if self.bos and not is_named:
+            config |= {"bos_token": self.bos_text}  # others look there whether a text has two
         if pad is not None:
             pad_text = PAD if adds_pad else self.file.id_to_token(pad)
             config |= {"pad_token": pad_text}

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from minimore.data import records
 from minimore.data.forms import Pair, prompt_end, record_pairs
 from minimore.data.pairs import encode, load_source, pack_pairs, shared_length, split_by_tokens
 from minimore.data.records import read_records
@@ -163,6 +164,38 @@ def test_json_lists_and_directories(tmp_path):
             (tmp_path / wrong).write_text(content)
         with pytest.raises(InputError, match=wrong):
             list(read_records(str(tmp_path / wrong)))
+
+
+@pytest.mark.parametrize("indent", [None, 0, 3])
+@pytest.mark.parametrize("count", [0, 1, 7, 200])
+def test_a_list_is_decoded_item_by_item(tmp_path, monkeypatch, indent, count):
+    """Whatever the part of it is that is looked at, it holds what json finds in it."""
+    monkeypatch.setattr(records, "LONGEST_LINE", 150)
+    items = [{"a": "é\\ ]" * (i % 4), "b": [i, {"c": None}]} for i in range(count)]
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(items, indent=indent) + " \n")
+    assert [record for _, record in read_records(str(path))] == items
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ('[{"a": 1}, {"a": "' + "x" * 200 + '"}]', "list.json:2: not JSON .* or longer than"),
+        ('[{"a": 1}, {"a": ' + "[]," * 70 + "1}]", "list.json:2: not JSON"),
+        ('[{"a": 1}, {"a" 2}]', "list.json:2: not JSON .Expecting ':' delimiter.; expected a list"),
+        ('[{"a": 1}, ]', "list.json:2: not JSON"),
+        ('[{"a": 1} {"a": 2}]', "list.json: not JSON behind item 1"),
+        ('[{"a": 1}]]', "list.json: not JSON behind item 1"),
+        ('[{"a": 1}', "list.json: not JSON behind item 1"),
+        ("[1]", "list.json:1: a JSON int"),
+        ("[" * 100_000, "list.json:1: not JSON"),
+    ],
+)
+def test_what_is_wrong_in_a_list_is_named(tmp_path, monkeypatch, content, words):
+    monkeypatch.setattr(records, "LONGEST_LINE", 60)
+    (tmp_path / "list.json").write_text(content)
+    with pytest.raises(InputError, match=words):
+        list(read_records(str(tmp_path / "list.json")))
 
 
 def test_pack_pairs_lays_out_the_stream(tmp_path, tokenizer):

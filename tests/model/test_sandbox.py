@@ -1,5 +1,6 @@
 """A chat template may not fill the memory, run for ever, or roll dice; every other one works."""
 
+import os
 import time
 from pathlib import Path
 
@@ -36,6 +37,7 @@ BOMBS = [
     "{%- for i in range(99999) -%}{%- for j in range(99999) -%}{%- endfor -%}{%- endfor -%}",
     "{%- set n = namespace(n=9) -%}"
     "{%- for i in range(60) -%}{%- set n.n = n.n * n.n -%}{%- endfor -%}{{ n.n }}",
+    "{%- macro m(n) -%}{{ m(n - 1) ~ m(n - 1) if n else 'a' }}{%- endmacro -%}{{ m(60) }}",
     "{{ lipsum(1000) }}",
     "{{ messages|random }}",
 ]
@@ -43,7 +45,7 @@ BOMBS = [
 
 @pytest.mark.parametrize("text", BOMBS)
 def test_bombs_and_dice_are_refused(text, monkeypatch):
-    monkeypatch.setattr(sandbox.within_seconds.__wrapped__, "__defaults__", (0.5,))
+    monkeypatch.setattr(sandbox.watched.__wrapped__, "__defaults__", (0.5, sandbox.MEMORY))
     began = time.monotonic()
     with pytest.raises(InputError, match="chat template refuses these messages") as error:
         ChatTemplate(Path("x"), text, {}).render(MESSAGES)
@@ -106,3 +108,137 @@ def test_what_got_through_once_does_not_any_more(text):
     with pytest.raises(InputError, match="chat template refuses these messages"):
         ChatTemplate(Path("x"), text, {}).render(MESSAGES)
     assert time.monotonic() - began < 2
+
+
+def doubled(start, step):
+    """A template that makes n.x of two of itself, sixty times over, and n.y alike."""
+    both = "".join("{%- set n.@ = STEP -%}".replace("STEP", step).replace("@", k) for k in "xy")
+    return (
+        f"{{%- set n = namespace(x={start}, y={start}) -%}}"
+        f"{{%- for i in range(60) -%}}{both}{{%- endfor -%}}"
+    )
+
+
+NESTED = {
+    "lists": doubled("1", "[n.@, n.@]"),
+    "tuples": doubled("1", "(n.@, n.@)"),
+    "dictionaries": doubled("1", "{'a': n.@, 'b': n.@}"),
+    "keys": doubled("1", "(n.@, n.@)") + "{{ {n.x: 1} }}",
+    "made by a call": doubled("1", "dict(a=n.@, b=n.@)"),
+    "made by a filter": doubled("1", "[n.@]|list + [n.@]|list"),
+    "rows of a filter": doubled("[1]", "([n.@]|batch(2, n.@))|first"),
+    "views": doubled("{1: 1}", "{1: n.@.items(), 2: n.@.items()}"),
+    "a tuple of names": "{%- set n = namespace(x=1) -%}"
+    "{%- for i in range(60) -%}{%- set a, b = n.x, n.x -%}{%- set n.x = a, b -%}{%- endfor -%}",
+    "arguments of a macro": "{%- macro f(n) -%}{%- if n -%}{{ f(n - 1, varargs, varargs) }}"
+    "{%- else -%}{{ varargs == varargs|list }}{%- endif -%}{%- endmacro -%}{{ f(60, 1) }}",
+    "named arguments of a macro": "{%- macro f(n) -%}{%- if n -%}{{ f(n - 1, a=kwargs, b=kwargs) }}"
+    "{%- else -%}{{ kwargs }}{%- endif -%}{%- endmacro -%}{{ f(60, a=1) }}",
+    "deeply": "{%- set n = namespace(x=1) -%}"
+    "{%- for i in range(99999) -%}{%- set n.x = (n.x,) -%}{%- endfor -%}{{ {n.x: 1} }}",
+    "texts": "{%- set n = namespace(x=0) -%}{%- for i in range(500) -%}"
+    "{%- set n.x = [n.x, 'a' * 9000000 ~ i] -%}{%- endfor -%}",
+}
+USES = (
+    *("{{ n.x == n.y }}", "{{ n.x in [n.y] }}", "{{ n.x < n.y }}", "{{ n.x }}", "{{ n.x ~ '' }}"),
+    *("{{ n.x|tojson }}", "{{ [n.x, n.y]|sort }}", "{{ [n.x, n.y]|unique|list }}"),
+    *("{{ [{'a': n.x}, {'a': n.y}]|groupby('a') }}", "{{ [n.x]|join }}", "{{ n.x|pprint }}"),
+    *(
+        "{{ '%s' % n.x }}",
+        "{{ '{}'.format(n.x) }}",
+        "{{ n.x is eq n.y }}",
+        "{{ [n.x].count(n.y) }}",
+    ),
+    *("{{ [n.x]|map('string')|list }}", "{{ [n.x, n.y]|max }}", "{{ n.x|string|length }}"),
+)
+
+
+def refused_at_once(text):
+    began = time.monotonic()
+    with pytest.raises(InputError, match="chat template refuses these messages"):
+        ChatTemplate(Path("x"), text, {}).render(MESSAGES)
+    assert time.monotonic() - began < sandbox.SECONDS
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_what_would_be_endless_if_it_were_written_out_is_refused(name):
+    """C compares, prints, joins and hashes it without a pause in which a clock could stop it."""
+    refused_at_once(NESTED[name])
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", ["lists", "tuples", "dictionaries"])
+def test_no_use_of_a_nested_value_hangs(name, use):
+    refused_at_once(NESTED[name] + use)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ ('a' * 10000000).rfind('ab' ~ 'a' * 5000000) }}",
+        "{{ ('a' * 9999999).rsplit('ab' ~ 'a' * 5000000) }}",
+        "{{ ('a' * 10000000).strip('b' * 9999999 ~ 'a') }}",
+        "{{ ('a' * 9999999)|trim('b' * 9999999 ~ 'a') }}",
+        "{{ 1.5|round(100000000, 'floor') }}",
+        "{{ ('f' * 9999999)|int(base=16) // 3 }}",
+        "{%- set n = namespace(x=9) -%}{%- for i in range(99999) -%}{%- set n.x = n.x + n.x -%}"
+        "{%- endfor -%}{{ n.x // (n.x - 1) }}",
+        "{{ ('a' * 100000).translate({97: 'b' * 10000}) }}",
+        "{{ ('b' * 10000).encode().replace('b'.encode(), ('b' * 100000).encode()) }}",
+        "{{ (1).to_bytes(1000000000, 'big') }}",
+        "{{ '{:{}}'.format('x', 300000000) }}",
+        "{{ '{:>{w}}'.format('x', w=300000000) }}",
+        "{{ range(10000)|join('b' * 100000) }}",
+        "{{ range(10000)|map('string')|join('b' * 100000) }}",
+        "{{ ('b' * 100000).join(range(10000)|map('string')) }}",
+        "{{ ('a' * 99999)|replace(new='b' * 99999, old='a') }}",
+        "{%- set x -%}{%- for i in range(300) -%}{{ 'a' * 9000000 }}{%- endfor -%}{%- endset -%}",
+        "{%- macro m() -%}{%- for i in range(300) -%}{{ 'a' * 9000000 }}{%- endfor -%}"
+        "{%- endmacro -%}{{ m()|length }}",
+        "{%- filter upper -%}{%- for i in range(300) -%}{{ 'a' * 9000000 }}{%- endfor -%}"
+        "{%- endfilter -%}",
+        "{%- block b -%}{%- for i in range(9) -%}{{ 'a' * 900000 }}{%- endfor -%}{%- endblock -%}"
+        "{{ self.b() ~ self.b() }}",
+        "{{ {}.fromkeys(range(20000)) }}",
+        "{{ dict(range(60000)|batch(2)) }}",
+        "{{ messages|tojson(indent=9000)|tojson(separators=('a' * 9999999, 'b')) }}",
+        "{{ [1, 2]|tojson(separators=('a' * 99999999, 'b')) }}",
+        "x" * 200_001,
+    ],
+)
+def test_one_long_call_is_refused_before_it_begins(text):
+    refused_at_once(text)
+
+
+def resident_memory():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_many_long_texts_take_no_more_than_their_share_of_memory(monkeypatch):
+    assert sandbox.peak_memory() >= resident_memory()
+    monkeypatch.setattr(sandbox, "peak_memory", resident_memory)  # earlier tests had their peaks
+    monkeypatch.setattr(sandbox.watched.__wrapped__, "__defaults__", (60, 50e6))
+    text = "".join(f"{{%- set a{i} = 'x' * 9000000 ~ {i} -%}}" for i in range(300))  # 2.7 GB
+    with pytest.raises(InputError, match="more than 50 MB of memory"):
+        ChatTemplate(Path("x"), text, {}).render(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("{% for a, b in [(1, 2), (3, 4)] %}{{ a * b }};{% endfor %}", "2;12;"),
+        ("{% set a, b = 1, [2] %}{{ a }}{{ b }}{{ {'k': (a, b)} }}", "1[2]{'k': (1, [2])}"),
+        ("{{ messages|map(attribute='role')|join(',') }}", "system,user,assistant,tool"),
+        ("{{ 'true' if messages|selectattr('role', 'eq', 'x') else 'false' }}", "true"),
+        ("{{ (messages|reverse|first).role }}{{ messages|groupby('role')|length }}", "tool4"),
+        ("{% for m in messages %}{{ (loop|default(0)).index }}{% endfor %}", "1234"),
+        ("{{ dict(messages[0], role='x').role }}{{ ([1] * 100000)|sum }}", "x100000"),
+        ("{{ 'aXbX'.rstrip('X').strip() }}{{ ' a '|trim }}{{ 7 // 2 - 1 }}", "aXba2"),
+        ("{% set x %}{{ 'a' * 9000000 }}{% endset %}{{ x|length }}", "9000000"),
+        ("{{ ('a' * 4000000)|tojson|length }}{{ messages|tojson(indent=4)|length }}", None),
+    ],
+)
+def test_bounds_change_nothing_that_is_small(text, expected):
+    rendered = ChatTemplate(Path("x"), text, {}).render(MESSAGES)
+    assert rendered == expected or (expected is None and rendered.startswith("4000002"))

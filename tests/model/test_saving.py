@@ -90,7 +90,7 @@ def test_every_tokenizer_file_is_copied_and_no_other(damaged, tmp_path):
     source = damaged()
     files = {
         "tokenizer_config.json": b'{\n  "a": 1,\n  "tokenizer_class": "PreTrainedTokenizerFast",\n'
-        b'  "pad_token": "<pad>"\n}\n',
+        b'  "pad_token": "<pad>",\n  "bos_token": "<s>"\n}\n',
         "special_tokens_map.json": b"{}",
         "chat_template.jinja": b"<s>{{ x }}",
     }

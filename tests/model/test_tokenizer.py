@@ -296,6 +296,17 @@ def edited(open_with, edit):
     return Tokenizer(path.parent)
 
 
+def test_an_id_up_to_which_nobody_counts_is_refused(open_with):
+    """The library makes a list of all ids that are missing: 8 GB of it, in minutes."""
+
+    def change(content):
+        vocabulary = content["model"]["vocab"]
+        vocabulary[next(iter(vocabulary))] = 2**31
+
+    with pytest.raises(InputError, match="a token has the id 2,147,483,648; expected at most"):
+        edited(open_with, change)
+
+
 def test_dropout_is_refused(open_with):
     assert edited(open_with, lambda content: content["model"].update(dropout=None))
     with pytest.raises(InputError, match='"dropout" 0.1'):

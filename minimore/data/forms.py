@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
 from .labels import AS_WRITTEN, ONE_VOTE, Label, LabelRules, read_label, refuse_votes
-from .messages import Messages, is_conversation, messages_of, shown, string_of
+from .messages import PLAIN_TURNS, Messages, is_conversation, messages_of, shown, string_of
 from .records import Record
 
 ASSISTANT = ("\n\nAssistant:", "## Assistant:")  # ends the prompt of a dialogue that is given whole
@@ -125,15 +125,15 @@ def prompt_end(texts: Sequence[str]) -> int:
 def record_pairs(
     record: Record,
     where: str,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer = PLAIN_TURNS,
     chat: bool = False,
     rules: LabelRules = AS_WRITTEN,
 ) -> tuple[list[Pair], int]:
     """The pairs of one line, and how many label ties it has that are left out.
 
     A label tie is a pair with equal scores, or under votes="majority" with as many votes for each
-    side. tokenizer: needed for messages only. chat: prompts and responses that are strings are
-    messages, too. Raises InputError for a record of no known form.
+    side. tokenizer: whose chat template writes messages. chat: prompts and responses that are
+    strings are messages, too. Raises InputError for a record of no known form.
     """
     if "text" in record and "chosen" not in record:  # beside "chosen" it is a key like any other
         return _scored_texts(record, where, rules)
@@ -146,7 +146,7 @@ def record_pairs(
     are_messages = any(map(is_conversation, [record.get("prompt"), *values]))
     pairs: list[Pair] = []
     for one, other in product(chosen, rejected):
-        if tokenizer is not None and (chat or are_messages):
+        if chat or are_messages:
             pairs.append(_conversation_pair(prompt, one, other, where, tokenizer))
         else:
             pairs.append(_text_pair(prompt, one, other))
@@ -359,7 +359,7 @@ def _scored_pairs(
 
 
 def _scored_responses(
-    record: Record, where: str, tokenizer: Tokenizer | None, chat: bool, rules: LabelRules
+    record: Record, where: str, tokenizer: Tokenizer, chat: bool, rules: LabelRules
 ) -> tuple[list[Pair], int]:
     """The same for several responses to one prompt."""
     responses = record["responses"]

@@ -19,6 +19,21 @@ from ..options import InputError, require
 
 Messages = list[Message]
 
+
+class PlainTurns(Tokenizer):
+    """Stands in the place of a tokenizer where no model reads: messages become plain turns.
+
+    That is how a checkpoint without a chat template writes them, too. It has no files.
+    """
+
+    template = None
+
+    def __init__(self) -> None:
+        pass
+
+
+PLAIN_TURNS = PlainTurns()
+
 # The roles of the form with "from", by the names that templates know.
 ROLES = {
     "human": "user",

@@ -17,6 +17,7 @@ import numpy as np
 
 from ...model.tokenizer import Tokenizer
 from ..forms import Pair
+from ..messages import PLAIN_TURNS
 from ..overlap import normalised, prompt_hash
 from ..pairs import encode
 from ..records import Record
@@ -128,7 +129,7 @@ def survey_of(path: str, tokenizer: Tokenizer | None, max_length: int, chat: boo
     """
     unit = "characters" if tokenizer is None else "tokens"
     survey = Survey(path, unit, None if tokenizer is None else max_length)
-    records = Reading(tokenizer, chat).records(path, survey.unlabelled)
+    records = Reading(tokenizer or PLAIN_TURNS, chat).records(path, survey.unlabelled)
     while some := list(islice(records, ENCODED_AT_ONCE)):
         for read in some:
             count_record(survey, read)

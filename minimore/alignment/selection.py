@@ -19,8 +19,9 @@ import numpy as np
 
 from ..checksums import file_checksum
 from ..data.forms import with_prompt
-from ..data.messages import is_conversation, shown
+from ..data.messages import is_conversation
 from ..data.records import Record, json_line, read_records
+from ..data.values import shown
 from ..files import refuse_existing, written_whole
 from ..model.checkpoint import Checkpoint
 from ..options import COUNT, Range, check_ranges, option, require

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
 from .labels import AS_WRITTEN, ONE_VOTE, Label, LabelRules, read_label, refuse_votes
-from .messages import PLAIN_TURNS, Messages, is_conversation, messages_of, shown, string_of
+from .messages import PLAIN_TURNS, Messages, is_conversation, messages_of
 from .records import Record
+from .values import MOST_RESPONSES, is_score, shown, string_of, value_of
 
 ASSISTANT = ("\n\nAssistant:", "## Assistant:")  # ends the prompt of a dialogue that is given whole
-MOST_RESPONSES = 100  # to one prompt: they make up to 4,950 pairs
 
 # Other names under which data keep a prompt; what stands in front of one.
 PROMPT_KEYS = ("question", "query", "instruction", "input", "conversations", "messages")
@@ -85,14 +85,6 @@ class Named(NamedTuple):
 
 
 # ---- texts ---------------------------------------------------------------------------------------
-
-
-def text_of(record: Record, key: str, where: str) -> str:
-    """record[key] as a string that can be encoded, or an InputError that shows the keys found."""
-    if key not in record:
-        keys = ", ".join(map(str, record)) or "none"
-        raise InputError(f'{where}: "{key}" is missing; found keys: {keys}')
-    return string_of(record[key], f'{where}: "{key}"', "a string, or messages")
 
 
 def texts_of(record: Record, where: str) -> list[str]:
@@ -177,9 +169,7 @@ def _labelled(pairs: list[Pair], label: Label, rules: LabelRules) -> tuple[list[
 
 def _responses(record: Record, key: str, where: str) -> list[Named]:
     """The responses under a key, of which each is a string or a conversation."""
-    if key not in record:
-        text_of(record, key, where)  # says that it is missing
-    value = record[key]
+    value = value_of(record, key, where)
     are_several = isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
     if not are_several:
         return [Named(f'{where}: "{key}"', value)]
@@ -383,11 +373,7 @@ def _scored_responses(
 def _scores(record: Record, key: str, count: int, where: str) -> list[float]:
     """As many numbers as there are responses."""
     scores = record.get(key)
-    if (
-        not isinstance(scores, list)
-        or len(scores) != count
-        or not all(type(score) in (int, float) and abs(score) < 1e300 for score in scores)
-    ):
+    if not isinstance(scores, list) or len(scores) != count or not all(map(is_score, scores)):
         what = f"is {shown(scores)}" if key in record else "is missing"
         raise InputError(
             f'{where}: "{key}" {what}; expected a list of {count} numbers, one a response'

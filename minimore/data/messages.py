@@ -10,12 +10,12 @@ and a conversation is a list of them. A single message is a conversation, too, a
 for one message.
 """
 
-import json
 from typing import Any
 
 from ..model.template import Message
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
+from .values import shown, string_of, value_of
 
 Messages = list[Message]
 
@@ -43,29 +43,6 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
 }
-
-
-def shown(value: Any) -> str:
-    """The beginning of a value, as an error shows it."""
-    try:
-        return json.dumps(value, ensure_ascii=False)[:60]
-    except RecursionError:
-        return f"a deeply nested {type(value).__name__}"
-    except TypeError:  # from Python, not from a file of JSON
-        return f"of type {type(value).__name__}"
-
-
-def string_of(value: Any, where: str, expected: str = "a string") -> str:
-    """A value that is a string and can be encoded; InputError for any other."""
-    if not isinstance(value, str):
-        raise InputError(f"{where} is {shown(value)}; expected {expected}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{where} holds half of a surrogate pair; expected valid Unicode"
-        ) from None
-    return value
 
 
 def is_conversation(value: Any) -> bool:
@@ -99,10 +76,7 @@ def _message(message: Any, where: str, tokenizer: Tokenizer | None) -> Message:
         content = message.get("value", message.get("content"))
         message = {"role": ROLES.get(role, role), "content": content}
     for key in ("role", "content"):
-        require(
-            key in message,
-            f'{where}: "{key}" is missing; found keys: {", ".join(map(str, message)) or "none"}',
-        )
+        value_of(message, key, where)
     role = string_of(message["role"], f'{where}: "role"')
     checked = {"role": role, "content": _content(message, where)}
     if tokenizer is not None and tokenizer.template:

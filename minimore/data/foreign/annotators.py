@@ -9,19 +9,8 @@ from typing import Any
 
 from ...options import require
 from ..records import Record
-from .comparisons import (
-    Item,
-    LeftOut,
-    is_absent,
-    list_of,
-    number_of,
-    object_of,
-    scored,
-    text_at,
-    twos,
-    value_of,
-    voted,
-)
+from ..values import is_absent, list_of, number_of, object_of, text_at, value_of
+from .comparisons import Item, LeftOut, scored, twos, voted
 
 # What an annotator of MultiPref says, as votes for either response.
 MULTIPREF_VOTES = {

@@ -28,7 +28,8 @@ from ...options import InputError, check_ranges, option, require
 from ...tables import Table
 from ..columns import read_rows
 from ..records import CONVERTED, Record, json_line
-from .comparisons import Item, LeftOut, Note, keys_of
+from ..values import keys_of
+from .comparisons import Item, LeftOut, Note
 from .fields import Fields, are_rows, fields_of_options, proposal
 from .rows import items_of_rows
 from .shapes import BY_NAME, Shape, items_of, require_shape, shape_named, shape_of

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ...options import InputError, require
-from ..messages import is_conversation, shown
+from ..messages import is_conversation
 from ..records import Record
-from .comparisons import Item, LeftOut, apart, is_absent, number_of, preferred, scored, value_of
+from ..values import is_absent, number_of, shown, value_of
+from .comparisons import Item, LeftOut, apart, preferred, scored
 from .rows import Keys
 
 FIRST = ("a", "model_a", "response_a", "first")  # what a winner field says without being asked

@@ -13,26 +13,20 @@ from typing import Any
 
 from ...options import require
 from ..forms import BEFORE_A_PROMPT, PROMPT_KEYS, prompt_end, texts_of, with_prompt
-from ..messages import is_conversation, string_of
+from ..messages import is_conversation
 from ..records import Record
-from .comparisons import (
-    Item,
-    LeftOut,
-    apart,
-    carried,
+from ..values import (
     choice_at,
     is_absent,
     keys_of,
     list_of,
     number_of,
     object_of,
-    preferred,
-    scored,
+    string_of,
     text_at,
-    twos,
     value_of,
-    voted,
 )
+from .comparisons import Item, LeftOut, apart, carried, preferred, scored, twos, voted
 
 LINE_BREAK = re.compile(" *<br/> *")
 PREFERENCES = (-3, -2, -1, 0, 1, 2, 3)  # of HelpSteer; below 0 the first response is better

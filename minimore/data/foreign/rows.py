@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ...options import require
-from ..forms import MOST_RESPONSES
 from ..records import Record
-from .comparisons import Item, LeftOut, Note, is_absent, number_of, scored, twos, value_of
+from ..values import MOST_RESPONSES, is_absent, number_of, value_of
+from .comparisons import Item, LeftOut, Note, scored, twos
 
 # What HelpSteer and HelpSteer2 rate, from 0 to 4; each is a taste.
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")

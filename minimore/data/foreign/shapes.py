@@ -12,9 +12,10 @@ from ...options import require
 from ..columns import read_rows
 from ..forms import PROMPT_KEYS, is_whole
 from ..records import Record
+from ..values import keys_of
 from . import readers
 from .annotators import MULTIPREF_GROUPS, multipref, prism
-from .comparisons import Item, LeftOut, keys_of
+from .comparisons import Item, LeftOut
 from .trees import items_of_tree
 
 Reader = Callable[[Record, str], Iterable[Item]]

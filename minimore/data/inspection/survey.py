@@ -22,6 +22,7 @@ from ..overlap import normalised, prompt_hash
 from ..pairs import encode
 from ..records import Record
 from ..texts import Reading, ReadRecord
+from ..values import is_number
 from .near_duplicates import BINS, near_copies, signature
 from .signs import signs_of
 
@@ -156,19 +157,14 @@ def count_record(survey: Survey, read: ReadRecord) -> None:
         survey.first_wins[0] += 1
         survey.first_wins[1] += scores[0] > scores[1]
     votes = read.record.get("votes")
-    if isinstance(votes, list) and are_numbers(votes) and sum(votes) > 0:
+    if isinstance(votes, list) and all(map(is_number, votes)) and sum(votes) > 0:
         survey.agreement.append(max(votes) / sum(votes))
 
 
 def scores_of(record: Record) -> list[float]:
     """The scores of a record's responses, in the order of the file; none where there are none."""
     scores = record.get("scores", record.get("score"))
-    return scores if isinstance(scores, list) and are_numbers(scores) else []
-
-
-def are_numbers(values: Iterable[object]) -> bool:
-    """Whether all values are numbers."""
-    return all(type(value) in (int, float) for value in values)
+    return scores if isinstance(scores, list) and all(map(is_number, scores)) else []
 
 
 # ---- of a pair -----------------------------------------------------------------------------------

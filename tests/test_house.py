@@ -17,7 +17,7 @@ data.values data.messages data.records data.columns data.labels data.forms
 data.foreign.comparisons data.foreign.trees data.foreign.rows data.foreign.readers
 data.foreign.annotators data.foreign.fields data.foreign.shapes data.foreign.sift
 data.foreign.convert
-data.texts data.pairs data.overlap data.split data.sampling data.validation data.world
+data.texts data.pairs data.prompts data.overlap data.split data.sampling data.validation data.world
 data.inspection.near_duplicates data.inspection.signs data.inspection.word_rule
 data.inspection.survey data.inspection.findings data.inspection.look
 data.public.sources data.public.download data.public.changes data.public.manifest data.public.parts

@@ -9,7 +9,6 @@ with one seed share no prompt across parts either, and a file that has grown is 
 """
 
 import gzip
-import hashlib
 import json
 from array import array
 from collections.abc import Iterator
@@ -22,9 +21,9 @@ from ..files import directory_written_whole, refuse_existing
 from ..options import Range, check_ranges, option, require
 from ..tables import Table
 from .foreign.shapes import house_records
-from .overlap import normalised
+from .prompts import normalised, opening_of, seeded_hash
 from .records import BYTE_ORDER_MARK, Record, read_records
-from .texts import Reading, opening_of
+from .texts import Reading
 
 PARTS = ("train", "validation", "test")
 NEITHER = 255  # stands for the part of a blank line
@@ -113,10 +112,8 @@ def parts_of_lines(options: SplitOptions) -> tuple[array, list[set[bytes]]]:
     A group is known by a hash of 16 bytes.
     """
     parts, groups = array("B"), [set[bytes]() for _ in PARTS]
-    salt = options.seed.to_bytes(8, "little")
     for where, record in read_records(options.file):
-        group = group_of(record, where, options.by).encode()
-        digest = hashlib.blake2b(group, digest_size=16, salt=salt).digest()
+        digest = seeded_hash(group_of(record, where, options.by), options.seed)
         part = part_of(int.from_bytes(digest[:8], "little") / 2**64, options.shares())
         line = int(where.rpartition(":")[2])
         parts.extend([NEITHER] * (line - 1 - len(parts)))  # blank lines

@@ -4,19 +4,15 @@ Messages are written by the chat template of a tokenizer if there is one, else p
 `Human:` and `Assistant:`.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..model.tokenizer import Tokenizer
 from .foreign.shapes import read_house_records
-from .forms import ASSISTANT, Pair, record_pairs
+from .forms import Pair, record_pairs
 from .messages import PLAIN_TURNS
 from .records import Record
-
-# What begins a turn of the human, in plain dialogues and in those of the template of many models.
-HUMAN = re.compile(r"(?:^|\n)\s*(?:## )?(?:Human|User):")
 
 
 class ReadRecord(NamedTuple):
@@ -62,19 +58,3 @@ class Reading(NamedTuple):
         """The prompt of every pair of a file that has one."""
         for read in self.records(path):
             yield from (pair.prompt for pair in read.pairs if pair.prompt)
-
-
-def opening_of(prompt: str) -> str:
-    """What the human says first in a dialogue; the whole prompt where it has no turns.
-
-    >>> opening_of("\\n\\nHuman: Hi.\\n\\nAssistant: Hello!\\n\\nHuman: Bye.\\n\\nAssistant:")
-    ' Hi.'
-    >>> opening_of("Name a colour.")
-    'Name a colour.'
-    """
-    begin = HUMAN.search(prompt)
-    if begin is None:
-        return prompt
-    ends = [prompt.find(mark, begin.end()) for mark in ASSISTANT]
-    end = min((end for end in ends if end >= 0), default=len(prompt))
-    return prompt[begin.end() : end]

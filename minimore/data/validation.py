@@ -6,13 +6,12 @@
 So no prompt is on both sides, and sources that have the same prompts hold out the same ones.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 from ..options import InputError
-from .overlap import normalised
 from .pairs import Source
+from .prompts import normalised, seeded_hash
 
 
 def hold_out(
@@ -46,8 +45,7 @@ def first_keys(source: Source, share: float, seed: int) -> list[bytes]:
 
 def key_of(prompt: str, seed: int) -> bytes:
     """A hash of the seed and a prompt; the case of letters and white space make no difference."""
-    text = normalised(prompt).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text, digest_size=16, salt=seed.to_bytes(8, "little")).digest()
+    return seeded_hash(normalised(prompt), seed)
 
 
 def part_of(source: Source, prompts: Sequence[str]) -> Source:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from ...model.tokenizer import Tokenizer
 from ..forms import Pair
-from ..overlap import normalised
+from ..prompts import normalised
 
 SHORTEST_CUT = 80  # characters of a text that may count as cut off
 REFUSAL_WITHIN = 120  # characters from the beginning of a response

@@ -5,7 +5,6 @@ It holds some numbers of every pair and 256 bytes of every prompt, but texts of 
 N pairs, G prompts.
 """
 
-import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,8 +17,8 @@ import numpy as np
 from ...model.tokenizer import Tokenizer
 from ..forms import Pair
 from ..messages import PLAIN_TURNS
-from ..overlap import normalised, prompt_hash
 from ..pairs import encode
+from ..prompts import normalised, text_hash
 from ..records import Record
 from ..texts import Reading, ReadRecord
 from ..values import is_number
@@ -175,14 +174,14 @@ def count_pair(survey: Survey, pair: Pair, line: int, tokenizer: Tokenizer | Non
     for sign in signs_of(pair, tokenizer):
         survey.count(sign, line)
     prompt, chosen, rejected = map(normalised, pair[:3])
-    count_repeats(
-        survey, hash_of(prompt, chosen, rejected), hash_of(prompt, rejected, chosen), line
-    )
+    key = text_hash("\0".join((prompt, chosen, rejected)))
+    reversed_key = text_hash("\0".join((prompt, rejected, chosen)))
+    count_repeats(survey, key, reversed_key, line)
     for side, response in zip(survey.sides, (chosen, rejected)):
         if response:
-            side[hash_of(response)] += 1
+            side[text_hash(response)] += 1
     survey.longer.append(len(pair.chosen) - len(pair.rejected))
-    survey.prompts.append(number_of_prompt(survey, pair.prompt, prompt, line))
+    survey.prompts.append(number_of_prompt(survey, prompt, line))
     survey.sample.add(pair)
 
 
@@ -197,26 +196,23 @@ def count_repeats(survey: Survey, key: int, reversed_key: int, line: int) -> Non
         survey.count("contradictions", line)
 
 
-def number_of_prompt(survey: Survey, prompt: str, normalised_prompt: str, line: int) -> int:
-    """The number of a prompt; a new one is signed. A pair without a prompt has a number alone."""
-    if not normalised_prompt:
+def number_of_prompt(survey: Survey, prompt: str, line: int) -> int:
+    """The number of a normalised prompt; a new one is signed.
+
+    A pair without a prompt has a number that no other pair has.
+    """
+    if not prompt:
         return -1 - survey.pairs
-    key = prompt_hash(prompt)
+    key = text_hash(prompt)
     if key in survey.number_of:
         return survey.number_of[key]
     survey.number_of[key] = len(survey.number_of)
-    own = signature(normalised_prompt) if len(survey.signed) < MOST_SIGNED else None
+    own = signature(prompt) if len(survey.signed) < MOST_SIGNED else None
     if own is not None:
         survey.signed.append(own)
         survey.signed_lines.append(line)
         survey.signed_hashes.append(key)
     return survey.number_of[key]
-
-
-def hash_of(*texts: str) -> int:
-    """Eight bytes of BLAKE2b of some texts."""
-    data = "\0".join(texts).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def count_near_copies(survey: Survey) -> None:

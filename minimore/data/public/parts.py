@@ -19,7 +19,7 @@ from ..foreign.convert import Rules, Tally, converted
 from ..foreign.trees import TreeRules
 from ..forms import ASSISTANT
 from ..messages import is_conversation, messages_of
-from ..overlap import normalised
+from ..prompts import as_bytes, normalised
 from ..records import Record
 from .changes import Input
 from .sources import File, PublicSet
@@ -27,7 +27,7 @@ from .sources import File, PublicSet
 SHARED = "training pairs whose prompt is a test prompt"
 TEST_SHARE = 0.05  # of the openings; the paper's test sets are about as large a share
 
-Stream = Callable[[], Iterator[Record]]  # the house records of a part, from the beginning again
+Part = Callable[[], Iterator[Record]]  # the house records of a part, from the beginning again
 
 
 # ---- what a record says --------------------------------------------------------------------------
@@ -41,10 +41,10 @@ def text_of(prompt: Any) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def opening_of(prompt: Any) -> str:
-    """What a dialogue begins with: everything up to the first turn of the assistant.
+def up_to_first_reply(prompt: Any) -> str:
+    """The opening of a dialogue as it is written: all that stands before the first reply.
 
-    >>> opening_of("\\n\\nHuman: hi\\n\\nAssistant: yes\\n\\nHuman: why?\\n\\nAssistant:")
+    >>> up_to_first_reply("\\n\\nHuman: hi\\n\\nAssistant: yes\\n\\nHuman: why?\\n\\nAssistant:")
     '\\n\\nHuman: hi'
     """
     if is_conversation(prompt):
@@ -57,7 +57,7 @@ def opening_of(prompt: Any) -> str:
 
 def key_of(text: str) -> bytes:
     """Sixteen bytes that stand for a text, whatever the case of its letters and its white space."""
-    return hashlib.sha256(normalised(text).encode("utf-8", "surrogatepass")).digest()[:16]
+    return hashlib.sha256(as_bytes(normalised(text))).digest()[:16]
 
 
 def prompt_key(record: Record) -> bytes:
@@ -67,7 +67,7 @@ def prompt_key(record: Record) -> bytes:
 
 def is_test(record: Record) -> bool:
     """Whether a record of a set without a split belongs to its test part."""
-    key = key_of(opening_of(record["prompt"]))
+    key = key_of(up_to_first_reply(record["prompt"]))
     return int.from_bytes(key[:8], "big") < TEST_SHARE * 2**64
 
 
@@ -173,21 +173,21 @@ class Conversion:
 # ---- samples -------------------------------------------------------------------------------------
 
 
-def sampled(stream: Stream, count: int, seed: int, may_repeat: bool) -> Iterator[Record]:
+def sampled(part: Part, count: int, seed: int, may_repeat: bool) -> Iterator[Record]:
     """So many pairs of a part, in its order; a pair that is taken twice stands there twice.
 
     A larger part is sampled by prompts: whole prompts in a random order until there are enough
     pairs, the last prompt cut. A smaller one is taken as often as it fits in, and the rest is
     sampled. Raises InputError if there are too few and none may be repeated.
     """
-    keys = [prompt_key(pair) for pair in pairs_of(stream())]
+    keys = [prompt_key(pair) for pair in pairs_of(part())]
     require(keys, "no pairs that could be sampled")
     require(
         may_repeat or count <= len(keys),
         f"--test-pairs {count}: there are {len(keys)} test pairs; expected at most as many",
     )
     copies = copies_of_pairs(keys, count, np.random.default_rng(seed))
-    for pair, times in zip(pairs_of(stream()), copies):
+    for pair, times in zip(pairs_of(part()), copies):
         for _ in range(times):
             yield pair
 

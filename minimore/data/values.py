@@ -97,6 +97,11 @@ def number_of(value: Any, where: str) -> float:
     return number
 
 
+def number_or_none(value: Any, where: str) -> float | None:
+    """A score as `number_of` reads it; None if nobody gave one."""
+    return None if is_absent(value) else number_of(value, where)
+
+
 def _number_in(text: str) -> int | float | None:
     for kind in (int, float):
         try:

@@ -5,7 +5,7 @@ them, and in their place `LeftOut` where a comparison has no label. Nothing else
 comparison: what a reader cannot understand is an InputError.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ...options import require
@@ -69,6 +69,37 @@ def voted(prompt: Any, two: Sequence[Any], votes: list[float]) -> Record:
 def scored(prompt: Any, responses: list[Any], scores: list[float]) -> Record:
     """Several responses with a score each; the higher is the better."""
     return {"prompt": prompt, "responses": responses, "scores": scores}
+
+
+def votes_of(opinions: Iterable[bool | None]) -> list[float]:
+    """How many annotators prefer the first of two responses, and how many the second.
+
+    opinions: of each annotator whether the first is better; None is neither, half a vote for each.
+
+    >>> votes_of([True, True, None])
+    [2.5, 0.5]
+    """
+    for_first = [0.5 if opinion is None else float(opinion) for opinion in opinions]
+    return [sum(for_first), len(for_first) - sum(for_first)]
+
+
+def rated(
+    prompt: Any, responses: Sequence[Any], scores: Sequence[float | None], reason: str, **keys: str
+) -> Iterator[Item]:
+    """Several responses of which some may have no score (None): those are compared with none.
+
+    reason: why comparisons with them are left out. keys: go along with the record.
+
+    >>> left_out, record = rated("P", ["a", "b", "c"], [2, None, 1], "no score")
+    >>> left_out.comparisons, record["responses"]
+    (2, ['a', 'c'])
+    """
+    with_score = [response for response, score in zip(responses, scores) if score is not None]
+    missing = twos(len(responses)) - twos(len(with_score))
+    if missing:
+        yield LeftOut(reason, missing, keys.get("taste", ""))
+    if len(with_score) > 1:
+        yield scored(prompt, with_score, [score for score in scores if score is not None]) | keys
 
 
 def twos(responses: int) -> int:

@@ -21,12 +21,23 @@ from ..values import (
     keys_of,
     list_of,
     number_of,
+    number_or_none,
     object_of,
     string_of,
     text_at,
     value_of,
 )
-from .comparisons import Item, LeftOut, apart, carried, preferred, scored, twos, voted
+from .comparisons import (
+    Item,
+    LeftOut,
+    apart,
+    carried,
+    preferred,
+    rated,
+    scored,
+    voted,
+    votes_of,
+)
 
 LINE_BREAK = re.compile(" *<br/> *")
 PREFERENCES = (-3, -2, -1, 0, 1, 2, 3)  # of HelpSteer; below 0 the first response is better
@@ -245,22 +256,17 @@ def _by_strength(prompt: Any, first: Any, second: Any, strength: float | None) -
 
 
 def _individual_votes(record: Record, where: str, overall: float) -> Record:
-    """How many annotators agree with the overall preference and how many do not, if it is known.
-
-    One who prefers neither is half a vote for each.
-    """
+    """How many annotators agree with the overall preference and how many do not, if it is known."""
     named = f'{where}: "individual_preference"'
     individual = record.get("individual_preference")
     if not individual:
         return {}
-    votes = [0.0, 0.0]
-    for value in list_of(individual, named):
-        score = choice_at(object_of(value, named), "score", named, PREFERENCES)
-        if score:
-            votes[score * overall < 0] += 1
-        elif score == 0:
-            votes = [votes[0] + 0.5, votes[1] + 0.5]
-    return {"votes": votes} if any(votes) else {}
+    scores = [
+        choice_at(object_of(value, named), "score", named, PREFERENCES)
+        for value in list_of(individual, named)
+    ]
+    agree = [score * overall > 0 if score else None for score in scores if score is not None]
+    return {"votes": votes_of(agree)} if agree else {}
 
 
 def two_outputs(record: Record, where: str) -> Iterator[Item]:
@@ -291,19 +297,13 @@ def two_outputs(record: Record, where: str) -> Iterator[Item]:
 def pandalm(record: Record, where: str) -> Iterator[Item]:
     """PandaLM: labels of several annotators: 1 is the first response, 2 the second, 0 neither."""
     first, second = (text_at(record, f"response{side}", where) for side in "12")
-    votes = [0.0, 0.0]
-    for key in record:
-        if not re.fullmatch(r"annotator\d+", str(key)):
-            continue
-        label = choice_at(record, key, where, (0, 1, 2))
-        if label == 0:
-            votes = [votes[0] + 0.5, votes[1] + 0.5]
-        elif label is not None:
-            votes[int(label) - 1] += 1
-    if not any(votes):
+    annotators = [key for key in record if re.fullmatch(r"annotator\d+", str(key))]
+    labels = [choice_at(record, key, where, (0, 1, 2)) for key in annotators]
+    opinions = [None if label == 0 else label == 1 for label in labels if label is not None]
+    if not opinions:
         yield LeftOut("no label")
         return
-    yield voted(with_input(record, where), [first, second], votes)
+    yield voted(with_input(record, where), [first, second], votes_of(opinions))
 
 
 def arena(record: Record, where: str) -> Iterator[Item]:
@@ -403,21 +403,15 @@ def ultrafeedback(record: Record, where: str) -> Iterator[Item]:
     completions = record["completions"]
     if completions == []:
         return
-    completions = [object_of(each, named) for each in list_of(completions, named)]
+    completions = [object_of(completion, named) for completion in list_of(completions, named)]
     prompt = text_at(record, "instruction", where)
-    responses = [text_at(each, "response", named) for each in completions]
+    responses = [text_at(completion, "response", named) for completion in completions]
     for taste in ("overall", *ASPECTS):
-        scores = [_rating(each, taste, named) for each in completions]
-        rated = [i for i, score in enumerate(scores) if score is not None]
-        missing = twos(len(scores)) - twos(len(rated))
-        if missing:
-            yield LeftOut("no rating", missing, taste)
-        if len(rated) > 1:
-            house = scored(prompt, [responses[i] for i in rated], [scores[i] for i in rated])
-            yield house | {"taste": taste}
+        scores = [_rating(completion, taste, named) for completion in completions]
+        yield from rated(prompt, responses, scores, "no rating", taste=taste)
 
 
-def _rating(completion: Record, taste: str, where: str) -> Any:
+def _rating(completion: Record, taste: str, where: str) -> float | None:
     """A completion's rating in one taste; None if it has none."""
     if taste == "overall":
         rating = value_of(completion, "fine-grained_score", where)
@@ -425,4 +419,4 @@ def _rating(completion: Record, taste: str, where: str) -> Any:
         annotations = object_of(value_of(completion, "annotations", where), f"{where}: annotations")
         aspect = object_of(value_of(annotations, taste, where), f"{where}: {taste}")
         rating = value_of(aspect, "Rating", f"{where}: {taste}")
-    return None if is_absent(rating) or rating == "N/A" else number_of(rating, f"{where}: {taste}")
+    return None if rating == "N/A" else number_or_none(rating, f"{where}: {taste}")

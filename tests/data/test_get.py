@@ -26,7 +26,7 @@ import minimore.data.public.get as get_module
 from minimore.checksums import read_checked_json
 from minimore.cli import main
 from minimore.data.foreign.comparisons import LeftOut
-from minimore.data.foreign.shapes import BY_NAME, house_records, items_of
+from minimore.data.foreign.shapes import BY_NAME, items_of
 from minimore.data.public.parts import copies_of_pairs, is_test, key_of, up_to_first_reply
 from minimore.data.public.sources import SETS, File
 from minimore.options import InputError
@@ -758,7 +758,7 @@ BROKEN = {
 def test_a_malformed_record_is_refused_by_its_line(name, key, value, says):
     records, *_ = EXAMPLES[name]
     with pytest.raises(InputError, match=re.escape(says)) as error:
-        house_records(records[0] | {key: value}, "file:7", name)
+        items_of(BY_NAME[name], records[0] | {key: value}, "file:7")
     assert str(error.value).startswith("file:7: ")
 
 

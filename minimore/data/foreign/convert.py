@@ -173,7 +173,14 @@ def _items(
         f"--language, --skip-deleted and --turns are for OASST; the shape of the file is"
         f" {shape.name!r}",
     )
-    located = _of_one_shape(chain([first], records), shape)
+    yield from _compared(chain([first], records), shape, rules)
+
+
+def _compared(
+    records: Iterable[tuple[str, Record]], shape: Shape, rules: Rules
+) -> Iterator[tuple[str, Item]]:
+    """The comparisons of records of one shape: of all of them together, or of one by one."""
+    located = _of_one_shape(records, shape)
     if shape.name == "oasst-messages":
         yield from items_of_messages(located, rules.trees)
     elif shape.name == "helpsteer":
@@ -191,6 +198,7 @@ def _items(
 
 
 def _counted(records: Iterator[tuple[str, Record]], tally: Tally) -> Iterator[tuple[str, Record]]:
+    """The records, each of which is counted as it passes."""
     for located in records:
         tally.records += 1
         yield located
@@ -199,6 +207,7 @@ def _counted(records: Iterator[tuple[str, Record]], tally: Tally) -> Iterator[tu
 def _of_one_shape(
     located: Iterable[tuple[str, Record]], shape: Shape
 ) -> Iterator[tuple[str, Record]]:
+    """The records, each of which is refused unless it has the shape."""
     for where, record in located:
         require_shape(shape, record, where)
         yield where, record

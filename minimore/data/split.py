@@ -21,9 +21,9 @@ from ..files import directory_written_whole, refuse_existing
 from ..options import Range, check_ranges, option, require
 from ..tables import Table
 from .foreign.shapes import house_records
+from .forms import Pair, record_pairs
 from .prompts import normalised, opening_of, seeded_hash
 from .records import BYTE_ORDER_MARK, Record, read_records
-from .texts import Reading
 
 PARTS = ("train", "validation", "test")
 NEITHER = 255  # stands for the part of a blank line
@@ -125,14 +125,11 @@ def parts_of_lines(options: SplitOptions) -> tuple[array, list[set[bytes]]]:
 def group_of(record: Record, where: str, by: str) -> str:
     """What must not cross parts: the normalised prompt of a record, or its opening.
 
-    A record without a prompt is known by its first response.
+    A record without a prompt is known by its first response, and one without a pair by all that it
+    holds. Raises InputError for a record with several prompts.
     """
-    pairs = [
-        pair
-        for house in house_records(record, where)
-        for pair in Reading().pairs(with_unequal_scores(house), where)[0]
-    ]
-    if not pairs:  # comparisons without a label: no pair of theirs can cross parts
+    pairs = pairs_and_ties_of(record, where)
+    if not pairs:
         return json.dumps(record)
     prompts = [pair.prompt if by == "prompt" else opening_of(pair.prompt) for pair in pairs]
     groups = set(map(normalised, prompts))
@@ -141,7 +138,17 @@ def group_of(record: Record, where: str, by: str) -> str:
         f"{where}: holds comparisons under {len(groups)} prompts, which may not share a line;"
         " expected one prompt a line, as `minimore data convert` writes them",
     )
-    return groups.pop() or normalised(pairs[0].chosen)
+    (group,) = groups
+    return group or normalised(pairs[0].chosen)
+
+
+def pairs_and_ties_of(record: Record, where: str) -> list[Pair]:
+    """The pairs of a record of any shape, and its label ties as if they were pairs."""
+    return [
+        pair
+        for house in house_records(record, where)
+        for pair in record_pairs(with_unequal_scores(house), where)[0]
+    ]
 
 
 def with_unequal_scores(record: Record) -> Record:

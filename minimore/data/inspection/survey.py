@@ -7,7 +7,7 @@ N pairs, G prompts.
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from .signs import signs_of
 
 LINES_SHOWN = 5
 SAMPLE = 10_000  # pairs of which the texts are kept
-MOST_SIGNED = 200_000  # prompts that are compared for near duplicates
+MOST_SIGNATURES = 200_000  # prompts that are compared for near duplicates
 ENCODED_AT_ONCE = 256  # records
 UNCUT = 10**9  # tokens
 
@@ -91,9 +91,9 @@ class Survey:
     longer: array = field(default_factory=lambda: array("q"))
     prompts: array = field(default_factory=lambda: array("q"))
     number_of: dict[int, int] = field(default_factory=dict)  # of a prompt, by its hash
-    signed: list[np.ndarray] = field(default_factory=list)  # signatures of different prompts
-    signed_lines: array = field(default_factory=lambda: array("q"))
-    signed_hashes: array = field(default_factory=lambda: array("q"))
+    signature_rows: list[np.ndarray] = field(default_factory=list)  # of different prompts
+    signature_lines: array = field(default_factory=lambda: array("q"))
+    signature_hashes: array = field(default_factory=lambda: array("q"))
     line_of: dict[int, int] = field(default_factory=dict)  # of a pair, by its hash
     sides: tuple[Counter[int], Counter[int]] = field(
         default_factory=lambda: (Counter(), Counter())
@@ -118,7 +118,7 @@ class Survey:
 
     def signatures(self) -> np.ndarray:
         """The signatures of different prompts: (G, 64)."""
-        return np.array(self.signed, dtype=np.uint32).reshape(-1, BINS)
+        return np.array(self.signature_rows, dtype=np.uint32).reshape(-1, BINS)
 
 
 def survey_of(path: str, tokenizer: Tokenizer | None, max_length: int, chat: bool) -> Survey:
@@ -137,9 +137,12 @@ def survey_of(path: str, tokenizer: Tokenizer | None, max_length: int, chat: boo
                 count_pair(survey, pair, read.line, tokenizer)
         pairs = [(pair, read.line) for read in some for pair in read.pairs]
         if tokenizer is None:
-            add_lengths(survey, [tuple(map(len, pair[:3])) for pair, _ in pairs])
+            lengths = count_characters(pairs)
         else:
-            add_lengths(survey, count_tokens(survey, pairs, tokenizer, max_length))
+            lengths = count_tokens(survey, pairs, tokenizer, max_length)
+        for of_pair in lengths:
+            for column, length in zip(survey.lengths, of_pair):
+                column.append(length)
     count_near_copies(survey)
     return survey
 
@@ -197,7 +200,7 @@ def count_repeats(survey: Survey, key: int, reversed_key: int, line: int) -> Non
 
 
 def number_of_prompt(survey: Survey, prompt: str, line: int) -> int:
-    """The number of a normalised prompt; a new one is signed.
+    """The number of a normalised prompt; a new one leaves its signature.
 
     A pair without a prompt has a number that no other pair has.
     """
@@ -207,39 +210,41 @@ def number_of_prompt(survey: Survey, prompt: str, line: int) -> int:
     if key in survey.number_of:
         return survey.number_of[key]
     survey.number_of[key] = len(survey.number_of)
-    own = signature(prompt) if len(survey.signed) < MOST_SIGNED else None
+    own = signature(prompt) if len(survey.signature_rows) < MOST_SIGNATURES else None
     if own is not None:
-        survey.signed.append(own)
-        survey.signed_lines.append(line)
-        survey.signed_hashes.append(key)
+        survey.signature_rows.append(own)
+        survey.signature_lines.append(line)
+        survey.signature_hashes.append(key)
     return survey.number_of[key]
 
 
 def count_near_copies(survey: Survey) -> None:
     """Count the different prompts that are near duplicates of one before them."""
     for place in near_copies(survey.signatures()).place:
-        survey.count("near duplicates", survey.signed_lines[place])
+        survey.count("near duplicates", survey.signature_lines[place])
 
 
 # ---- lengths -------------------------------------------------------------------------------------
 
 
-def add_lengths(survey: Survey, lengths: Iterable[tuple[int, ...]]) -> None:
-    """Keep the lengths of prompt, chosen and rejected response of some pairs."""
-    for of_pair in lengths:
-        for column, length in zip(survey.lengths, of_pair):
-            column.append(length)
+Lengths = tuple[int, int, int]  # of prompt, chosen and rejected response
+
+
+def count_characters(pairs: list[tuple[Pair, int]]) -> Iterator[Lengths]:
+    """The lengths of some pairs in characters."""
+    for pair, _ in pairs:
+        yield len(pair.prompt), len(pair.chosen), len(pair.rejected)
 
 
 def count_tokens(
     survey: Survey, pairs: list[tuple[Pair, int]], tokenizer: Tokenizer, max_length: int
-) -> Iterator[tuple[int, int, int]]:
+) -> Iterator[Lengths]:
     """The lengths of some pairs in tokens; counts what a cut to max_length does to them.
 
     Texts are cut on the left, and a BOS stays, as in training.
     """
     texts = [
-        text for pair, _ in pairs for text in (pair.prompt + pair.chosen, pair.prompt + pair[2])
+        pair.prompt + response for pair, _ in pairs for response in (pair.chosen, pair.rejected)
     ]
     rendered = [pair.rendered for pair, _ in pairs]
     ids, _ = encode(texts, tokenizer, UNCUT, [flag for flag in rendered for _ in range(2)])

@@ -274,7 +274,10 @@ def refuse_unread_system(record: Record, where: str, key: str) -> None:
 
 
 def _require_part_of_prompt(record: Record, key: str, where: str) -> None:
-    """Refuse a text beside "prompt" that it does not hold, since it would be dropped."""
+    """Refuse a text under another key that is not inside "prompt", since it would be dropped.
+
+    Where one of the two is no string, the other key is taken for something else.
+    """
     prompt, value = record["prompt"], record[key]
     are_texts = isinstance(prompt, str) and isinstance(value, str)
     require(
@@ -299,6 +302,7 @@ def begins_with_system(conversation: Any) -> bool:
 
 
 def _first_role(conversation: Any) -> Any:
+    """Who speaks first in a conversation, under the name that the file has for the role."""
     first = conversation if isinstance(conversation, dict) else conversation[0]
     return first.get("role", first.get("from"))
 
@@ -402,40 +406,52 @@ def _conversation_pair(
     """A pair as conversations; a string among the three becomes a single message.
 
     Responses that are conversations with their prompt in them are read as they are, and must agree
-    with the prompt if it is given, too.
+    with the prompt where there is one, too.
     """
     chosen = messages_of(chosen_value.value, chosen_value.where, tokenizer, "assistant")
     rejected = messages_of(rejected_value.value, rejected_value.where, tokenizer, "assistant")
-    prompt_turns = _shared_turns(chosen, rejected)
     for messages, named in ((chosen, chosen_value), (rejected, rejected_value)):
-        are_several = len(messages) > 1 and all(m["role"] == "assistant" for m in messages)
+        _refuse_several_messages(messages, named.where)
+    are_responses = is_response(chosen) and is_response(rejected)
+    end = _shared_turns(chosen, rejected)  # of the prompt
+    if prompt is None:
         require(
-            not are_several,
-            f"{named.where}: {len(messages)} messages of the assistant; expected one response, or"
-            " several as a list of strings or of lists",
-        )
-    if prompt is None and not (is_response(chosen) and is_response(rejected)):
-        require(
-            prompt_turns > 0,
+            are_responses or end > 0,
             f'{where}: "chosen" and "rejected" do not begin with the same turn; expected two'
             " answers to the same prompt",
         )
-    if prompt is not None:
-        given = messages_of(prompt.value, prompt.where, tokenizer, "user")
+    else:
+        asked = _prompt_messages(prompt, tokenizer)
+        if are_responses:
+            return _render(asked, chosen, rejected, tokenizer)
+        ends = [_beginning(asked, chosen), _beginning(asked, rejected)]
         require(
-            given[-1]["role"] != "assistant",
-            f"{prompt.where}: ends with a turn of the assistant; expected the turn before it",
+            None not in ends,
+            f'{where}: "chosen" and "rejected" are conversations that do not both begin with'
+            ' "prompt"; expected responses alone, or conversations that begin with it',
         )
-        if is_response(chosen) and is_response(rejected):
-            return _render(given, chosen, rejected, tokenizer)
-        in_chosen, in_rejected = _beginning(given, chosen), _beginning(given, rejected)
-        if in_chosen is None or in_rejected is None:
-            raise InputError(
-                f'{where}: "chosen" and "rejected" are conversations that do not both begin with'
-                ' "prompt"; expected responses alone, or conversations that begin with it'
-            )
-        prompt_turns = min(prompt_turns, in_chosen, in_rejected)
-    return _render(chosen[:prompt_turns], chosen[prompt_turns:], rejected[prompt_turns:], tokenizer)
+        end = min(end, *(turns for turns in ends if turns is not None))
+    return _render(chosen[:end], chosen[end:], rejected[end:], tokenizer)
+
+
+def _refuse_several_messages(messages: Messages, where: str) -> None:
+    """Refuse a response of several messages: nobody can tell whether it is one or several."""
+    are_several = len(messages) > 1 and all(m["role"] == "assistant" for m in messages)
+    require(
+        not are_several,
+        f"{where}: {len(messages)} messages of the assistant; expected one response, or"
+        " several as a list of strings or of lists",
+    )
+
+
+def _prompt_messages(prompt: Named, tokenizer: Tokenizer) -> Messages:
+    """A prompt as messages, of which the last asks for an answer."""
+    messages = messages_of(prompt.value, prompt.where, tokenizer, "user")
+    require(
+        messages[-1]["role"] != "assistant",
+        f"{prompt.where}: ends with a turn of the assistant; expected the turn before it",
+    )
+    return messages
 
 
 def whole_conversation(prompt: Messages, response: Messages, where: str) -> Messages:

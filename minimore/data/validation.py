@@ -26,8 +26,10 @@ def hold_out(
     training, validation = [], []
     for source in sources:
         is_held_out = {prompt: key_of(prompt, seed) in held_out for prompt in source.prompts}
-        training.append(part_of(source, [p for p in source.prompts if not is_held_out[p]]))
-        validation.append(part_of(source, [p for p in source.prompts if is_held_out[p]]))
+        training.append(
+            source_of_prompts(source, [p for p in source.prompts if not is_held_out[p]])
+        )
+        validation.append(source_of_prompts(source, [p for p in source.prompts if is_held_out[p]]))
         if not training[-1].pairs:
             raise InputError(
                 f"--validation {share}: source {source.name!r} has {len(source.prompts)} different"
@@ -48,15 +50,15 @@ def key_of(prompt: str, seed: int) -> bytes:
     return seeded_hash(normalised(prompt), seed)
 
 
-def part_of(source: Source, prompts: Sequence[str]) -> Source:
-    """The pairs of some prompts of a source. Its counts stay those of the whole file."""
+def source_of_prompts(source: Source, prompts: Sequence[str]) -> Source:
+    """A source of the pairs of some prompts alone. Its counts stay those of the whole file."""
     numbers = {prompt: source.prompts[prompt] for prompt in prompts}
     in_part = set(numbers.values())
     pairs = [pair for pair in source.pairs if pair.prompt in in_part]
     return replace(source, pairs=pairs, prompts=numbers)
 
 
-def line_of(training: Source, validation: Source) -> str:
+def held_out_line(training: Source, validation: Source) -> str:
     """How much of a source is held out, in one line."""
     held_out, prompts = len(validation.prompts), len(validation.prompts) + len(training.prompts)
     return (

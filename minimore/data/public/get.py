@@ -85,7 +85,9 @@ def get_in(
     if options.test_only and public_set.test:
         files = public_set.test
     inputs, commit = obtain(options, public_set, files, output, earlier)
-    changes = [change for i in inputs for change in changes_of_file(i.file, i.size, i.sha256)]
+    changes = [
+        change for here in inputs for change in changes_of_file(here.file, here.size, here.sha256)
+    ]
     changes += changes_since(earlier, inputs) if earlier else []
     refuse_changes(options, changes)
     conversion = Conversion(public_set, inputs)
@@ -101,7 +103,7 @@ def get_in(
         "commit": commit,
         "licence": public_set.licence,
         "split": "official" if public_set.test else "by opening",
-        "inputs": {i.file.path: described(i, conversion) for i in inputs},
+        "inputs": {here.file.path: described(here, conversion) for here in inputs},
         "changes": changes,
         "outputs": outputs,
         "left_out": conversion.left_out,
@@ -110,9 +112,13 @@ def get_in(
     return manifest
 
 
-def described(i: Input, conversion: Conversion) -> dict[str, Any]:
+def described(here: Input, conversion: Conversion) -> dict[str, Any]:
     """What the manifest says of a file that went in."""
-    return {"sha256": i.sha256, "bytes": i.size, "records": conversion.records[i.file.path]}
+    return {
+        "sha256": here.sha256,
+        "bytes": here.size,
+        "records": conversion.records[here.file.path],
+    }
 
 
 # ---- what is said --------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ Part = Callable[[], Iterator[Record]]  # the house records of a part, from the b
 # ---- what a record says --------------------------------------------------------------------------
 
 
-def text_of(prompt: Any) -> str:
+def prompt_text(prompt: Any) -> str:
     """A prompt as a text, also if it is messages."""
     if not is_conversation(prompt):
         return str(prompt)
@@ -50,7 +50,9 @@ def up_to_first_reply(prompt: Any) -> str:
     if is_conversation(prompt):
         messages = messages_of(prompt, "prompt", None, "user")
         roles = [message["role"] for message in messages]
-        return text_of(messages[: roles.index("assistant")] if "assistant" in roles else messages)
+        return prompt_text(
+            messages[: roles.index("assistant")] if "assistant" in roles else messages
+        )
     text = str(prompt)
     return text[: min((text.find(mark) for mark in ASSISTANT if mark in text), default=len(text))]
 
@@ -62,7 +64,7 @@ def key_of(text: str) -> bytes:
 
 def prompt_key(record: Record) -> bytes:
     """The key of a record's prompt."""
-    return key_of(text_of(record["prompt"]))
+    return key_of(prompt_text(record["prompt"]))
 
 
 def is_test(record: Record) -> bool:
@@ -160,11 +162,11 @@ class Conversion:
     def _records(self, files: Sequence[File]) -> Iterator[Record]:
         """House records of some files, of the set's taste and languages."""
         rules = Rules(TreeRules(languages=self.public_set.languages))
-        for i in self.inputs:
-            if i.file not in files:
+        for here in self.inputs:
+            if here.file not in files:
                 continue
-            tally = self.tallies[i.file.path] = Tally()
-            for _, record in converted(str(i.path), self.public_set.shape, rules, tally):
+            tally = self.tallies[here.file.path] = Tally()
+            for _, record in converted(str(here.path), self.public_set.shape, rules, tally):
                 taste = record.pop("taste", None)
                 if taste == self.public_set.taste:
                     yield record

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from .calibration import probability
+from .data.dialogues import prompt_end
 from .data.foreign.shapes import read_house_records
 from .data.forms import (
-    prompt_end,
     record_pairs,
     refuse_unread_system,
     texts_of,

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checksums import file_checksum
-from ..data.forms import prompt_end, with_prompt
+from ..data.dialogues import prompt_end
+from ..data.forms import with_prompt
 from ..data.messages import is_conversation, messages_of
 from ..data.pairs import encode, refuse_doubled_bos
 from ..data.records import Record, json_line, read_records

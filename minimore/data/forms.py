@@ -23,12 +23,11 @@ from typing import Any, NamedTuple
 
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
+from .dialogues import prompt_end
 from .labels import AS_WRITTEN, ONE_VOTE, Label, LabelRules, read_label, refuse_votes
 from .messages import PLAIN_TURNS, Messages, is_conversation, messages_of
 from .records import Record
 from .values import MOST_RESPONSES, is_score, shown, string_of, value_of
-
-ASSISTANT = ("\n\nAssistant:", "## Assistant:")  # ends the prompt of a dialogue that is given whole
 
 # Other names under which data keep a prompt; what stands in front of one.
 PROMPT_KEYS = ("question", "query", "instruction", "input", "conversations", "messages")
@@ -96,19 +95,6 @@ def texts_of(record: Record, where: str) -> list[str]:
             f" at most {MOST_RESPONSES}"
         )
     return [string_of(text, f'{where}: "text"[{i}]') for i, text in enumerate(texts)]
-
-
-def prompt_end(texts: Sequence[str]) -> int:
-    """Where the shared prompt of whole dialogues ends.
-
-    It ends after the last assistant mark inside their common beginning. Without such a mark the
-    whole texts are responses. (Which tokens are shared is found later, from the tokens.)
-
-    >>> prompt_end(["\\n\\nHuman: hi\\n\\nAssistant: yes", "\\n\\nHuman: hi\\n\\nAssistant: yo"])
-    23
-    """
-    common = os.path.commonprefix(list(texts))
-    return max((common.rfind(mark) + len(mark) for mark in ASSISTANT if mark in common), default=0)
 
 
 # ---- pairs of a record ---------------------------------------------------------------------------

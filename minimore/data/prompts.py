@@ -1,15 +1,9 @@
-"""Prompts: when two are the same one, what a dialogue begins with, and hashes that stand for them.
+"""Prompts: when two are the same one, and hashes that stand for them.
 
 The case of letters and white space make no prompt another.
 """
 
 import hashlib
-import re
-
-from .forms import ASSISTANT
-
-# What begins a turn of the human, in plain dialogues and in those of the template of many models.
-HUMAN = re.compile(r"(?:^|\n)\s*(?:## )?(?:Human|User):")
 
 
 def normalised(text: str) -> str:
@@ -19,25 +13,6 @@ def normalised(text: str) -> str:
     'human: what is it? assistant:'
     """
     return " ".join(text.casefold().split())
-
-
-def opening_of(prompt: str) -> str:
-    """What the human says first in a dialogue; the whole prompt where it has no turns.
-
-    >>> opening_of("\\n\\nHuman: Hi.\\n\\nAssistant: Hello!\\n\\nHuman: Bye.\\n\\nAssistant:")
-    ' Hi.'
-    >>> opening_of("Name a colour.")
-    'Name a colour.'
-    """
-    begin = HUMAN.search(prompt)
-    if begin is None:
-        return prompt
-    ends = [prompt.find(mark, begin.end()) for mark in ASSISTANT]
-    end = min((end for end in ends if end >= 0), default=len(prompt))
-    return prompt[begin.end() : end]
-
-
-# ---- hashes --------------------------------------------------------------------------------------
 
 
 def prompt_hash(prompt: str) -> int:

@@ -20,9 +20,10 @@ from ..checksums import write_checked_json
 from ..files import directory_written_whole, refuse_existing
 from ..options import Range, check_ranges, option, require
 from ..tables import Table
+from .dialogues import opening_of
 from .foreign.shapes import house_records
 from .forms import Pair, record_pairs
-from .prompts import normalised, opening_of, seeded_hash
+from .prompts import normalised, seeded_hash
 from .records import BYTE_ORDER_MARK, Record, read_records
 
 PARTS = ("train", "validation", "test")

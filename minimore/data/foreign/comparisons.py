@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ...options import require
-from ..forms import prompt_end
+from ..dialogues import prompt_end
 from ..messages import Messages, is_conversation, messages_of
 from ..records import Record
 from ..values import string_of

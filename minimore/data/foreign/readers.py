@@ -12,7 +12,8 @@ from pathlib import PurePath
 from typing import Any
 
 from ...options import require
-from ..forms import BEFORE_A_PROMPT, PROMPT_KEYS, prompt_end, texts_of, with_prompt
+from ..dialogues import prompt_end
+from ..forms import BEFORE_A_PROMPT, PROMPT_KEYS, texts_of, with_prompt
 from ..messages import is_conversation
 from ..records import Record
 from ..values import (

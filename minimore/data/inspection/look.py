@@ -17,16 +17,8 @@ from ...files import directory_written_whole, refuse_existing, write_json, write
 from ...model.tokenizer import Tokenizer
 from ...options import Range, check_ranges, option, require
 from ...tables import MarkdownTable, number
-from .findings import (
-    FAULTS,
-    Between,
-    Finding,
-    SimpleRules,
-    all_between,
-    findings_of,
-    rule_lines,
-    rules_of,
-)
+from .between import Between, all_between
+from .findings import FAULTS, Finding, SimpleRules, findings_of, rule_lines, rules_of
 from .survey import Survey, survey_of
 
 PAIRS_SHOWN = 3

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from ...model.tokenizer import Tokenizer
+from ..dialogues import NEXT_TURN
 from ..forms import Pair
 from ..prompts import normalised
 
@@ -34,7 +35,6 @@ SPECIAL_NAMES = (
     *("<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "[PAD]", "[CLS]", "[SEP]", "[UNK]"),
     *("<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|endofprompt|>"),
 )
-NEXT_TURN = re.compile(r"\n\n(?:## )?(?:Human|User|Assistant):")
 
 
 def signs_of(pair: Pair, tokenizer: Tokenizer | None = None) -> Iterator[str]:

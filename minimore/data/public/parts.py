@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ...options import require
+from ..dialogues import ASSISTANT
 from ..foreign.convert import Rules, Tally, converted
 from ..foreign.trees import TreeRules
-from ..forms import ASSISTANT
 from ..messages import is_conversation, messages_of
 from ..prompts import as_bytes, normalised
 from ..records import Record

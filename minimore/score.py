@@ -23,13 +23,12 @@ from .data.dialogues import prompt_end
 from .data.foreign.shapes import read_house_records
 from .data.forms import (
     record_pairs,
-    refuse_unread_system,
     texts_of,
     whole_conversation,
-    with_prompt,
 )
 from .data.messages import Messages, is_conversation, messages_of
 from .data.pairs import TextRules, encode, refuse_doubled_bos
+from .data.prompt_keys import refuse_unread_system, with_prompt
 from .data.records import Record, json_line
 from .data.values import MOST_RESPONSES, keys_of, shown, text_at
 from .files import refuse_existing, written_whole

@@ -13,7 +13,8 @@ uncertainty disagreement figures.plots figures.history figures.curves figures.pl
 model.attention model.fused model.recompute model.model_config model.rotation model.trunk
 model.config_json model.family_configs model.families model.bounds model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint
-data.values data.dialogues data.messages data.records data.columns data.labels data.forms
+data.values data.dialogues data.messages data.records data.columns data.labels data.prompt_keys
+data.forms
 data.foreign.comparisons data.foreign.trees data.foreign.rows data.foreign.readers
 data.foreign.annotators data.foreign.fields data.foreign.shapes data.foreign.sift
 data.foreign.convert

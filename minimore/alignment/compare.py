@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data.forms import Named, with_prompt
+from ..data.forms import Named
 from ..data.messages import is_conversation
+from ..data.prompt_keys import with_prompt
 from ..data.records import Record, read_records
 from ..data.values import MOST_RESPONSES, shown, string_of
 from ..files import refuse_existing, write_json

@@ -16,8 +16,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..data.forms import Named, with_prompt
+from ..data.forms import Named
 from ..data.messages import messages_of
+from ..data.prompt_keys import with_prompt
 from ..data.records import Record, read_records
 from ..data.values import shown, value_of
 from ..data.world import World

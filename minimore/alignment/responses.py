@@ -16,12 +16,11 @@ from ..data.forms import (
     Named,
     Pair,
     record_pairs,
-    refuse_unread_system,
     whole_conversation,
-    with_prompt,
 )
 from ..data.messages import Messages, is_conversation, messages_of
 from ..data.pairs import CHARACTERS_AT_ONCE, refuse_doubled_bos
+from ..data.prompt_keys import refuse_unread_system, with_prompt
 from ..data.records import Record, read_records
 from ..data.values import MOST_RESPONSES, shown, string_of
 from ..model.checkpoint import Checkpoint, named_id

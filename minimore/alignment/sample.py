@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from ..checksums import file_checksum
 from ..data.dialogues import prompt_end
-from ..data.forms import with_prompt
 from ..data.messages import is_conversation, messages_of
 from ..data.pairs import encode, refuse_doubled_bos
+from ..data.prompt_keys import with_prompt
 from ..data.records import Record, json_line, read_records
 from ..data.values import MOST_RESPONSES, string_of
 from ..files import refuse_existing, written_whole

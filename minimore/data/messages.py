@@ -52,6 +52,22 @@ def is_conversation(value: Any) -> bool:
     )
 
 
+def begins_with_system(conversation: Any) -> bool:
+    """Whether a conversation has a system message in front."""
+    return is_conversation(conversation) and _first_role(conversation) == "system"
+
+
+def _first_role(conversation: Any) -> Any:
+    """Who speaks first in a conversation, under the name that the file has for the role."""
+    first = conversation if isinstance(conversation, dict) else conversation[0]
+    return first.get("role", first.get("from"))
+
+
+def is_response(conversation: Any) -> bool:
+    """Whether a conversation begins with what the model says."""
+    return _first_role(conversation) in ("assistant", "gpt", "chatgpt", "bot", "model")
+
+
 def messages_of(value: Any, where: str, tokenizer: Tokenizer | None, role: str) -> Messages:
     """A conversation as {"role", "content"}, checked; a string is one message of the given role.
 

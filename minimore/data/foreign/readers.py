@@ -13,8 +13,9 @@ from typing import Any
 
 from ...options import require
 from ..dialogues import prompt_end
-from ..forms import BEFORE_A_PROMPT, PROMPT_KEYS, texts_of, with_prompt
+from ..forms import texts_of
 from ..messages import is_conversation
+from ..prompt_keys import BEFORE_A_PROMPT, PROMPT_KEYS, with_prompt
 from ..records import Record
 from ..values import (
     choice_at,

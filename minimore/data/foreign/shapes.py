@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ...options import require
 from ..columns import read_rows
-from ..forms import PROMPT_KEYS, is_whole
+from ..prompt_keys import PROMPT_KEYS, is_whole
 from ..records import Record
 from ..values import keys_of
 from . import readers

@@ -106,10 +106,8 @@ def check_outputs(options: EvaluateOptions) -> None:
             f"--json {options.json}: lies in --figures {options.figures}, which is made new;"
             " choose another place",
         )
-    require(
-        not options.figures or plots.available(),
-        "--figures needs matplotlib: pip install 'minimore[plots]'",
-    )
+    if options.figures:
+        plots.require_matplotlib("--figures needs")
 
 
 def check_held_out(held_out: Paths, tests: Paths) -> None:

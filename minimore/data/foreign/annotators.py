@@ -3,14 +3,24 @@
 Each takes a record and "file:line", and gives items (comparisons.py); shapes.py has the table.
 """
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
 from ...options import require
 from ..records import Record
-from ..values import is_absent, list_of, number_or_none, object_of, text_at, value_of
+from ..values import (
+    choice_at,
+    is_absent,
+    list_of,
+    number_or_none,
+    object_of,
+    text_at,
+    value_of,
+)
 from .comparisons import Item, LeftOut, rated, twos, voted, votes_of
+from .house import with_input
 
 # What an annotator of MultiPref says, and whether the first response is the better one.
 MULTIPREF_OPINIONS = {
@@ -77,3 +87,15 @@ def _turn_of(turn: list[Record], named: str) -> tuple[Record, list[Record]]:
         " and replies of models",
     )
     return asked[0], replies
+
+
+def pandalm(record: Record, where: str) -> Iterator[Item]:
+    """PandaLM: labels of several annotators: 1 is the first response, 2 the second, 0 neither."""
+    first, second = (text_at(record, f"response{side}", where) for side in "12")
+    annotators = [key for key in record if re.fullmatch(r"annotator\d+", str(key))]
+    labels = [choice_at(record, key, where, (0, 1, 2)) for key in annotators]
+    opinions = [None if label == 0 else label == 1 for label in labels if label is not None]
+    if not opinions:
+        yield LeftOut("no label")
+        return
+    yield voted(with_input(record, where), [first, second], votes_of(opinions))

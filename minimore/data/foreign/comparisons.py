@@ -1,6 +1,6 @@
 """Comparisons: what a record of any shape is turned into.
 
-A reader of a shape (readers.py, trees.py, rows.py) gives *items*: house records, as forms.py reads
+A reader of a shape (readers.py, trees.py, ...) gives *items*: house records, as forms.py reads
 them, and in their place `LeftOut` where a comparison has no label. Nothing else may happen to a
 comparison: what a reader cannot understand is an InputError.
 """

@@ -1,21 +1,16 @@
-"""Readers: for every shape that is one record a line, the function that turns it into comparisons.
+"""Readers: for shapes that are one record a line, the functions that turn it into comparisons.
 
 Each takes a record and "file:line", and gives items (comparisons.py). The names of the fields are
-those of the public files; shapes.py has the table of them.
+those of the public files; shapes.py has the table of them. house.py and annotators.py have more.
 """
 
 import html
 import re
 from collections.abc import Iterator
-from itertools import product
 from pathlib import PurePath
 from typing import Any
 
 from ...options import require
-from ..dialogues import prompt_end
-from ..forms import texts_of
-from ..messages import is_conversation
-from ..prompt_keys import BEFORE_A_PROMPT, PROMPT_KEYS, with_prompt
 from ..records import Record
 from ..values import (
     choice_at,
@@ -40,6 +35,7 @@ from .comparisons import (
     voted,
     votes_of,
 )
+from .house import with_input
 
 LINE_BREAK = re.compile(" *<br/> *")
 PREFERENCES = (-3, -2, -1, 0, 1, 2, 3)  # of HelpSteer; below 0 the first response is better
@@ -55,102 +51,6 @@ WINNERS = {
     "tie (bothbad)": None,
     "tie (inconsistent)": None,
 }
-PAIR_KEYS = ("prompt", "chosen", "rejected", "votes", "margin", "weight")
-SCORED_KEYS = ("prompt", "responses", "scores", "votes")
-STYLES = ("easy", "normal", "hard")  # of RM-Bench: chosen dressed better, alike, worse
-
-
-# ---- the forms that training reads as they are ---------------------------------------------------
-
-
-def pairs(record: Record, where: str) -> Iterator[Item]:
-    """A prompt with what was chosen and what was rejected, or two whole dialogues.
-
-    Several responses on a side make all their pairs.
-    """
-    for key in ("chosen", "rejected"):
-        value_of(record, key, where)
-    record = with_prompt(record, where)
-    chosen, rejected = record["chosen"], record["rejected"]
-    if "prompt" not in record and isinstance(chosen, str) and isinstance(rejected, str):
-        prompt, (chosen, rejected) = apart([chosen, rejected], where)
-        record = {"prompt": prompt} | record
-    house = with_single_values(record, PAIR_KEYS)
-    twos_of_sides = list(product(_several(chosen, where), _several(rejected, where)))
-    require(
-        len(twos_of_sides) == 1 or record.get("votes") is None,
-        f'{where}: "votes" beside several responses; expected one "chosen" and one "rejected"',
-    )
-    for chosen, rejected in twos_of_sides:
-        yield house | {"chosen": chosen, "rejected": rejected}
-
-
-def _several(value: Any, where: str) -> list[Any]:
-    """The responses of one side: those of a list, or the single one."""
-    if not isinstance(value, list) or is_conversation(value):
-        return [value]
-    return list_of(value, f"{where}: the responses of a side")
-
-
-def scored_responses(record: Record, where: str) -> Iterator[Item]:
-    """A prompt with several responses and a score each."""
-    yield with_single_values(with_prompt(record, where), SCORED_KEYS)
-
-
-def scored_texts(record: Record, where: str) -> Iterator[Item]:
-    """Whole texts with a score each."""
-    texts = texts_of(record, where)
-    end = prompt_end(texts)
-    house = scored(texts[0][:end], [text[end:] for text in texts], record["score"])
-    yield house | with_single_values(record, ("votes",))
-
-
-def with_single_values(record: Record, keys: tuple[str, ...]) -> Record:
-    """Of a record these keys, and what else is one value and no part of the prompt."""
-    parts = {*PROMPT_KEYS, *BEFORE_A_PROMPT, "text", "score"}
-    return {
-        key: value
-        for key, value in record.items()
-        if key in keys or (key not in parts and isinstance(value, (str, int, float)))
-    }
-
-
-# ---- a prompt in two fields ----------------------------------------------------------------------
-
-
-def with_input(record: Record, where: str) -> str:
-    """An instruction and, on the next line, its input, if there is one."""
-    instruction = text_at(record, "instruction", where)
-    value = record.get("input")
-    text = "" if value is None else string_of(value, f'{where}: "input"')
-    return f"{instruction}\n{text}" if text.strip() else instruction
-
-
-def alpaca(record: Record, where: str) -> Iterator[Item]:
-    """An instruction with an input, and what was chosen and rejected."""
-    others = {key: record[key] for key in record if key not in ("instruction", "input")}
-    yield from pairs({"prompt": with_input(record, where)} | others, where)
-
-
-def orca(record: Record, where: str) -> Iterator[Item]:
-    """A question with a system text; they become messages, also where the system text is empty."""
-    system, question = record["system"] or "", value_of(record, "question", where)
-    if is_conversation(question):
-        prompt = [question] if isinstance(question, dict) else question
-    else:
-        prompt = [{"role": "user", "content": text_at(record, "question", where)}]
-    if string_of(system, f'{where}: "system"').strip():
-        prompt = [{"role": "system", "content": system}, *prompt]
-    others = {key: record[key] for key in record if key not in ("system", "question")}
-    yield from pairs({"prompt": prompt} | others, where)
-
-
-def openai(record: Record, where: str) -> Iterator[Item]:
-    """OpenAI's files for preference tuning: messages, then one answer of each kind."""
-    messages = object_of(record["input"], f'{where}: "input"')
-    prompt = value_of(messages, "messages", f'{where}: "input"')
-    first, second = record["preferred_output"], record["non_preferred_output"]
-    yield preferred(prompt, [first, second], True)
 
 
 # ---- two responses and who prefers which ---------------------------------------------------------
@@ -296,18 +196,6 @@ def two_outputs(record: Record, where: str) -> Iterator[Item]:
     yield item | carried(record, annotator="annotator")
 
 
-def pandalm(record: Record, where: str) -> Iterator[Item]:
-    """PandaLM: labels of several annotators: 1 is the first response, 2 the second, 0 neither."""
-    first, second = (text_at(record, f"response{side}", where) for side in "12")
-    annotators = [key for key in record if re.fullmatch(r"annotator\d+", str(key))]
-    labels = [choice_at(record, key, where, (0, 1, 2)) for key in annotators]
-    opinions = [None if label == 0 else label == 1 for label in labels if label is not None]
-    if not opinions:
-        yield LeftOut("no label")
-        return
-    yield voted(with_input(record, where), [first, second], votes_of(opinions))
-
-
 def arena(record: Record, where: str) -> Iterator[Item]:
     """Judgements of two conversations (Chatbot Arena, MT-bench), up to the turn that was judged."""
     winner = value_of(record, "winner", where)
@@ -381,18 +269,6 @@ def domains(record: Record, where: str) -> Iterator[Item]:
                 yield preferred(prompt, [responses[taste], responses[other]], True) | {
                     "taste": taste
                 }
-
-
-def rm_bench(record: Record, where: str) -> Iterator[Item]:
-    """RM-Bench: three styles of a right and of a wrong response, each against each.
-
-    It is easy where the right one has the richer style, and hard where the wrong one has.
-    """
-    for i, chosen in enumerate(record["chosen"]):
-        for j, rejected in enumerate(record["rejected"]):
-            level = STYLES[1 + (j > i) - (j < i)]
-            item = preferred(record["prompt"], [chosen, rejected], True)
-            yield item | {"subset": level} | carried(record, domain="domain")
 
 
 def ultrafeedback(record: Record, where: str) -> Iterator[Item]:

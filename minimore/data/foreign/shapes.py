@@ -13,8 +13,8 @@ from ..columns import read_rows
 from ..prompt_keys import PROMPT_KEYS, is_whole
 from ..records import Record
 from ..values import keys_of
-from . import readers
-from .annotators import MULTIPREF_GROUPS, multipref, prism
+from . import house, readers
+from .annotators import MULTIPREF_GROUPS, multipref, pandalm, prism
 from .comparisons import Item, LeftOut
 from .trees import items_of_tree
 
@@ -155,7 +155,7 @@ SHAPES = (
         "pandalm",
         "PandaLM, labels of several annotators",
         ("instruction", "response1", "response2", "annotator1"),
-        readers.pandalm,
+        pandalm,
     ),
     Shape(
         "two-outputs",
@@ -173,28 +173,28 @@ SHAPES = (
         "openai",
         "OpenAI's preference tuning",
         ("input", "preferred_output", "non_preferred_output"),
-        readers.openai,
+        house.openai,
     ),
     Shape("ukp", "UKPConvArg", ("#id", "label", "a1", "a2"), readers.ukp),
     Shape(
         "alpaca",
         "an instruction with an input",
         ("instruction", "input", "chosen", "rejected"),
-        readers.alpaca,
+        house.alpaca,
         _is_prompt_in("instruction", "input"),
     ),
     Shape(
         "orca",
         "a question with a system text",
         ("system", "question", "chosen", "rejected"),
-        readers.orca,
+        house.orca,
         _is_prompt_in("question"),
     ),
     Shape(
         "rm-bench",
         "RM-Bench, three by three",
         ("prompt", "chosen", "rejected", "domain"),
-        readers.rm_bench,
+        house.rm_bench,
         _is_three_by_three,
         is_house=True,
     ),
@@ -202,21 +202,21 @@ SHAPES = (
         "pairs",
         "chosen and rejected, as HH, RewardBench and many others",
         ("chosen", "rejected"),
-        readers.pairs,
+        house.pairs,
         is_house=True,
     ),
     Shape(
         "scored",
         "a prompt with responses and scores",
         ("responses", "scores"),
-        readers.scored_responses,
+        house.scored_responses,
         is_house=True,
     ),
     Shape(
         "text-score",
         "texts with scores",
         ("text", "score"),
-        readers.scored_texts,
+        house.scored_texts,
         is_house=True,
     ),
 )

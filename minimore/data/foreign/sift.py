@@ -70,7 +70,7 @@ def reason_against(pair: Pair) -> str:
 
 
 def _single_pair(record: Record, where: str) -> Pair:
-    """The one pair of a record; InputError if it has several."""
+    """The one pair of a record, whose votes are checked, too; InputError if it has several."""
     pairs, _ = record_pairs(record, where, rules=LabelRules())
     require(
         len(pairs) == 1,

@@ -80,9 +80,13 @@ def disagreement(margins: ArrayLike, shares: ArrayLike, votes: ArrayLike) -> Dis
 def entropy_bounds(for_chosen: int, for_rejected: int) -> tuple[float, float]:
     """Two numbers of one pair's votes, of which the means stand below and above its entropy, nats.
 
-    With x = 2 π - 1 the entropy is a series, H = log 2 - Σ_k x^(2k) / (2k (2k - 1)), k = 1, 2, ...
-    Its first K terms, 2 K <= n, leave too much. If what the others take off when x = 1 is taken off
-    times x^(2K), then it is too little, but for x = 0 and x = 1.
+    With the lead x = 2 π - 1 the entropy is log 2 less a series, and n votes can estimate its first
+    K terms, 2K <= n:
+
+        H = log 2 - Σ_k x^(2k) / (2k (2k - 1))       for k = 1, 2, ...
+
+    Upper bound: these K terms alone are taken off. All others together are at most their sum at
+    x = 1 times x^(2K). Lower bound: that is taken off, too. At x = 0 and x = 1 it is H itself.
 
     >>> [round(bound, 3) for bound in entropy_bounds(4, 0)]  # as if all annotators agreed
     [0.0, 0.11]

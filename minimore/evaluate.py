@@ -69,24 +69,24 @@ def evaluate(options: EvaluateOptions) -> None:
     check_held_out(held_out_paths, paths)
     check_baseline(options)
 
-    reading = read(options, options.model, paths, held_out_paths)
-    report = report_of(reading.margins, reading.sources)
-    report |= {"model": options.model, "files": paths, **reading.rules._asdict()}
+    measured = read(options, options.model, paths, held_out_paths)
+    report = report_of(measured.margins, measured.sources)
+    report |= {"model": options.model, "files": paths, **measured.rules._asdict()}
     print(table(report))
     if options.baseline:
         baseline = read(replace(options, model=options.baseline), options.baseline, paths, {})
         report["baseline"] = options.baseline
         report["differences"] = compare(
-            reading.margins, reading.sources, baseline.margins, baseline.sources
+            measured.margins, measured.sources, baseline.margins, baseline.sources
         )
         print(comparison_table(report["differences"], options.baseline))
-    if reading.held_out:
+    if measured.held_out:
         report["temperatures"] = temperatures(
-            reading.margins, reading.held_out, reading.shares, reading.held_out_shares
+            measured.margins, measured.held_out, measured.shares, measured.held_out_shares
         )
         print(temperature_table(report["temperatures"]))
     if options.figures:
-        figure = plots.draw_margins(reading.margins, Path(options.figures), reading.shares)
+        figure = plots.draw_margins(measured.margins, Path(options.figures), measured.shares)
         print(f"figure: {figure}")
     if options.json:
         write_json(options.json, report)
@@ -106,10 +106,8 @@ def check_outputs(options: EvaluateOptions) -> None:
             f"--json {options.json}: lies in --figures {options.figures}, which is made new;"
             " choose another place",
         )
-    require(
-        not options.figures or plots.available(),
-        "--figures needs matplotlib: pip install 'minimore[plots]'",
-    )
+    if options.figures:
+        plots.require_matplotlib("--figures needs")
 
 
 def check_held_out(held_out: Paths, tests: Paths) -> None:
@@ -151,8 +149,8 @@ def print_overlaps(tests: Sequence[Source], held_out: Sequence[Source], training
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What one model says about the files."""
+class FileMargins:
+    """What one model says about the files: its margins of the test pairs and of held-out pairs."""
 
     rules: TextRules
     sources: list[Source]
@@ -171,7 +169,9 @@ class Reading:
         return {source.name: source.shares for source in self.held_out_sources}
 
 
-def read(options: EvaluateOptions, model_name: str, paths: Paths, held_out_paths: Paths) -> Reading:
+def read(
+    options: EvaluateOptions, model_name: str, paths: Paths, held_out_paths: Paths
+) -> FileMargins:
     """Open a model and read the files with it. A line describes every source."""
     checkpoint = Checkpoint(model_name)
     rules = options.rules(checkpoint)
@@ -207,4 +207,4 @@ def read(options: EvaluateOptions, model_name: str, paths: Paths, held_out_paths
             f"{model_name}: no score.weight, so this is an untrained head (the paper's Raw)",
             file=sys.stderr,
         )
-    return Reading(rules, sources, margins, held_out_margins, held_out)
+    return FileMargins(rules, sources, margins, held_out_margins, held_out)

@@ -38,7 +38,7 @@ def step_metrics(
     margins = (result.z_chosen - result.z_rejected) @ head  # (B,)
     is_right = (margins > 0).double() + 0.5 * (margins == 0)  # a reward tie is half right
     if labels is not None:
-        is_right[labels.target == 0.5] = 0.5  # and so is any answer where votes are evenly split
+        is_right[labels.share == 0.5] = 0.5  # and so is any answer where votes are evenly split
     pairs = (head, result.z_chosen, result.z_rejected, source, K, 0.0, labels)
     losses = bradley_terry_losses(*pairs)
     gradients = head_gradients(*pairs)  # (K, D)

@@ -22,9 +22,9 @@ MOST_SOURCES = 12  # the exact solver tries all 2^K - 1 supports
 def pair_losses(margins: Tensor, smoothing: float = 0.0, labels: Labels | None = None) -> Tensor:
     """Bradley-Terry loss of each pair: -log sigmoid(r_chosen - r_rejected), the summand of Eq. 1.
 
-    margins: (B,) -> (B,), nats. smoothing: the share of labels taken as the wrong way round, and
-    labels: votes and the like; the paper has neither (votes.py). Source: Bradley
-    and Terry 1952; arXiv 2312.07401v5, Eq. 1.
+    margins: (B,) -> (B,), nats. smoothing: the share of labels taken as the wrong way round.
+    labels: votes and the like (votes.py). The paper has neither. Source: Bradley and Terry 1952;
+    arXiv 2312.07401v5, Eq. 1.
 
     >>> pair_losses(torch.tensor([0.0]))
     tensor([0.6931])

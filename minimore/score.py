@@ -19,20 +19,18 @@ import torch
 from torch import Tensor
 
 from .calibration import probability
+from .data.dialogues import prompt_end
 from .data.foreign.shapes import read_house_records
 from .data.forms import (
-    MOST_RESPONSES,
-    prompt_end,
     record_pairs,
-    refuse_unread_system,
-    text_of,
     texts_of,
     whole_conversation,
-    with_prompt,
 )
-from .data.messages import Messages, is_conversation, messages_of, shown
+from .data.messages import Messages, is_conversation, messages_of
 from .data.pairs import TextRules, encode, refuse_doubled_bos
+from .data.prompt_keys import refuse_unread_system, with_prompt
 from .data.records import Record, json_line
+from .data.values import MOST_RESPONSES, keys_of, shown, text_at
 from .files import refuse_existing, written_whole
 from .model.checkpoint import Checkpoint
 from .model.tokenizer import Tokenizer
@@ -206,10 +204,9 @@ def _texts_of_form(record: Record, where: str, tokenizer: Tokenizer, chat: bool)
         end = prompt_end(texts)
         is_blank = not all(text[end:].strip() for text in texts)
         return Texts("texts", texts, False, is_blank)
-    keys = ", ".join(map(str, record)) or "none"
     raise InputError(
         f'{where}: expected "chosen" and "rejected", "prompt" and "response", or a list "text";'
-        f" found keys: {keys}"
+        f" found keys: {keys_of(record)}"
     )
 
 
@@ -219,7 +216,9 @@ def _response(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> T
         turns = messages_of(prompt, f'{where}: "prompt"', tokenizer, "user")
         answer = messages_of(response, f'{where}: "response"', tokenizer, "assistant")
         return _conversation(whole_conversation(turns, answer, where), tokenizer)
-    prompt, response = text_of(record, "prompt", where), text_of(record, "response", where)
+    prompt, response = (
+        text_at(record, key, where, "a string, or messages") for key in ("prompt", "response")
+    )
     return Texts("response", [prompt + response], False, not response.strip())
 
 

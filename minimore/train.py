@@ -19,7 +19,7 @@ from .data.labels import LabelRules
 from .data.overlap import hashes_of, print_overlap, write_training_prompts
 from .data.pairs import Source, TokenPair, load_sources
 from .data.sampling import batch_size_of
-from .data.validation import hold_out, line_of
+from .data.validation import held_out_line, hold_out
 from .engine.objective import RewardObjective, StepResult, labels_of
 from .engine.streamed import open_engine
 from .engine.workload import RunOptions, workload_of
@@ -357,7 +357,7 @@ def held_out_of(sources: list[Source], options: TrainOptions) -> tuple[list[Sour
         return sources, []
     training, validation = hold_out(sources, options.validation, options.seed)
     for left, held_out in zip(training, validation):
-        print(f"  {left.name}: {line_of(left, held_out)}", flush=True)
+        print(f"  {left.name}: {held_out_line(left, held_out)}", flush=True)
     return training, validation
 
 
@@ -451,7 +451,7 @@ def model_card(training: RewardTraining, results: str) -> str:
     options_table = table_of_options(options, ("source", "output", "resume", "model"))
     lines = [f"- {source.line()}" for source in training.sources]
     for source, held_out in zip(training.sources, training.validation_sources):
-        lines.append(f"- {source.name}: {line_of(source, held_out)}")
+        lines.append(f"- {source.name}: {held_out_line(source, held_out)}")
     counts = "\n".join(lines)
     return f"""---
 tags: [reward-model, minimore]

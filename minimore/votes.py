@@ -14,16 +14,16 @@ from torch import Tensor
 
 
 class Labels(NamedTuple):
-    """What annotators say of B pairs, each (B,). One vote for each is target 1, margin 0, weight 1.
+    """What annotators say of B pairs, each (B,). One vote for each is share 1, margin 0, weight 1.
 
-    target: the share of votes for the chosen response. margin: by how much its reward should be the
+    share: of the votes, those for the chosen response. margin: by how much its reward should be the
     higher one (Llama 2, arXiv 2307.09288, Eq. 2). weight: of the pair's loss. L_k stays the mean
     over the pairs of a source, so a pair of weight 2 counts like two in the loss and in its
     gradient, whatever else the batch holds; a mean over the sum of weights would not notice a
     weight where a source has one pair in the batch.
     """
 
-    target: Tensor
+    share: Tensor
     margin: Tensor
     weight: Tensor
 
@@ -33,23 +33,23 @@ class Labels(NamedTuple):
 
 
 def labelled_losses(margins: Tensor, labels: Labels, smoothing: float = 0.0) -> Tensor:
-    """Bradley-Terry loss of pairs with a target t, a margin c and a weight w.
+    """Bradley-Terry loss of pairs with a share t, a margin c and a weight w.
 
     w (-t log sigmoid(m - c) - (1 - t) log sigmoid(c - m))
 
-    margins m: (B,) -> (B,), nats. smoothing s: the target becomes (1 - s) t + s (1 - t). With
+    margins m: (B,) -> (B,), nats. smoothing s: the share becomes (1 - s) t + s (1 - t). With
     c = 0 it is the mean loss of the single votes, so it is least where sigmoid(m) = t.
     """
-    m, t = margins - labels.margin, _smoothed(labels.target, smoothing)
+    m, t = margins - labels.margin, _smoothed(labels.share, smoothing)
     return labels.weight * (-t * F.logsigmoid(m) - (1 - t) * F.logsigmoid(-m))
 
 
 def labelled_slopes(margins: Tensor, labels: Labels, smoothing: float = 0.0) -> Tensor:
     """Derivative of `labelled_losses` by the margin: w (sigmoid(m - c) - t). (B,) -> (B,)."""
-    m, t = margins - labels.margin, _smoothed(labels.target, smoothing)
+    m, t = margins - labels.margin, _smoothed(labels.share, smoothing)
     return labels.weight * (torch.sigmoid(m) - t)
 
 
-def _smoothed(target: Tensor, smoothing: float) -> Tensor:
-    """The target when a share of the votes is taken as the wrong way round."""
-    return (1 - smoothing) * target + smoothing * (1 - target)
+def _smoothed(share: Tensor, smoothing: float) -> Tensor:
+    """The share of votes when some of them are taken as the wrong way round."""
+    return (1 - smoothing) * share + smoothing * (1 - share)

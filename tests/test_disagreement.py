@@ -54,6 +54,8 @@ def test_bounds_close_in_with_votes():
         for n in (2, 4, 10)
     ]
     assert gaps[0] > 2 * gaps[1] > 4 * gaps[2]
+    uppers = [entropy_bounds(n, 0)[1] for n in (8, 10, 12)]
+    assert uppers[0] > uppers[1] == uppers[2]  # five terms of the series at most
 
 
 def test_the_scores_of_a_model_split_into_both_parts():
@@ -72,7 +74,7 @@ def test_the_scores_of_a_model_split_into_both_parts():
 
 
 def test_pairs_without_two_whole_votes_are_not_used():
-    assert disagreement([1.0, 2.0, 0.5], [1, 0.5, 0.6], [1, 1, 2.5]) is None
+    assert disagreement([1.0, 2.0, 0.5, 1.0], [1, 0.5, 0.6, 0.4], [1, 1, 2.5, 2.5]) is None
     figures = disagreement([1.0, 2.0], [1, 2 / 3], [1, 3])
     assert (figures.pairs, figures.votes) == (1, 3)
     assert figures.brier_floor == pytest.approx(1 / 3)

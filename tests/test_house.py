@@ -13,13 +13,14 @@ uncertainty disagreement figures.plots figures.history figures.curves figures.pl
 model.attention model.fused model.recompute model.model_config model.rotation model.trunk
 model.config_json model.family_configs model.families model.bounds model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint
-data.messages data.records data.columns data.labels data.forms
-data.foreign.comparisons data.foreign.trees data.foreign.rows data.foreign.readers
-data.foreign.annotators data.foreign.fields data.foreign.shapes data.foreign.sift
-data.foreign.convert
-data.texts data.pairs data.overlap data.split data.sampling data.validation data.world
+data.values data.dialogues data.messages data.records data.columns data.labels data.prompt_keys
+data.forms
+data.foreign.comparisons data.foreign.trees data.foreign.rows data.foreign.house
+data.foreign.readers data.foreign.annotators data.foreign.fields data.foreign.shapes
+data.foreign.sift data.foreign.convert
+data.texts data.pairs data.prompts data.overlap data.split data.sampling data.validation data.world
 data.inspection.near_duplicates data.inspection.signs data.inspection.word_rule
-data.inspection.survey data.inspection.findings data.inspection.look
+data.inspection.survey data.inspection.findings data.inspection.between data.inspection.look
 data.public.sources data.public.download data.public.changes data.public.manifest data.public.parts
 data.public.get
 reward score report comparison evaluate

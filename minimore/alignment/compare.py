@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data.forms import MOST_RESPONSES, Named, with_prompt
-from ..data.messages import is_conversation, shown, string_of
+from ..data.forms import Named
+from ..data.messages import is_conversation
+from ..data.prompt_keys import with_prompt
 from ..data.records import Record, read_records
+from ..data.values import MOST_RESPONSES, shown, string_of
 from ..files import refuse_existing, write_json
 from ..options import COUNT, InputError, check_ranges, flag_of, option, require
 from ..reward import ReadingOptions

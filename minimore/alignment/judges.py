@@ -16,9 +16,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..data.forms import Named, with_prompt
-from ..data.messages import messages_of, shown
+from ..data.forms import Named
+from ..data.messages import messages_of
+from ..data.prompt_keys import with_prompt
 from ..data.records import Record, read_records
+from ..data.values import shown, value_of
 from ..data.world import World
 from ..model.checkpoint import Checkpoint
 from ..options import InputError, require
@@ -199,8 +201,7 @@ class VerdictJudge:
 def vote_of(record: Record, where: str) -> tuple[str, int]:
     """The `contest_key` of a line of verdicts, and the number of its verdict in VERDICTS."""
     for key in ("prompt", "first", "second", "verdict"):
-        keys = ", ".join(map(str, record)) or "none"
-        require(key in record, f'{where}: "{key}" is missing; found keys: {keys}')
+        value_of(record, key, where)
     verdict = record["verdict"]
     if not isinstance(verdict, str) or verdict not in VERDICTS:
         raise InputError(

@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.forms import (
-    MOST_RESPONSES,
     Named,
     Pair,
     record_pairs,
-    refuse_unread_system,
     whole_conversation,
-    with_prompt,
 )
-from ..data.messages import Messages, is_conversation, messages_of, shown, string_of
+from ..data.messages import Messages, is_conversation, messages_of
 from ..data.pairs import CHARACTERS_AT_ONCE, refuse_doubled_bos
+from ..data.prompt_keys import refuse_unread_system, with_prompt
 from ..data.records import Record, read_records
+from ..data.values import MOST_RESPONSES, shown, string_of
 from ..model.checkpoint import Checkpoint, named_id
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checksums import file_checksum
-from ..data.forms import MOST_RESPONSES, prompt_end, with_prompt
-from ..data.messages import is_conversation, messages_of, string_of
+from ..data.dialogues import prompt_end
+from ..data.messages import is_conversation, messages_of
 from ..data.pairs import encode, refuse_doubled_bos
+from ..data.prompt_keys import with_prompt
 from ..data.records import Record, json_line, read_records
+from ..data.values import MOST_RESPONSES, string_of
 from ..files import refuse_existing, written_whole
 from ..model.checkpoint import Checkpoint, ids_of_eos
 from ..model.tokenizer import Tokenizer

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checksums import file_checksum
-from ..data.forms import with_prompt
-from ..data.messages import is_conversation, shown
+from ..data.messages import is_conversation
+from ..data.prompt_keys import with_prompt
 from ..data.records import Record, json_line, read_records
+from ..data.values import shown
 from ..files import refuse_existing, written_whole
 from ..model.checkpoint import Checkpoint
 from ..options import COUNT, Range, check_ranges, option, require

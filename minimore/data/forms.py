@@ -10,10 +10,9 @@ A record is one of
                                             scores
 
 `prompt`, `chosen` and `rejected` may be strings or messages (messages.py). `chosen` and `rejected`
-may be lists of several responses, which make all their pairs. A prompt under another name
-(PROMPT_KEYS) is read where its meaning is plain, and refused where it is not. What annotators say
-of a pair besides is told in labels.py. Other keys are tolerated. Every error names the file, the
-line and what was found there.
+may be lists of several responses, which make all their pairs. prompt_keys.py finds a prompt under
+another name, and labels.py says what annotators say of a pair besides. Other keys are tolerated.
+Every error names the file, the line and what was found there.
 """
 
 import os
@@ -23,16 +22,12 @@ from typing import Any, NamedTuple
 
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
+from .dialogues import prompt_end
 from .labels import AS_WRITTEN, ONE_VOTE, Label, LabelRules, read_label, refuse_votes
-from .messages import Messages, is_conversation, messages_of, shown, string_of
+from .messages import PLAIN_TURNS, Messages, is_conversation, is_response, messages_of
+from .prompt_keys import with_prompt
 from .records import Record
-
-ASSISTANT = ("\n\nAssistant:", "## Assistant:")  # ends the prompt of a dialogue that is given whole
-MOST_RESPONSES = 100  # to one prompt: they make up to 4,950 pairs
-
-# Other names under which data keep a prompt; what stands in front of one.
-PROMPT_KEYS = ("question", "query", "instruction", "input", "conversations", "messages")
-BEFORE_A_PROMPT = ("system", "history")
+from .values import MOST_RESPONSES, is_score, shown, string_of, value_of
 
 Places = list[tuple[int, int]]  # of two responses each
 
@@ -87,14 +82,6 @@ class Named(NamedTuple):
 # ---- texts ---------------------------------------------------------------------------------------
 
 
-def text_of(record: Record, key: str, where: str) -> str:
-    """record[key] as a string that can be encoded, or an InputError that shows the keys found."""
-    if key not in record:
-        keys = ", ".join(map(str, record)) or "none"
-        raise InputError(f'{where}: "{key}" is missing; found keys: {keys}')
-    return string_of(record[key], f'{where}: "{key}"', "a string, or messages")
-
-
 def texts_of(record: Record, where: str) -> list[str]:
     """record["text"]: two or more whole texts."""
     texts = record["text"]
@@ -106,34 +93,21 @@ def texts_of(record: Record, where: str) -> list[str]:
     return [string_of(text, f'{where}: "text"[{i}]') for i, text in enumerate(texts)]
 
 
-def prompt_end(texts: Sequence[str]) -> int:
-    """Where the shared prompt of whole dialogues ends.
-
-    It ends after the last assistant mark inside their common beginning. Without such a mark the
-    whole texts are responses. (Which tokens are shared is found later, from the tokens.)
-
-    >>> prompt_end(["\\n\\nHuman: hi\\n\\nAssistant: yes", "\\n\\nHuman: hi\\n\\nAssistant: yo"])
-    23
-    """
-    common = os.path.commonprefix(list(texts))
-    return max((common.rfind(mark) + len(mark) for mark in ASSISTANT if mark in common), default=0)
-
-
 # ---- pairs of a record ---------------------------------------------------------------------------
 
 
 def record_pairs(
     record: Record,
     where: str,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer = PLAIN_TURNS,
     chat: bool = False,
     rules: LabelRules = AS_WRITTEN,
 ) -> tuple[list[Pair], int]:
     """The pairs of one line, and how many label ties it has that are left out.
 
     A label tie is a pair with equal scores, or under votes="majority" with as many votes for each
-    side. tokenizer: needed for messages only. chat: prompts and responses that are strings are
-    messages, too. Raises InputError for a record of no known form.
+    side. tokenizer: whose chat template writes messages. chat: prompts and responses that are
+    strings are messages, too. Raises InputError for a record of no known form.
     """
     if "text" in record and "chosen" not in record:  # beside "chosen" it is a key like any other
         return _scored_texts(record, where, rules)
@@ -146,7 +120,7 @@ def record_pairs(
     are_messages = any(map(is_conversation, [record.get("prompt"), *values]))
     pairs: list[Pair] = []
     for one, other in product(chosen, rejected):
-        if tokenizer is not None and (chat or are_messages):
+        if chat or are_messages:
             pairs.append(_conversation_pair(prompt, one, other, where, tokenizer))
         else:
             pairs.append(_text_pair(prompt, one, other))
@@ -177,9 +151,7 @@ def _labelled(pairs: list[Pair], label: Label, rules: LabelRules) -> tuple[list[
 
 def _responses(record: Record, key: str, where: str) -> list[Named]:
     """The responses under a key, of which each is a string or a conversation."""
-    if key not in record:
-        text_of(record, key, where)  # says that it is missing
-    value = record[key]
+    value = value_of(record, key, where)
     are_several = isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
     if not are_several:
         return [Named(f'{where}: "{key}"', value)]
@@ -200,122 +172,6 @@ def _text_pair(prompt: Named | None, chosen_value: Named, rejected_value: Named)
         return Pair(string_of(prompt.value, prompt.where), chosen, rejected)
     end = prompt_end([chosen, rejected])  # whole dialogues begin with their prompt
     return Pair(chosen[:end], chosen[end:], rejected[end:])
-
-
-# ---- a prompt under another name -----------------------------------------------------------------
-
-
-def with_prompt(record: Record, where: str, chat: bool = False) -> Record:
-    """The record with its prompt under "prompt", also where it has it under another name.
-
-    A "system" text becomes the first message. Raises InputError where something that looks like a
-    part of the prompt would be dropped.
-    """
-    in_front = [key for key in BEFORE_A_PROMPT if record.get(key)]
-    if "prompt" not in record and is_whole(record):
-        _require_inside_dialogues(record, in_front, where)
-        return record
-    key = _prompt_key(record, where)
-    if key is None:
-        if in_front:
-            raise InputError(
-                f'{where}: "{in_front[0]}" stands in front of no "prompt"; expected one'
-            )
-        return record
-    prompt = record[key]
-    if in_front == ["system"] and (chat or is_conversation(prompt)):
-        prompt = _with_system(record["system"], prompt)
-    elif in_front:
-        advice = ", or give --chat, which makes messages of both" if in_front == ["system"] else ""
-        raise InputError(
-            f'{where}: "{in_front[0]}" would not be read; write it into "prompt" as a message'
-            + advice
-        )
-    return record | {"prompt": prompt}
-
-
-def _require_inside_dialogues(record: Record, in_front: Sequence[str], where: str) -> None:
-    """Refuse what stands in front of a prompt beside dialogues that do not hold it."""
-    if not in_front or (in_front == ["system"] and begins_with_system(record["chosen"])):
-        return
-    raise InputError(
-        f'{where}: "{in_front[0]}" beside whole dialogues would not be read; write it into them, or'
-        " remove it"
-    )
-
-
-def _prompt_key(record: Record, where: str) -> str | None:
-    """The key under which a record has its prompt; None if it has none.
-
-    Raises InputError where that may be one key or another, or where another one would be dropped.
-    """
-    others = [key for key in PROMPT_KEYS if record.get(key)]
-    if "prompt" in record and (record["prompt"] or not others):
-        for other in others:
-            _require_part_of_prompt(record, other, where)
-        return "prompt"
-    if not others:
-        return None
-    require(
-        len(others) == 1,
-        f"{where}: the prompt may be in {' or '.join(map(repr, others))}; expected it in"
-        ' "prompt", as a string or as messages',
-    )
-    return others[0]
-
-
-def _with_system(system: Any, prompt: Any) -> list[Any]:
-    """A prompt as messages, of which the first is the system's."""
-    if isinstance(prompt, str):
-        prompt = {"role": "user", "content": prompt}
-    messages = [prompt] if isinstance(prompt, dict) else prompt
-    return [{"role": "system", "content": system}, *messages]
-
-
-def refuse_unread_system(record: Record, where: str, key: str) -> None:
-    """Refuse a text beside a whole conversation that belongs in front of it (InputError)."""
-    for name in BEFORE_A_PROMPT:
-        has_system = name == "system" and begins_with_system(record[key])
-        require(
-            not record.get(name) or has_system,
-            f'{where}: "{name}" beside "{key}" would not be read; write it into them as a message,'
-            " or remove it",
-        )
-
-
-def _require_part_of_prompt(record: Record, key: str, where: str) -> None:
-    """Refuse a text beside "prompt" that it does not hold, since it would be dropped."""
-    prompt, value = record["prompt"], record[key]
-    are_texts = isinstance(prompt, str) and isinstance(value, str)
-    require(
-        not are_texts or value.strip() in prompt,
-        f'{where}: "{key}" beside "prompt" would not be read; write it into "prompt", or remove it',
-    )
-
-
-def is_whole(record: Record) -> bool:
-    """Whether "chosen" is a whole dialogue, which has its prompt in it."""
-    chosen, rejected = record.get("chosen"), record.get("rejected")
-    if is_conversation(chosen):
-        return not is_response(chosen)
-    return (
-        isinstance(chosen, str) and isinstance(rejected, str) and prompt_end([chosen, rejected]) > 0
-    )
-
-
-def begins_with_system(conversation: Any) -> bool:
-    """Whether a conversation has a system message in front."""
-    return is_conversation(conversation) and _first_role(conversation) == "system"
-
-
-def _first_role(conversation: Any) -> Any:
-    first = conversation if isinstance(conversation, dict) else conversation[0]
-    return first.get("role", first.get("from"))
-
-
-def is_response(conversation: Any) -> bool:
-    """Whether a conversation begins with what the model says."""
-    return _first_role(conversation) in ("assistant", "gpt", "chatgpt", "bot", "model")
 
 
 # ---- responses with scores -----------------------------------------------------------------------
@@ -359,7 +215,7 @@ def _scored_pairs(
 
 
 def _scored_responses(
-    record: Record, where: str, tokenizer: Tokenizer | None, chat: bool, rules: LabelRules
+    record: Record, where: str, tokenizer: Tokenizer, chat: bool, rules: LabelRules
 ) -> tuple[list[Pair], int]:
     """The same for several responses to one prompt."""
     responses = record["responses"]
@@ -383,11 +239,7 @@ def _scored_responses(
 def _scores(record: Record, key: str, count: int, where: str) -> list[float]:
     """As many numbers as there are responses."""
     scores = record.get(key)
-    if (
-        not isinstance(scores, list)
-        or len(scores) != count
-        or not all(type(score) in (int, float) and abs(score) < 1e300 for score in scores)
-    ):
+    if not isinstance(scores, list) or len(scores) != count or not all(map(is_score, scores)):
         what = f"is {shown(scores)}" if key in record else "is missing"
         raise InputError(
             f'{where}: "{key}" {what}; expected a list of {count} numbers, one a response'
@@ -416,40 +268,52 @@ def _conversation_pair(
     """A pair as conversations; a string among the three becomes a single message.
 
     Responses that are conversations with their prompt in them are read as they are, and must agree
-    with the prompt if it is given, too.
+    with the prompt where there is one, too.
     """
     chosen = messages_of(chosen_value.value, chosen_value.where, tokenizer, "assistant")
     rejected = messages_of(rejected_value.value, rejected_value.where, tokenizer, "assistant")
-    prompt_turns = _shared_turns(chosen, rejected)
     for messages, named in ((chosen, chosen_value), (rejected, rejected_value)):
-        are_several = len(messages) > 1 and all(m["role"] == "assistant" for m in messages)
+        _refuse_several_messages(messages, named.where)
+    are_responses = is_response(chosen) and is_response(rejected)
+    end = _shared_turns(chosen, rejected)  # of the prompt
+    if prompt is None:
         require(
-            not are_several,
-            f"{named.where}: {len(messages)} messages of the assistant; expected one response, or"
-            " several as a list of strings or of lists",
-        )
-    if prompt is None and not (is_response(chosen) and is_response(rejected)):
-        require(
-            prompt_turns > 0,
+            are_responses or end > 0,
             f'{where}: "chosen" and "rejected" do not begin with the same turn; expected two'
             " answers to the same prompt",
         )
-    if prompt is not None:
-        given = messages_of(prompt.value, prompt.where, tokenizer, "user")
+    else:
+        asked = _prompt_messages(prompt, tokenizer)
+        if are_responses:
+            return _render(asked, chosen, rejected, tokenizer)
+        ends = [_beginning(asked, chosen), _beginning(asked, rejected)]
         require(
-            given[-1]["role"] != "assistant",
-            f"{prompt.where}: ends with a turn of the assistant; expected the turn before it",
+            None not in ends,
+            f'{where}: "chosen" and "rejected" are conversations that do not both begin with'
+            ' "prompt"; expected responses alone, or conversations that begin with it',
         )
-        if is_response(chosen) and is_response(rejected):
-            return _render(given, chosen, rejected, tokenizer)
-        in_chosen, in_rejected = _beginning(given, chosen), _beginning(given, rejected)
-        if in_chosen is None or in_rejected is None:
-            raise InputError(
-                f'{where}: "chosen" and "rejected" are conversations that do not both begin with'
-                ' "prompt"; expected responses alone, or conversations that begin with it'
-            )
-        prompt_turns = min(prompt_turns, in_chosen, in_rejected)
-    return _render(chosen[:prompt_turns], chosen[prompt_turns:], rejected[prompt_turns:], tokenizer)
+        end = min(end, *(turns for turns in ends if turns is not None))
+    return _render(chosen[:end], chosen[end:], rejected[end:], tokenizer)
+
+
+def _refuse_several_messages(messages: Messages, where: str) -> None:
+    """Refuse a response of several messages: nobody can tell whether it is one or several."""
+    are_several = len(messages) > 1 and all(m["role"] == "assistant" for m in messages)
+    require(
+        not are_several,
+        f"{where}: {len(messages)} messages of the assistant; expected one response, or"
+        " several as a list of strings or of lists",
+    )
+
+
+def _prompt_messages(prompt: Named, tokenizer: Tokenizer) -> Messages:
+    """A prompt as messages, of which the last asks for an answer."""
+    messages = messages_of(prompt.value, prompt.where, tokenizer, "user")
+    require(
+        messages[-1]["role"] != "assistant",
+        f"{prompt.where}: ends with a turn of the assistant; expected the turn before it",
+    )
+    return messages
 
 
 def whole_conversation(prompt: Messages, response: Messages, where: str) -> Messages:

@@ -11,11 +11,11 @@ and weights only where they are asked for. What is used and cannot be read is re
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..options import MOST, InputError, option, require
-from .messages import shown
+from ..options import MOST, option, require
 from .records import Record
+from .values import is_number, keys_of, shown
 
 VOTES = ("soft", "majority", "ignore")
 TIES = ("out", "half")
@@ -108,7 +108,7 @@ def _read_votes(record: Record, where: str) -> tuple[float, float]:
     are_counts = (
         isinstance(votes, list)
         and len(votes) == 2
-        and all(_is_number(count) and 0 <= count <= MOST for count in votes)
+        and all(is_number(count) and 0 <= count <= MOST for count in votes)
         and sum(votes) > 0
     )
     require(
@@ -125,15 +125,10 @@ def _read_number(record: Record, key: str, where: str) -> float | None:
     if value is None:
         return None
     require(
-        _is_number(value) and 0 < value <= LARGEST,
+        is_number(value) and 0 < value <= LARGEST,
         f'{where}: "{key}" is {shown(value)}; expected a number above 0, at most {LARGEST:,.0f}',
     )
     return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a number; JSON's true and false are not."""
-    return type(value) in (int, float)
 
 
 def refuse_votes(record: Record, where: str, rules: LabelRules) -> None:
@@ -148,17 +143,19 @@ def refuse_votes(record: Record, where: str, rules: LabelRules) -> None:
 def source_name(name: str, field: str | None, record: Record, where: str) -> str:
     """The name of the source to which a record belongs: its file's, or NAME/VALUE of a field.
 
+    Raises InputError for a value that cannot be a part of a name.
+
     >>> source_name("safer", "annotator", {"annotator": "ana"}, "x:1")
     'safer/ana'
     """
     if field is None:
         return name
-    value = record.get(field)
-    if field not in record:
-        keys = ", ".join(map(str, record)) or "none"
-        raise InputError(
-            f'{where}: "{field}" is missing, which --source-field asks for; found keys: {keys}'
-        )
+    require(
+        field in record,
+        f'{where}: "{field}" is missing, which --source-field asks for; found keys:'
+        f" {keys_of(record)}",
+    )
+    value = record[field]
     is_name = type(value) in (int, str) and str(value).strip() and str(value).isprintable()
     require(
         is_name and len(str(value)) <= 100,

@@ -10,14 +10,29 @@ and a conversation is a list of them. A single message is a conversation, too, a
 for one message.
 """
 
-import json
 from typing import Any
 
 from ..model.template import Message
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
+from .values import shown, string_of, value_of
 
 Messages = list[Message]
+
+
+class PlainTurns(Tokenizer):
+    """Stands in the place of a tokenizer where no model reads: messages become plain turns.
+
+    That is how a checkpoint without a chat template writes them, too. It has no files.
+    """
+
+    template = None
+
+    def __init__(self) -> None:
+        pass
+
+
+PLAIN_TURNS = PlainTurns()
 
 # The roles of the form with "from", by the names that templates know.
 ROLES = {
@@ -30,34 +45,27 @@ ROLES = {
 }
 
 
-def shown(value: Any) -> str:
-    """The beginning of a value, as an error shows it."""
-    try:
-        return json.dumps(value, ensure_ascii=False)[:60]
-    except RecursionError:
-        return f"a deeply nested {type(value).__name__}"
-    except TypeError:  # from Python, not from a file of JSON
-        return f"of type {type(value).__name__}"
-
-
-def string_of(value: Any, where: str, expected: str = "a string") -> str:
-    """A value that is a string and can be encoded; InputError for any other."""
-    if not isinstance(value, str):
-        raise InputError(f"{where} is {shown(value)}; expected {expected}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{where} holds half of a surrogate pair; expected valid Unicode"
-        ) from None
-    return value
-
-
 def is_conversation(value: Any) -> bool:
     """Whether a value is meant as messages."""
     return isinstance(value, dict) or (
         isinstance(value, list) and bool(value) and isinstance(value[0], dict)
     )
+
+
+def begins_with_system(conversation: Any) -> bool:
+    """Whether a conversation has a system message in front."""
+    return is_conversation(conversation) and _first_role(conversation) == "system"
+
+
+def _first_role(conversation: Any) -> Any:
+    """Who speaks first in a conversation, under the name that the file has for the role."""
+    first = conversation if isinstance(conversation, dict) else conversation[0]
+    return first.get("role", first.get("from"))
+
+
+def is_response(conversation: Any) -> bool:
+    """Whether a conversation begins with what the model says."""
+    return _first_role(conversation) in ("assistant", "gpt", "chatgpt", "bot", "model")
 
 
 def messages_of(value: Any, where: str, tokenizer: Tokenizer | None, role: str) -> Messages:
@@ -84,10 +92,7 @@ def _message(message: Any, where: str, tokenizer: Tokenizer | None) -> Message:
         content = message.get("value", message.get("content"))
         message = {"role": ROLES.get(role, role), "content": content}
     for key in ("role", "content"):
-        require(
-            key in message,
-            f'{where}: "{key}" is missing; found keys: {", ".join(map(str, message)) or "none"}',
-        )
+        value_of(message, key, where)
     role = string_of(message["role"], f'{where}: "role"')
     checked = {"role": role, "content": _content(message, where)}
     if tokenizer is not None and tokenizer.template:

@@ -4,7 +4,6 @@ A prompt is known by eight bytes of a hash, so that 160,000 prompts are 1.3 MB i
 run. There, `evaluate` finds what the run was trained on.
 """
 
-import hashlib
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,26 +17,12 @@ from ..files import one_line
 from ..model.tensors import require_as_written, write_tensors
 from ..options import InputError, parse_sources, require
 from .pairs import NO_PROMPT, Source
+from .prompts import normalised, prompt_hash
 from .texts import Reading
 
 TRAINING_PROMPTS = "training_prompts.safetensors"  # in the directory of a run
 SHOWN = 60  # characters of an example
 KINDS = ("test", "training")  # what is compared, unless it is said
-
-
-def normalised(prompt: str) -> str:
-    """A prompt without what does not make it another: the case of letters, and its white space.
-
-    >>> normalised("\\n\\nHuman: What  is it?\\n\\nAssistant:")
-    'human: what is it? assistant:'
-    """
-    return " ".join(prompt.casefold().split())
-
-
-def prompt_hash(prompt: str) -> int:
-    """Eight bytes of BLAKE2b of the normalised prompt, as a signed number."""
-    digest = hashlib.blake2b(normalised(prompt).encode("utf-8", "surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 class Overlap(NamedTuple):

@@ -9,7 +9,6 @@ with one seed share no prompt across parts either, and a file that has grown is 
 """
 
 import gzip
-import hashlib
 import json
 from array import array
 from collections.abc import Iterator
@@ -21,10 +20,11 @@ from ..checksums import write_checked_json
 from ..files import directory_written_whole, refuse_existing
 from ..options import Range, check_ranges, option, require
 from ..tables import Table
+from .dialogues import opening_of
 from .foreign.shapes import house_records
-from .overlap import normalised
+from .forms import Pair, record_pairs
+from .prompts import normalised, seeded_hash
 from .records import BYTE_ORDER_MARK, Record, read_records
-from .texts import Reading, opening_of
 
 PARTS = ("train", "validation", "test")
 NEITHER = 255  # stands for the part of a blank line
@@ -113,10 +113,8 @@ def parts_of_lines(options: SplitOptions) -> tuple[array, list[set[bytes]]]:
     A group is known by a hash of 16 bytes.
     """
     parts, groups = array("B"), [set[bytes]() for _ in PARTS]
-    salt = options.seed.to_bytes(8, "little")
     for where, record in read_records(options.file):
-        group = group_of(record, where, options.by).encode()
-        digest = hashlib.blake2b(group, digest_size=16, salt=salt).digest()
+        digest = seeded_hash(group_of(record, where, options.by), options.seed)
         part = part_of(int.from_bytes(digest[:8], "little") / 2**64, options.shares())
         line = int(where.rpartition(":")[2])
         parts.extend([NEITHER] * (line - 1 - len(parts)))  # blank lines
@@ -128,14 +126,11 @@ def parts_of_lines(options: SplitOptions) -> tuple[array, list[set[bytes]]]:
 def group_of(record: Record, where: str, by: str) -> str:
     """What must not cross parts: the normalised prompt of a record, or its opening.
 
-    A record without a prompt is known by its first response.
+    A record without a prompt is known by its first response, and one without a pair by all that it
+    holds. Raises InputError for a record with several prompts.
     """
-    pairs = [
-        pair
-        for house in house_records(record, where)
-        for pair in Reading().pairs(with_unequal_scores(house), where)[0]
-    ]
-    if not pairs:  # comparisons without a label: no pair of theirs can cross parts
+    pairs = pairs_and_ties_of(record, where)
+    if not pairs:
         return json.dumps(record)
     prompts = [pair.prompt if by == "prompt" else opening_of(pair.prompt) for pair in pairs]
     groups = set(map(normalised, prompts))
@@ -144,7 +139,17 @@ def group_of(record: Record, where: str, by: str) -> str:
         f"{where}: holds comparisons under {len(groups)} prompts, which may not share a line;"
         " expected one prompt a line, as `minimore data convert` writes them",
     )
-    return groups.pop() or normalised(pairs[0].chosen)
+    (group,) = groups
+    return group or normalised(pairs[0].chosen)
+
+
+def pairs_and_ties_of(record: Record, where: str) -> list[Pair]:
+    """The pairs of a record of any shape, and its label ties as if they were pairs."""
+    return [
+        pair
+        for house in house_records(record, where)
+        for pair in record_pairs(with_unequal_scores(house), where)[0]
+    ]
 
 
 def with_unequal_scores(record: Record) -> Record:

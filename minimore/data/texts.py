@@ -4,29 +4,15 @@ Messages are written by the chat template of a tokenizer if there is one, else p
 `Human:` and `Assistant:`.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..model.tokenizer import Tokenizer
 from .foreign.shapes import read_house_records
-from .forms import ASSISTANT, Pair, record_pairs
+from .forms import Pair, record_pairs
+from .messages import PLAIN_TURNS
 from .records import Record
-
-# What begins a turn of the human, in plain dialogues and in those of the template of many models.
-HUMAN = re.compile(r"(?:^|\n)\s*(?:## )?(?:Human|User):")
-
-
-class PlainTurns(Tokenizer):
-    """Stands in the place of a tokenizer where no model reads: messages become plain turns."""
-
-    template: str | None = None
-    markers: list[str] = []
-    bos: list[int] = []
-
-    def __init__(self) -> None:
-        """It needs no files."""
 
 
 class ReadRecord(NamedTuple):
@@ -49,11 +35,10 @@ class ReadRecord(NamedTuple):
 class Reading(NamedTuple):
     """How records become texts.
 
-    tokenizer: whose chat template writes messages; None writes them plainly. chat: strings are
-    messages, too.
+    tokenizer: whose chat template writes messages. chat: strings are messages, too.
     """
 
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer = PLAIN_TURNS
     chat: bool = False
 
     def records(self, path: str, unlabelled: Counter[str] | None = None) -> Iterator[ReadRecord]:
@@ -67,25 +52,9 @@ class Reading(NamedTuple):
 
     def pairs(self, record: Record, where: str) -> tuple[list[Pair], int]:
         """The pairs of one record, and its label ties."""
-        return record_pairs(record, where, self.tokenizer or PlainTurns(), self.chat)
+        return record_pairs(record, where, self.tokenizer, self.chat)
 
     def prompts(self, path: str) -> Iterator[str]:
         """The prompt of every pair of a file that has one."""
         for read in self.records(path):
             yield from (pair.prompt for pair in read.pairs if pair.prompt)
-
-
-def opening_of(prompt: str) -> str:
-    """What the human says first in a dialogue; the whole prompt where it has no turns.
-
-    >>> opening_of("\\n\\nHuman: Hi.\\n\\nAssistant: Hello!\\n\\nHuman: Bye.\\n\\nAssistant:")
-    ' Hi.'
-    >>> opening_of("Name a colour.")
-    'Name a colour.'
-    """
-    begin = HUMAN.search(prompt)
-    if begin is None:
-        return prompt
-    ends = [prompt.find(mark, begin.end()) for mark in ASSISTANT]
-    end = min((end for end in ends if end >= 0), default=len(prompt))
-    return prompt[begin.end() : end]

@@ -6,13 +6,12 @@
 So no prompt is on both sides, and sources that have the same prompts hold out the same ones.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 from ..options import InputError
-from .overlap import normalised
 from .pairs import Source
+from .prompts import normalised, seeded_hash
 
 
 def hold_out(
@@ -27,8 +26,10 @@ def hold_out(
     training, validation = [], []
     for source in sources:
         is_held_out = {prompt: key_of(prompt, seed) in held_out for prompt in source.prompts}
-        training.append(part_of(source, [p for p in source.prompts if not is_held_out[p]]))
-        validation.append(part_of(source, [p for p in source.prompts if is_held_out[p]]))
+        training.append(
+            source_of_prompts(source, [p for p in source.prompts if not is_held_out[p]])
+        )
+        validation.append(source_of_prompts(source, [p for p in source.prompts if is_held_out[p]]))
         if not training[-1].pairs:
             raise InputError(
                 f"--validation {share}: source {source.name!r} has {len(source.prompts)} different"
@@ -46,19 +47,18 @@ def first_keys(source: Source, share: float, seed: int) -> list[bytes]:
 
 def key_of(prompt: str, seed: int) -> bytes:
     """A hash of the seed and a prompt; the case of letters and white space make no difference."""
-    text = normalised(prompt).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text, digest_size=16, salt=seed.to_bytes(8, "little")).digest()
+    return seeded_hash(normalised(prompt), seed)
 
 
-def part_of(source: Source, prompts: Sequence[str]) -> Source:
-    """The pairs of some prompts of a source. Its counts stay those of the whole file."""
+def source_of_prompts(source: Source, prompts: Sequence[str]) -> Source:
+    """A source of the pairs of some prompts alone. Its counts stay those of the whole file."""
     numbers = {prompt: source.prompts[prompt] for prompt in prompts}
     in_part = set(numbers.values())
     pairs = [pair for pair in source.pairs if pair.prompt in in_part]
     return replace(source, pairs=pairs, prompts=numbers)
 
 
-def line_of(training: Source, validation: Source) -> str:
+def held_out_line(training: Source, validation: Source) -> str:
     """How much of a source is held out, in one line."""
     held_out, prompts = len(validation.prompts), len(validation.prompts) + len(training.prompts)
     return (

@@ -177,8 +177,8 @@ def labels_of(labels: Sequence[Label], head: Tensor) -> Labels | None:
     """The labels of B pairs as tensors where the head is; None if each is one vote for chosen."""
     if all(label == ONE_VOTE for label in labels):
         return None
-    target, _, margin, weight = torch.tensor(labels, dtype=head.dtype, device=head.device).T
-    return Labels(target, margin, weight)
+    share, _, margin, weight = torch.tensor(labels, dtype=head.dtype, device=head.device).T
+    return Labels(share, margin, weight)
 
 
 def micro_batches(

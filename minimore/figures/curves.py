@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import written_whole
-from ..options import require
 from .history import ALL, KINDS, History, Series, What
-from .plots import LINES, PALETTE, available
+from .plots import LINES, PALETTE, require_matplotlib
 
 OVERVIEW = ("loss", "accuracy", "ECE", "learning rate")
 COLUMNS = ("loss", "accuracy", "margin", "weight", "cosine", "ECE")
@@ -35,7 +34,7 @@ def draw_page(histories: Sequence[History], stem: Path) -> list[Path]:
 
     The same logs make the same bytes. Raises InputError without matplotlib.
     """
-    require(available(), "this page needs matplotlib: pip install 'minimore[plots]'")
+    require_matplotlib("this page needs")
     from matplotlib.figure import Figure
 
     sources = list(dict.fromkeys(name for history in histories for name in history.sources))

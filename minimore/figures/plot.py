@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import refuse_existing
-from ..options import option, require
+from ..options import InputError, option, require
 from .curves import MOST_RUNS, draw_page
 from .history import History, read_history
 
@@ -68,10 +68,9 @@ def check_same_kind(histories: Sequence[History]) -> None:
     rewards = [history.run for history in histories if history.sources]
     policies = [history.run for history in histories if not history.sources]
     if rewards and policies:
-        require(
-            False,
+        raise InputError(
             f"{rewards[0]} trains a reward model and {policies[0]} a policy, whose losses are not"
-            " comparable; draw them apart",
+            " comparable; draw them apart"
         )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..calibration import pair_reliability
 from ..files import written_whole
-from ..options import InputError
+from ..options import require
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 PALETTE = (
@@ -27,13 +27,17 @@ def available() -> bool:
     return True
 
 
+def require_matplotlib(what: str) -> None:
+    """Refuse what needs matplotlib where it is not installed (InputError)."""
+    require(available(), f"{what} matplotlib: pip install 'minimore[plots]'")
+
+
 def _figure(columns: float, rows: int = 1) -> Any:
     """An empty figure, as large as so many panels side by side and below each other.
 
     Raises InputError without matplotlib.
     """
-    if not available():
-        raise InputError("figures need matplotlib: pip install 'minimore[plots]'")
+    require_matplotlib("figures need")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(3.2 * columns, 3.0 * rows), layout="constrained")  # inches

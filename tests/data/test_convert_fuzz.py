@@ -14,7 +14,6 @@ from test_fuzz import damage_bytes, damage_value
 
 from minimore.cli import main
 from minimore.data.foreign.shapes import shape_of
-from minimore.data.foreign.sift import PLAIN_TURNS
 from minimore.data.forms import record_pairs
 from minimore.data.records import read_records
 
@@ -78,7 +77,7 @@ def written(directory):
     pairs = ties = 0
     for file in directory.glob("*.jsonl"):
         for where, record in read_records(str(file)):
-            of_record, tied = record_pairs(record, where, PLAIN_TURNS)
+            of_record, tied = record_pairs(record, where)
             assert len(of_record) + tied == comparisons(record)
             assert not any(pair.is_blank or pair.chosen == pair.rejected for pair in of_record)
             pairs, ties = pairs + len(of_record), ties + tied

@@ -26,8 +26,8 @@ import minimore.data.public.get as get_module
 from minimore.checksums import read_checked_json
 from minimore.cli import main
 from minimore.data.foreign.comparisons import LeftOut
-from minimore.data.foreign.shapes import BY_NAME, house_records, items_of
-from minimore.data.public.parts import copies_of_pairs, is_test, key_of, opening_of
+from minimore.data.foreign.shapes import BY_NAME, items_of
+from minimore.data.public.parts import copies_of_pairs, is_test, key_of, up_to_first_reply
 from minimore.data.public.sources import SETS, File
 from minimore.options import InputError
 
@@ -500,7 +500,7 @@ def test_a_set_without_a_split_is_split_by_opening(monkeypatch):
     lay_out("here", {(REPOSITORY, TRAIN): gzip.compress(lines, mtime=0)})
     assert get("--from", "here") == 0
     sides = [lines_of(f"out/hh-harmless.{part}.jsonl") for part in ("test", "train")]
-    openings = [{opening_of(record["prompt"]) for record in side} for side in sides]
+    openings = [{up_to_first_reply(record["prompt"]) for record in side} for side in sides]
     assert len(sides[0]) + len(sides[1]) == 1200 and not openings[0] & openings[1]
     assert 25 < len(openings[0]) < 65  # 45 expected, standard deviation 7
     assert any("the chosen answer" in record["prompt"] for record in sides[0])
@@ -515,9 +515,9 @@ def test_openings():
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "why?"},
     ]
-    assert opening_of(text) == "\n\nHuman: hi"
-    assert opening_of(messages) == opening_of(messages[:1]) == "user: hi"
-    assert opening_of("a post") == "a post"
+    assert up_to_first_reply(text) == "\n\nHuman: hi"
+    assert up_to_first_reply(messages) == up_to_first_reply(messages[:1]) == "user: hi"
+    assert up_to_first_reply("a post") == "a post"
     assert key_of("A\n b ") == key_of("a B") != key_of("a c")
     assert is_test({"prompt": messages}) == is_test({"prompt": messages[:1]})
 
@@ -758,7 +758,7 @@ BROKEN = {
 def test_a_malformed_record_is_refused_by_its_line(name, key, value, says):
     records, *_ = EXAMPLES[name]
     with pytest.raises(InputError, match=re.escape(says)) as error:
-        house_records(records[0] | {key: value}, "file:7", name)
+        items_of(BY_NAME[name], records[0] | {key: value}, "file:7")
     assert str(error.value).startswith("file:7: ")
 
 
@@ -809,7 +809,7 @@ def test_oasst_english_validation(tmp_path):
     manifest = read_checked_json("out/oasst1.json")
     assert sum(part["pairs"] for part in manifest["outputs"].values()) == 1025
     records = [lines_of(f"out/oasst1.{part}.jsonl") for part in ("train", "test")]
-    openings = [{opening_of(record["prompt"]) for record in part} for part in records]
+    openings = [{up_to_first_reply(record["prompt"]) for record in part} for part in records]
     assert openings[1] and not openings[0] & openings[1]
     pairs = Counter((r["prompt"], r["chosen"], r["rejected"]) for part in records for r in part)
     assert pairs == pairs_of_shared("oasst1")

@@ -64,6 +64,7 @@ def test_equal_scores_count_one_half_where_that_is_asked_for(form):
     assert (pairs[2].chosen[-1], pairs[2].rejected[-1]) == ("b", "c")
     with pytest.raises(InputError, match="beside several responses"):
         record_pairs(record | {"votes": [1, 2]}, "x:1", rules=rules)
+    assert record_pairs(record | {"votes": [1, 2]}, "x:1")[1] == 1  # where votes are not read
 
 
 WRONG = {

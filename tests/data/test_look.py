@@ -16,7 +16,8 @@ from conftest import GOLDENS, ROOT
 from minimore.cli import main
 from minimore.data.forms import Pair
 from minimore.data.inspection import look as look_module
-from minimore.data.inspection.findings import FAULTS, all_between, findings_of, rules_of
+from minimore.data.inspection.between import all_between
+from minimore.data.inspection.findings import FAULTS, findings_of, rules_of
 from minimore.data.inspection.signs import is_cut_off, is_refusal, marks_in, signs_of
 from minimore.data.inspection.survey import SAMPLE, EvenSample, survey_of
 from minimore.data.records import read_records

@@ -10,11 +10,11 @@ from minimore.data.overlap import (
     TRAINING_PROMPTS,
     hashes_of,
     overlap_of,
-    prompt_hash,
     read_training_prompts,
     write_training_prompts,
 )
 from minimore.data.pairs import NO_PROMPT, Source
+from minimore.data.prompts import prompt_hash
 from minimore.options import InputError
 from minimore.train import train
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from minimore.data import records
-from minimore.data.forms import Pair, prompt_end, record_pairs
+from minimore.data.dialogues import prompt_end
+from minimore.data.forms import Pair, record_pairs
 from minimore.data.pairs import encode, load_source, pack_pairs, shared_length, split_by_tokens
 from minimore.data.records import read_records
 from minimore.data.sampling import epoch_steps

@@ -3,43 +3,39 @@
 Each takes a record and "file:line", and gives items (comparisons.py); shapes.py has the table.
 """
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
 from ...options import require
 from ..records import Record
-from .comparisons import (
-    Item,
-    LeftOut,
+from ..values import (
+    choice_at,
     is_absent,
     list_of,
-    number_of,
+    number_or_none,
     object_of,
-    scored,
     text_at,
-    twos,
     value_of,
-    voted,
 )
+from .comparisons import Item, LeftOut, rated, twos, voted, votes_of
+from .house import with_input
 
-# What an annotator of MultiPref says, as votes for either response.
-MULTIPREF_VOTES = {
-    "A-is-clearly-better": (1.0, 0.0),
-    "A-is-slightly-better": (1.0, 0.0),
-    "Tie": (0.5, 0.5),
-    "B-is-slightly-better": (0.0, 1.0),
-    "B-is-clearly-better": (0.0, 1.0),
+# What an annotator of MultiPref says, and whether the first response is the better one.
+MULTIPREF_OPINIONS = {
+    "A-is-clearly-better": True,
+    "A-is-slightly-better": True,
+    "Tie": None,
+    "B-is-slightly-better": False,
+    "B-is-clearly-better": False,
 }
 MULTIPREF_GROUPS = ("normal_worker_annotations", "expert_worker_annotations")
 
 
 def multipref(record: Record, where: str) -> Iterator[Item]:
-    """MultiPref: two responses, and the overall preference of four annotators, two of them experts.
-
-    One who prefers neither is half a vote for each.
-    """
-    votes = [0.0, 0.0]
+    """MultiPref: two responses, and what four annotators prefer overall, two of them experts."""
+    opinions: list[bool | None] = []
     for group in MULTIPREF_GROUPS:
         named = f'{where}: "{group}"'
         annotations = value_of(record, group, where)
@@ -47,15 +43,15 @@ def multipref(record: Record, where: str) -> Iterator[Item]:
             said = value_of(object_of(annotation, named), "overall_pref", named)
             if is_absent(said):
                 continue
-            is_known = isinstance(said, str) and said in MULTIPREF_VOTES
-            expected = ", ".join(MULTIPREF_VOTES)
+            is_known = isinstance(said, str) and said in MULTIPREF_OPINIONS
+            expected = ", ".join(MULTIPREF_OPINIONS)
             require(is_known, f'{named}: "overall_pref" is {said}; expected one of {expected}')
-            votes = [vote + more for vote, more in zip(votes, MULTIPREF_VOTES[said])]
-    if not any(votes):
+            opinions.append(MULTIPREF_OPINIONS[said])
+    if not opinions:
         yield LeftOut("no label")
         return
     two = [text_at(record, f"completion_{side}", where) for side in "ab"]
-    yield voted(text_at(record, "text", where), two, votes)
+    yield voted(text_at(record, "text", where), two, votes_of(opinions))
 
 
 def prism(record: Record, where: str) -> Iterator[Item]:
@@ -70,19 +66,13 @@ def prism(record: Record, where: str) -> Iterator[Item]:
     for _, turn in groupby(messages, lambda message: value_of(message, "turn", named)):
         asked, replies = _turn_of(list(turn), named)
         texts = [text_at(reply, "content", named) for reply in replies]
-        scores = [reply.get("score") for reply in replies]
         if thread is None:
             yield LeftOut("behind a turn without a chosen reply", twos(len(replies)))
             continue
         prompt = [*thread, {"role": "user", "content": text_at(asked, "content", named)}]
-        rated = [i for i, score in enumerate(scores) if not is_absent(score)]
-        missing = twos(len(replies)) - twos(len(rated))
-        if missing:
-            yield LeftOut("no score", missing)
-        if len(rated) > 1:
-            numbers = [number_of(scores[i], f"{named}: score") for i in rated]
-            house = scored(prompt, [texts[i] for i in rated], numbers)
-            yield house | {"annotator": text_at(record, "user_id", where)}
+        scores = [number_or_none(reply.get("score"), f"{named}: score") for reply in replies]
+        annotator = text_at(record, "user_id", where)
+        yield from rated(prompt, texts, scores, "no score", annotator=annotator)
         chosen = [text for text, reply in zip(texts, replies) if reply.get("if_chosen") is True]
         thread = [*prompt, {"role": "assistant", "content": chosen[0]}] if chosen else None
 
@@ -97,3 +87,15 @@ def _turn_of(turn: list[Record], named: str) -> tuple[Record, list[Record]]:
         " and replies of models",
     )
     return asked[0], replies
+
+
+def pandalm(record: Record, where: str) -> Iterator[Item]:
+    """PandaLM: labels of several annotators: 1 is the first response, 2 the second, 0 neither."""
+    first, second = (text_at(record, f"response{side}", where) for side in "12")
+    annotators = [key for key in record if re.fullmatch(r"annotator\d+", str(key))]
+    labels = [choice_at(record, key, where, (0, 1, 2)) for key in annotators]
+    opinions = [None if label == 0 else label == 1 for label in labels if label is not None]
+    if not opinions:
+        yield LeftOut("no label")
+        return
+    yield voted(with_input(record, where), [first, second], votes_of(opinions))

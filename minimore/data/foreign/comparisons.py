@@ -1,19 +1,18 @@
-"""Comparisons: what a record of any shape is turned into, and the checked values it is made of.
+"""Comparisons: what a record of any shape is turned into.
 
-A reader of a shape (readers.py, trees.py, rows.py) gives *items*: house records, as forms.py reads
+A reader of a shape (readers.py, trees.py, ...) gives *items*: house records, as forms.py reads
 them, and in their place `LeftOut` where a comparison has no label. Nothing else may happen to a
 comparison: what a reader cannot understand is an InputError.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ...options import require
-from ..forms import MOST_RESPONSES, prompt_end
-from ..messages import Messages, is_conversation, messages_of, shown, string_of
+from ..dialogues import prompt_end
+from ..messages import Messages, is_conversation, messages_of
 from ..records import Record
-
-MOST_NUMBER = 1e300  # forms.py reads no larger score
+from ..values import string_of
 
 
 class LeftOut(NamedTuple):
@@ -72,6 +71,37 @@ def scored(prompt: Any, responses: list[Any], scores: list[float]) -> Record:
     return {"prompt": prompt, "responses": responses, "scores": scores}
 
 
+def votes_of(opinions: Iterable[bool | None]) -> list[float]:
+    """How many annotators prefer the first of two responses, and how many the second.
+
+    opinions: of each annotator whether the first is better; None is neither, half a vote for each.
+
+    >>> votes_of([True, True, None])
+    [2.5, 0.5]
+    """
+    for_first = [0.5 if opinion is None else float(opinion) for opinion in opinions]
+    return [sum(for_first), len(for_first) - sum(for_first)]
+
+
+def rated(
+    prompt: Any, responses: Sequence[Any], scores: Sequence[float | None], reason: str, **keys: str
+) -> Iterator[Item]:
+    """Several responses of which some may have no score (None): those are compared with none.
+
+    reason: why comparisons with them are left out. keys: go along with the record.
+
+    >>> left_out, record = rated("P", ["a", "b", "c"], [2, None, 1], "no score")
+    >>> left_out.comparisons, record["responses"]
+    (2, ['a', 'c'])
+    """
+    with_score = [response for response, score in zip(responses, scores) if score is not None]
+    missing = twos(len(responses)) - twos(len(with_score))
+    if missing:
+        yield LeftOut(reason, missing, keys.get("taste", ""))
+    if len(with_score) > 1:
+        yield scored(prompt, with_score, [score for score in scores if score is not None]) | keys
+
+
 def twos(responses: int) -> int:
     """How many comparisons of two there are among so many responses.
 
@@ -115,84 +145,14 @@ def _shared_turns(conversations: Sequence[Messages]) -> int:
     return shared
 
 
-# ---- checked values ------------------------------------------------------------------------------
+def carried(record: Record, **keys: str) -> Record:
+    """The strings of a record that go along with its pairs, under the names that they have here.
 
-
-def value_of(record: Record, key: str, where: str) -> Any:
-    """record[key], or an InputError that shows the keys that are there."""
-    require(key in record, f'{where}: "{key}" is missing; found keys: {keys_of(record)}')
-    return record[key]
-
-
-def keys_of(record: Record) -> str:
-    """The keys of a record, as an error shows them."""
-    return ", ".join(map(str, record)) or "none"
-
-
-def text_at(record: Record, key: str, where: str) -> str:
-    """record[key] as a string that can be encoded."""
-    return string_of(value_of(record, key, where), f'{where}: "{key}"')
-
-
-def object_of(value: Any, where: str) -> Record:
-    """A value that is a JSON object."""
-    require(isinstance(value, dict), f"{where} is {shown(value)}; expected an object")
-    return value
-
-
-def list_of(value: Any, where: str, least: int = 1) -> list[Any]:
-    """A value that is a list, neither too short nor longer than the responses to one prompt."""
-    require(
-        isinstance(value, list) and least <= len(value) <= MOST_RESPONSES,
-        f"{where} is {shown(value)}; expected a list of {least} to {MOST_RESPONSES}",
-    )
-    return value
-
-
-def number_of(value: Any, where: str) -> float:
-    """A finite number; a string that is one will do, since every value of a CSV file is a string.
-
-    >>> number_of("2", ""), number_of(2.5, "")
-    (2, 2.5)
+    >>> carried({"worker": "w7", "note": ""}, annotator="worker", remark="note")
+    {'annotator': 'w7'}
     """
-    number = value
-    if isinstance(value, str):
-        number = _number_in(value)
-    is_number = type(number) in (int, float) and abs(number) < MOST_NUMBER
-    require(is_number, f"{where} is {shown(value)}; expected a number")
-    return number
-
-
-def _number_in(text: str) -> int | float | None:
-    for kind in (int, float):
-        try:
-            return kind(text[:400])
-        except ValueError:
-            continue
-    return None
-
-
-def is_absent(value: Any) -> bool:
-    """Whether nobody gave a label: null, or an empty field of a table."""
-    return value is None or value == ""
-
-
-def choice_at(record: Record, key: str, where: str, choices: Sequence[float]) -> float | None:
-    """record[key], which is one of some numbers; None if nobody gave a label."""
-    value = value_of(record, key, where)
-    if is_absent(value):
-        return None
-    named = f'{where}: "{key}"'
-    number = number_of(value, named)
-    words = " or ".join(map(str, choices))
-    require(number in choices, f"{named} is {shown(value)}; expected {words}")
-    return number
-
-
-def carried(record: Record, **names: str) -> Record:
-    """Strings of a record that go along with its pairs, under the name that they have here."""
     return {
         name: record[key]
-        for name, key in names.items()
+        for name, key in keys.items()
         if isinstance(record.get(key), str) and record[key]
     }

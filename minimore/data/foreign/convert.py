@@ -28,7 +28,8 @@ from ...options import InputError, check_ranges, option, require
 from ...tables import Table
 from ..columns import read_rows
 from ..records import CONVERTED, Record, json_line
-from .comparisons import Item, LeftOut, Note, keys_of
+from ..values import keys_of
+from .comparisons import Item, LeftOut, Note
 from .fields import Fields, are_rows, fields_of_options, proposal
 from .rows import items_of_rows
 from .shapes import BY_NAME, Shape, items_of, require_shape, shape_named, shape_of
@@ -172,7 +173,14 @@ def _items(
         f"--language, --skip-deleted and --turns are for OASST; the shape of the file is"
         f" {shape.name!r}",
     )
-    located = _of_one_shape(chain([first], records), shape)
+    yield from _compared(chain([first], records), shape, rules)
+
+
+def _compared(
+    records: Iterable[tuple[str, Record]], shape: Shape, rules: Rules
+) -> Iterator[tuple[str, Item]]:
+    """The comparisons of records of one shape: of all of them together, or of one by one."""
+    located = _of_one_shape(records, shape)
     if shape.name == "oasst-messages":
         yield from items_of_messages(located, rules.trees)
     elif shape.name == "helpsteer":
@@ -190,6 +198,7 @@ def _items(
 
 
 def _counted(records: Iterator[tuple[str, Record]], tally: Tally) -> Iterator[tuple[str, Record]]:
+    """The records, each of which is counted as it passes."""
     for located in records:
         tally.records += 1
         yield located
@@ -198,6 +207,7 @@ def _counted(records: Iterator[tuple[str, Record]], tally: Tally) -> Iterator[tu
 def _of_one_shape(
     located: Iterable[tuple[str, Record]], shape: Shape
 ) -> Iterator[tuple[str, Record]]:
+    """The records, each of which is refused unless it has the shape."""
     for where, record in located:
         require_shape(shape, record, where)
         yield where, record

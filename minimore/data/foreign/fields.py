@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ...options import InputError, require
-from ..messages import is_conversation, shown
+from ..messages import is_conversation
 from ..records import Record
-from .comparisons import Item, LeftOut, apart, is_absent, number_of, preferred, scored, value_of
+from ..values import is_absent, number_of, shown, value_of
+from .comparisons import Item, LeftOut, apart, preferred, scored
 from .rows import Keys
 
 FIRST = ("a", "model_a", "response_a", "first")  # what a winner field says without being asked
@@ -51,7 +52,7 @@ class Fields(NamedTuple):
         return tuple(name for name in named if name is not None)
 
     def rows(self) -> Keys:
-        """The same for a file of one response a row."""
+        """The same for a file of one response a row. Raises InputError if no prompt is named."""
         if self.prompt is None:
             raise InputError("--score-field: rows of one response need --prompt-field as well")
         return Keys(self.prompt, self.chosen, self.scores)
@@ -74,6 +75,7 @@ class Fields(NamedTuple):
             yield preferred(prompt, responses, True)
 
     def _scored_list(self, record: Record, prompt: Any, responses: Any, where: str) -> Item:
+        """A list of responses, and one of as many scores."""
         key = self.scores[0]
         scores = value_of(record, key, where)
         are_lists = all(isinstance(value, list) for value in (responses, scores))
@@ -89,6 +91,7 @@ class Fields(NamedTuple):
         return scored(prompt, responses, scores)
 
     def _scored_two(self, record: Record, prompt: Any, responses: list[Any], where: str) -> Item:
+        """Two responses, each with its score."""
         scores = [value_of(record, key, where) for key in self.scores]
         if any(map(is_absent, scores)):
             return LeftOut("no score")
@@ -98,22 +101,31 @@ class Fields(NamedTuple):
         )
 
     def _won(self, record: Record, prompt: Any, responses: list[Any], where: str) -> Item:
-        key, *values = self.winner
+        """Two responses of which a field names the better one."""
+        key = self.winner[0]
         value = value_of(record, key, where)
         if is_absent(value):
             return LeftOut("no label")
         says = value.strip().lower() if isinstance(value, str) else shown(value)
-        outcomes: dict[str, bool | None] = dict(zip(values, (True, False, None)))
-        if not values:
-            outcomes.update(dict.fromkeys(FIRST, True) | dict.fromkeys(SECOND, False))
-            outcomes.update(dict.fromkeys(TIES))
-            outcomes.update({self.chosen.lower(): True, str(self.rejected).lower(): False})
+        outcomes = self._outcomes()
         require(
             says in outcomes,
             f'{where}: "{key}" is {shown(value)}, which may mean either response; say what it is'
             f" for the first, the second and neither, as in --winner-field {key}=1,2,0",
         )
         return preferred(prompt, responses, outcomes[says])
+
+    def _outcomes(self) -> dict[str, bool | None]:
+        """What the winner's field may say, and whether the first response is then the better one.
+
+        None is neither. Where no values are named, it is one of the usual words, or the name of the
+        field that holds the better response.
+        """
+        if len(self.winner) > 1:
+            return dict(zip(self.winner[1:], (True, False, None)))
+        outcomes: dict[str, bool | None] = dict.fromkeys(TIES)
+        outcomes |= dict.fromkeys(FIRST, True) | dict.fromkeys(SECOND, False)
+        return outcomes | {self.chosen.lower(): True, str(self.rejected).lower(): False}
 
 
 def fields_of_options(

@@ -1,38 +1,41 @@
-"""Readers: for every shape that is one record a line, the function that turns it into comparisons.
+"""Readers: for shapes that are one record a line, the functions that turn it into comparisons.
 
 Each takes a record and "file:line", and gives items (comparisons.py). The names of the fields are
-those of the public files; shapes.py has the table of them.
+those of the public files; shapes.py has the table of them. house.py and annotators.py have more.
 """
 
 import html
 import re
 from collections.abc import Iterator
-from itertools import product
 from pathlib import PurePath
 from typing import Any
 
 from ...options import require
-from ..forms import BEFORE_A_PROMPT, PROMPT_KEYS, prompt_end, texts_of, with_prompt
-from ..messages import is_conversation, string_of
 from ..records import Record
-from .comparisons import (
-    Item,
-    LeftOut,
-    apart,
-    carried,
+from ..values import (
     choice_at,
     is_absent,
     keys_of,
     list_of,
     number_of,
+    number_or_none,
     object_of,
-    preferred,
-    scored,
+    string_of,
     text_at,
-    twos,
     value_of,
-    voted,
 )
+from .comparisons import (
+    Item,
+    LeftOut,
+    apart,
+    carried,
+    preferred,
+    rated,
+    scored,
+    voted,
+    votes_of,
+)
+from .house import with_input
 
 LINE_BREAK = re.compile(" *<br/> *")
 PREFERENCES = (-3, -2, -1, 0, 1, 2, 3)  # of HelpSteer; below 0 the first response is better
@@ -48,102 +51,6 @@ WINNERS = {
     "tie (bothbad)": None,
     "tie (inconsistent)": None,
 }
-PAIR_KEYS = ("prompt", "chosen", "rejected", "votes", "margin", "weight")
-SCORED_KEYS = ("prompt", "responses", "scores", "votes")
-STYLES = ("easy", "normal", "hard")  # of RM-Bench: chosen dressed better, alike, worse
-
-
-# ---- the forms that training reads as they are ---------------------------------------------------
-
-
-def pairs(record: Record, where: str) -> Iterator[Item]:
-    """A prompt with what was chosen and what was rejected, or two whole dialogues.
-
-    Several responses on a side make all their pairs.
-    """
-    for key in ("chosen", "rejected"):
-        value_of(record, key, where)
-    record = with_prompt(record, where)
-    chosen, rejected = record["chosen"], record["rejected"]
-    if "prompt" not in record and isinstance(chosen, str) and isinstance(rejected, str):
-        prompt, (chosen, rejected) = apart([chosen, rejected], where)
-        record = {"prompt": prompt} | record
-    house = with_single_values(record, PAIR_KEYS)
-    twos_of_sides = list(product(_several(chosen, where), _several(rejected, where)))
-    require(
-        len(twos_of_sides) == 1 or record.get("votes") is None,
-        f'{where}: "votes" beside several responses; expected one "chosen" and one "rejected"',
-    )
-    for chosen, rejected in twos_of_sides:
-        yield house | {"chosen": chosen, "rejected": rejected}
-
-
-def _several(value: Any, where: str) -> list[Any]:
-    """The responses of one side: those of a list, or the single one."""
-    if not isinstance(value, list) or is_conversation(value):
-        return [value]
-    return list_of(value, f"{where}: the responses of a side")
-
-
-def scored_responses(record: Record, where: str) -> Iterator[Item]:
-    """A prompt with several responses and a score each."""
-    yield with_single_values(with_prompt(record, where), SCORED_KEYS)
-
-
-def scored_texts(record: Record, where: str) -> Iterator[Item]:
-    """Whole texts with a score each."""
-    texts = texts_of(record, where)
-    end = prompt_end(texts)
-    house = scored(texts[0][:end], [text[end:] for text in texts], record["score"])
-    yield house | with_single_values(record, ("votes",))
-
-
-def with_single_values(record: Record, keys: tuple[str, ...]) -> Record:
-    """Of a record these keys, and what else is one value and no part of the prompt."""
-    parts = {*PROMPT_KEYS, *BEFORE_A_PROMPT, "text", "score"}
-    return {
-        key: value
-        for key, value in record.items()
-        if key in keys or (key not in parts and isinstance(value, (str, int, float)))
-    }
-
-
-# ---- a prompt in two fields ----------------------------------------------------------------------
-
-
-def with_input(record: Record, where: str) -> str:
-    """An instruction and, on the next line, its input, if there is one."""
-    instruction = text_at(record, "instruction", where)
-    value = record.get("input")
-    text = "" if value is None else string_of(value, f'{where}: "input"')
-    return f"{instruction}\n{text}" if text.strip() else instruction
-
-
-def alpaca(record: Record, where: str) -> Iterator[Item]:
-    """An instruction with an input, and what was chosen and rejected."""
-    others = {key: record[key] for key in record if key not in ("instruction", "input")}
-    yield from pairs({"prompt": with_input(record, where)} | others, where)
-
-
-def orca(record: Record, where: str) -> Iterator[Item]:
-    """A question with a system text; they become messages, also where the system text is empty."""
-    system, question = record["system"] or "", value_of(record, "question", where)
-    if is_conversation(question):
-        prompt = [question] if isinstance(question, dict) else question
-    else:
-        prompt = [{"role": "user", "content": text_at(record, "question", where)}]
-    if string_of(system, f'{where}: "system"').strip():
-        prompt = [{"role": "system", "content": system}, *prompt]
-    others = {key: record[key] for key in record if key not in ("system", "question")}
-    yield from pairs({"prompt": prompt} | others, where)
-
-
-def openai(record: Record, where: str) -> Iterator[Item]:
-    """OpenAI's files for preference tuning: messages, then one answer of each kind."""
-    messages = object_of(record["input"], f'{where}: "input"')
-    prompt = value_of(messages, "messages", f'{where}: "input"')
-    first, second = record["preferred_output"], record["non_preferred_output"]
-    yield preferred(prompt, [first, second], True)
 
 
 # ---- two responses and who prefers which ---------------------------------------------------------
@@ -251,22 +158,17 @@ def _by_strength(prompt: Any, first: Any, second: Any, strength: float | None) -
 
 
 def _individual_votes(record: Record, where: str, overall: float) -> Record:
-    """How many annotators agree with the overall preference and how many do not, if it is known.
-
-    One who prefers neither is half a vote for each.
-    """
+    """How many annotators agree with the overall preference and how many do not, if it is known."""
     named = f'{where}: "individual_preference"'
     individual = record.get("individual_preference")
     if not individual:
         return {}
-    votes = [0.0, 0.0]
-    for value in list_of(individual, named):
-        score = choice_at(object_of(value, named), "score", named, PREFERENCES)
-        if score:
-            votes[score * overall < 0] += 1
-        elif score == 0:
-            votes = [votes[0] + 0.5, votes[1] + 0.5]
-    return {"votes": votes} if any(votes) else {}
+    scores = [
+        choice_at(object_of(value, named), "score", named, PREFERENCES)
+        for value in list_of(individual, named)
+    ]
+    agree = [score * overall > 0 if score else None for score in scores if score is not None]
+    return {"votes": votes_of(agree)} if agree else {}
 
 
 def two_outputs(record: Record, where: str) -> Iterator[Item]:
@@ -292,24 +194,6 @@ def two_outputs(record: Record, where: str) -> Iterator[Item]:
     else:
         item = voted(prompt, [first, second], [2 - preference, preference - 1])
     yield item | carried(record, annotator="annotator")
-
-
-def pandalm(record: Record, where: str) -> Iterator[Item]:
-    """PandaLM: labels of several annotators: 1 is the first response, 2 the second, 0 neither."""
-    first, second = (text_at(record, f"response{side}", where) for side in "12")
-    votes = [0.0, 0.0]
-    for key in record:
-        if not re.fullmatch(r"annotator\d+", str(key)):
-            continue
-        label = choice_at(record, key, where, (0, 1, 2))
-        if label == 0:
-            votes = [votes[0] + 0.5, votes[1] + 0.5]
-        elif label is not None:
-            votes[int(label) - 1] += 1
-    if not any(votes):
-        yield LeftOut("no label")
-        return
-    yield voted(with_input(record, where), [first, second], votes)
 
 
 def arena(record: Record, where: str) -> Iterator[Item]:
@@ -387,18 +271,6 @@ def domains(record: Record, where: str) -> Iterator[Item]:
                 }
 
 
-def rm_bench(record: Record, where: str) -> Iterator[Item]:
-    """RM-Bench: three styles of a right and of a wrong response, each against each.
-
-    It is easy where the right one has the richer style, and hard where the wrong one has.
-    """
-    for i, chosen in enumerate(record["chosen"]):
-        for j, rejected in enumerate(record["rejected"]):
-            level = STYLES[1 + (j > i) - (j < i)]
-            item = preferred(record["prompt"], [chosen, rejected], True)
-            yield item | {"subset": level} | carried(record, domain="domain")
-
-
 def ultrafeedback(record: Record, where: str) -> Iterator[Item]:
     """UltraFeedback as it was published: rated completions; a taste for every aspect, and overall.
 
@@ -409,21 +281,15 @@ def ultrafeedback(record: Record, where: str) -> Iterator[Item]:
     completions = record["completions"]
     if completions == []:
         return
-    completions = [object_of(each, named) for each in list_of(completions, named)]
+    completions = [object_of(completion, named) for completion in list_of(completions, named)]
     prompt = text_at(record, "instruction", where)
-    responses = [text_at(each, "response", named) for each in completions]
+    responses = [text_at(completion, "response", named) for completion in completions]
     for taste in ("overall", *ASPECTS):
-        scores = [_rating(each, taste, named) for each in completions]
-        rated = [i for i, score in enumerate(scores) if score is not None]
-        missing = twos(len(scores)) - twos(len(rated))
-        if missing:
-            yield LeftOut("no rating", missing, taste)
-        if len(rated) > 1:
-            house = scored(prompt, [responses[i] for i in rated], [scores[i] for i in rated])
-            yield house | {"taste": taste}
+        scores = [_rating(completion, taste, named) for completion in completions]
+        yield from rated(prompt, responses, scores, "no rating", taste=taste)
 
 
-def _rating(completion: Record, taste: str, where: str) -> Any:
+def _rating(completion: Record, taste: str, where: str) -> float | None:
     """A completion's rating in one taste; None if it has none."""
     if taste == "overall":
         rating = value_of(completion, "fine-grained_score", where)
@@ -431,4 +297,4 @@ def _rating(completion: Record, taste: str, where: str) -> Any:
         annotations = object_of(value_of(completion, "annotations", where), f"{where}: annotations")
         aspect = object_of(value_of(annotations, taste, where), f"{where}: {taste}")
         rating = value_of(aspect, "Rating", f"{where}: {taste}")
-    return None if is_absent(rating) or rating == "N/A" else number_of(rating, f"{where}: {taste}")
+    return None if rating == "N/A" else number_or_none(rating, f"{where}: {taste}")

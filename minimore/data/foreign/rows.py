@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ...options import require
-from ..forms import MOST_RESPONSES
 from ..records import Record
-from .comparisons import Item, LeftOut, Note, is_absent, number_of, scored, twos, value_of
+from ..values import MOST_RESPONSES, number_or_none, value_of
+from .comparisons import Item, Note, rated
 
 # What HelpSteer and HelpSteer2 rate, from 0 to 4; each is a taste.
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -38,8 +38,7 @@ def items_of_rows(
     for where, record in located:
         values = {key: value_of(record, key, where) for key in (keys.prompt, keys.response)}
         for key in keys.scores:
-            score = value_of(record, key, where)
-            values[key] = None if is_absent(score) else number_of(score, f'{where}: "{key}"')
+            values[key] = number_or_none(value_of(record, key, where), f'{where}: "{key}"')
         prompt = json.dumps(values[keys.prompt])
         rows = groups.setdefault(prompt, [])
         rows.append((where, values))
@@ -53,16 +52,13 @@ def items_of_rows(
 
 
 def _items_of_prompt(rows: Sequence[tuple[str, Record]], keys: Keys) -> Iterator[tuple[str, Item]]:
+    """The comparisons of the rows of one prompt, by every score."""
     where, first = rows[0]
     if len(rows) == 1:
         yield where, Note("prompts with a single response, which is compared with none")
+    responses = [row[keys.response] for _, row in rows]
     for key in keys.scores:
-        rated = [row for _, row in rows if row[key] is not None]
-        missing = twos(len(rows)) - twos(len(rated))
-        taste = key if len(keys.scores) > 1 else ""
-        if missing:
-            yield where, LeftOut("no score", missing, taste)
-        if len(rated) > 1:
-            responses = [row[keys.response] for row in rated]
-            house = scored(first[keys.prompt], responses, [row[key] for row in rated])
-            yield where, house | ({"taste": taste} if taste else {})
+        scores = [row[key] for _, row in rows]
+        taste = {"taste": key} if len(keys.scores) > 1 else {}
+        for item in rated(first[keys.prompt], responses, scores, "no score", **taste):
+            yield where, item

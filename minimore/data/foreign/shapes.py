@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 from ...options import require
 from ..columns import read_rows
-from ..forms import PROMPT_KEYS, is_whole
+from ..prompt_keys import PROMPT_KEYS, is_whole
 from ..records import Record
-from . import readers
-from .annotators import MULTIPREF_GROUPS, multipref, prism
-from .comparisons import Item, LeftOut, keys_of
+from ..values import keys_of
+from . import house, readers
+from .annotators import MULTIPREF_GROUPS, multipref, pandalm, prism
+from .comparisons import Item, LeftOut
 from .trees import items_of_tree
 
 Reader = Callable[[Record, str], Iterable[Item]]
@@ -46,7 +47,7 @@ class Shape(NamedTuple):
 
 
 def _is_prompt_in(*keys: str) -> Callable[[Record], bool]:
-    """Whether these fields, and no other, are the prompt of a record."""
+    """Tells whether the prompt of a record is in these fields, and in no other one."""
 
     def fits(record: Record) -> bool:
         others = [key for key in PROMPT_KEYS if key not in keys and record.get(key)]
@@ -56,6 +57,7 @@ def _is_prompt_in(*keys: str) -> Callable[[Record], bool]:
 
 
 def _is_three_by_three(record: Record) -> bool:
+    """Whether there are three responses on each side, and it is no record of RewardBench 2."""
     sides = (record["chosen"], record["rejected"])
     return "num_correct" not in record and all(
         isinstance(side, list) and len(side) == 3 for side in sides
@@ -63,6 +65,7 @@ def _is_three_by_three(record: Record) -> bool:
 
 
 def _holds_object(key: str) -> Callable[[Record], bool]:
+    """Tells whether the value of a key is an object."""
     return lambda record: isinstance(record[key], dict)
 
 
@@ -152,7 +155,7 @@ SHAPES = (
         "pandalm",
         "PandaLM, labels of several annotators",
         ("instruction", "response1", "response2", "annotator1"),
-        readers.pandalm,
+        pandalm,
     ),
     Shape(
         "two-outputs",
@@ -170,28 +173,28 @@ SHAPES = (
         "openai",
         "OpenAI's preference tuning",
         ("input", "preferred_output", "non_preferred_output"),
-        readers.openai,
+        house.openai,
     ),
     Shape("ukp", "UKPConvArg", ("#id", "label", "a1", "a2"), readers.ukp),
     Shape(
         "alpaca",
         "an instruction with an input",
         ("instruction", "input", "chosen", "rejected"),
-        readers.alpaca,
+        house.alpaca,
         _is_prompt_in("instruction", "input"),
     ),
     Shape(
         "orca",
         "a question with a system text",
         ("system", "question", "chosen", "rejected"),
-        readers.orca,
+        house.orca,
         _is_prompt_in("question"),
     ),
     Shape(
         "rm-bench",
         "RM-Bench, three by three",
         ("prompt", "chosen", "rejected", "domain"),
-        readers.rm_bench,
+        house.rm_bench,
         _is_three_by_three,
         is_house=True,
     ),
@@ -199,21 +202,21 @@ SHAPES = (
         "pairs",
         "chosen and rejected, as HH, RewardBench and many others",
         ("chosen", "rejected"),
-        readers.pairs,
+        house.pairs,
         is_house=True,
     ),
     Shape(
         "scored",
         "a prompt with responses and scores",
         ("responses", "scores"),
-        readers.scored_responses,
+        house.scored_responses,
         is_house=True,
     ),
     Shape(
         "text-score",
         "texts with scores",
         ("text", "score"),
-        readers.scored_texts,
+        house.scored_texts,
         is_house=True,
     ),
 )
@@ -245,17 +248,17 @@ def require_shape(shape: Shape, record: Record, where: str) -> None:
     )
 
 
-def house_records(record: Record, where: str, shape: str | None = None) -> list[Record]:
+def house_records(record: Record, where: str) -> list[Record]:
     """The house records of one record of any shape, as forms.py reads them.
 
-    shape: a name of BY_NAME; by default it is recognised. A record that is a house record already,
-    or that has no known shape, comes back as it is. Comparisons without a label are no part of the
-    list; `items_of` has them, too. Raises InputError for a record that cannot be read.
+    A record that is a house record already, or that has no known shape, comes back as it is.
+    Comparisons without a label are no part of the list; `items_of` has them, too. Raises InputError
+    for a record that cannot be read.
     """
-    known = shape_of(record) if shape is None else shape_named(shape)
-    if known is None or known.is_house or known.read is None:
+    shape = shape_of(record)
+    if shape is None or shape.is_house or shape.read is None:
         return [record]
-    return [item for item in items_of(known, record, where) if isinstance(item, dict)]
+    return [item for item in items_of(shape, record, where) if isinstance(item, dict)]
 
 
 def items_of(shape: Shape, record: Record, where: str) -> list[Item]:
@@ -269,17 +272,19 @@ def read_house_records(
 ) -> Generator[tuple[str, Record], None, None]:
     """("file:line", house record) of a file, for training and scoring without a conversion.
 
-    If the first record has a foreign shape, all others must have it, too. left_out: counts
-    comparisons without a label, by reason. Raises InputError for a line that cannot be read, and
-    for one that holds several tastes.
+    If the first record has a foreign shape, all others must have it, too. If not, every record has
+    a shape of its own, and none of a foreign shape is read. left_out: counts comparisons without a
+    label, by reason. Raises InputError for a line that cannot be read, and for one that holds
+    several tastes.
     """
-    foreign: Shape | None = None
+    of_file: Shape | None = None  # the foreign shape of all its records
     for number, (where, record) in enumerate(read_rows(path)):
         shape = shape_of(record)
         if number == 0 and shape is not None and shape.is_foreign and shape.read is not None:
-            foreign = shape
-        shape = foreign or shape
-        if shape is None or shape.is_house or (shape.is_foreign and foreign is None):
+            of_file = shape
+        if of_file is not None:
+            shape = of_file
+        elif shape is None or shape.is_house or shape.is_foreign:
             yield where, record  # as it is; forms.py refuses what it cannot read
             continue
         items = items_of(shape, record, where)

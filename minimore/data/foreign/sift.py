@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from ...model.tokenizer import Tokenizer
 from ...options import require
 from ..forms import Pair, record_pairs
 from ..labels import LabelRules
@@ -37,19 +36,6 @@ class FileCounts:
         return line + (f" ({reasons})" if reasons else "")
 
 
-class PlainTurns(Tokenizer):
-    """Writes conversations plainly, as a checkpoint without a chat template does; it has no files.
-
-    With it forms.py reads a record as training will.
-    """
-
-    template = None
-
-    def __init__(self) -> None:
-        pass
-
-
-PLAIN_TURNS = PlainTurns()
 Single = tuple[Record, Pair]  # a comparison as a record of its own, and as texts
 
 
@@ -84,8 +70,8 @@ def reason_against(pair: Pair) -> str:
 
 
 def _single_pair(record: Record, where: str) -> Pair:
-    """The one pair of a record; InputError if it has several."""
-    pairs, _ = record_pairs(record, where, PLAIN_TURNS, rules=LabelRules())
+    """The one pair of a record, whose votes are checked, too; InputError if it has several."""
+    pairs, _ = record_pairs(record, where, rules=LabelRules())
     require(
         len(pairs) == 1,
         f"{where}: a response is a list of several; expected a string, or messages",
@@ -95,7 +81,7 @@ def _single_pair(record: Record, where: str) -> Pair:
 
 def _twos_of_scores(record: Record, where: str) -> tuple[list[Single], set[int]]:
     """Every two of the responses as a record of its own, and which of them are label ties."""
-    record_pairs(record, where, PLAIN_TURNS)  # refuses scores that are none
+    record_pairs(record, where)  # refuses scores that are none
     responses, scores = record["responses"], record["scores"]
     others = {key: value for key, value in record.items() if key not in ("responses", "scores")}
     singles: list[Single] = []

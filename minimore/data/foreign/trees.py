@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from ...model.template import Message, render_plainly
 from ...options import require
-from ..messages import shown, string_of
 from ..records import Record
-from .comparisons import Item, LeftOut, Note, object_of, preferred, text_at, value_of
+from ..values import is_number, object_of, shown, string_of, text_at, value_of
+from .comparisons import Item, LeftOut, Note, preferred
 
 WRITTEN = ("marks", "messages")  # how a thread becomes a prompt
 ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -97,7 +97,7 @@ def node_of(message: Record, where: str, parent: str | None) -> Node:
         f'{where}: "role" is {shown(role)}; expected {" or ".join(ROLES)}',
     )
     rank = message.get("rank")
-    is_rank = rank is None or (type(rank) in (int, float) and rank >= 0 and rank % 1 == 0)
+    is_rank = rank is None or (is_number(rank) and rank >= 0 and rank % 1 == 0)
     require(is_rank, f'{where}: "rank" is {shown(rank)}; expected null, or a whole number from 0')
     deleted = message.get("deleted")
     require(

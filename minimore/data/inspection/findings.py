@@ -5,16 +5,14 @@ files, the training and test files of the paper's five kinds of source. Below it
 """
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from ...tables import number, with_interval
 from ...uncertainty import Interval, intervals
-from .near_duplicates import near_copies
-from .survey import LINES_SHOWN, Survey
+from .survey import Survey
 from .word_rule import WordRule, word_rule
 
 
@@ -111,7 +109,8 @@ STOCK_RESPONSE = 0.05  # share of pairs that hold one response
 FEWEST_FOR_STOCK = 10  # pairs
 LENGTH_EXPLAINS = 0.75  # share in which the longer, or the shorter, wins; all of its interval
 WORDS_EXPLAIN = 0.85  # accuracy of the word rule; all of its interval
-NEAR_COPIES_BETWEEN = 0.02  # share of one file's prompts that nearly stand in another
+FEWEST_FOR_WORDS = 20  # pairs
+FEWEST_PROMPTS = 10  # that the word rule is fitted on and tested on
 
 
 class Finding(NamedTuple):
@@ -128,35 +127,36 @@ class Finding(NamedTuple):
         return f"{self.name}: {self.cases} of {self.total} {self.sentence}{where}"
 
 
-class Rules(NamedTuple):
+class SimpleRules(NamedTuple):
     """How far the longer response, and length with a few words, explain the labels of a file."""
 
     longer: Interval
-    words: WordRule | None  # None with too few prompts to test it
+    words: WordRule | None  # None with too few pairs to test it
 
 
-def rules_of(survey: Survey) -> Rules:
+def rules_of(survey: Survey) -> SimpleRules:
     """How often the longer response wins, and the accuracy of the word rule."""
     prompts = np.array(survey.prompts)
     longer = intervals(np.sign(np.array(survey.longer)), prompts)[0]
     places, pairs = zip(*survey.sample.items)
     sampled = prompts[list(places)]
-    if len(np.unique(sampled)) < 10:  # one prompt for all pairs, say: each pair by itself
-        sampled = np.arange(len(pairs))
-    return Rules(longer, word_rule(pairs, sampled) if len(pairs) >= 20 else None)
+    if len(np.unique(sampled)) < FEWEST_PROMPTS:
+        sampled = np.arange(len(pairs))  # one prompt for all pairs, say: each pair by itself
+    has_enough = len(pairs) >= FEWEST_FOR_WORDS
+    return SimpleRules(longer, word_rule(pairs, sampled) if has_enough else None)
 
 
 # ---- of one file ---------------------------------------------------------------------------------
 
 
-def findings_of(survey: Survey, rules: Rules) -> list[Finding]:
+def findings_of(survey: Survey, rules: SimpleRules) -> list[Finding]:
     """The faults of one file."""
-    found = [
+    of_counts = [
         Finding(name, count.total, survey.pairs, count.lines, f"pairs {fault.what}. {fault.advice}")
         for name, fault in FAULTS.items()
         if (count := survey.counts.get(name)) and count.total >= fault.share * survey.pairs
     ]
-    return [*found, *findings_about_labels(survey), *findings_about_rules(survey, rules)]
+    return [*of_counts, *findings_about_labels(survey), *findings_about_rules(survey, rules)]
 
 
 def findings_about_labels(survey: Survey) -> Iterator[Finding]:
@@ -203,7 +203,7 @@ def stock_responses(survey: Survey) -> Iterator[Finding]:
             )
 
 
-def findings_about_rules(survey: Survey, rules: Rules) -> Iterator[Finding]:
+def findings_about_rules(survey: Survey, rules: SimpleRules) -> Iterator[Finding]:
     """Labels that a rule without understanding explains."""
     longer, words = rules.longer, rules.words
     explains_length = longer.low > LENGTH_EXPLAINS or longer.high < 1 - LENGTH_EXPLAINS
@@ -230,73 +230,10 @@ def findings_about_rules(survey: Survey, rules: Rules) -> Iterator[Finding]:
         )
 
 
-# ---- of two files --------------------------------------------------------------------------------
-
-
-class Between(NamedTuple):
-    """What two files share: the hashes of prompts, and the findings that come of it."""
-
-    one: Survey
-    other: Survey
-    shared: set[int]
-    findings: list[Finding]
-
-
-def all_between(surveys: Sequence[Survey]) -> list[Between]:
-    """What every file shares with each one before it.
-
-    Two files that are both for training, or both for a test, by their names, are two sources: that
-    they share prompts is no fault.
-    """
-    results = []
-    for i, one in enumerate(surveys):
-        for other in surveys[:i]:
-            shared = one.number_of.keys() & other.number_of.keys()
-            are_alike = part_of(one) is not None and part_of(one) == part_of(other)
-            findings = [] if are_alike else list(findings_between(one, other, shared))
-            results.append(Between(one, other, shared, findings))
-    return results
-
-
-def part_of(survey: Survey) -> str | None:
-    """What the name of a file says that it is for; None if it says nothing."""
-    words = re.split("[^a-z]+", survey.name.lower())
-    return next((part for part in ("train", "validation", "test") if part in words), None)
-
-
-def findings_between(one: Survey, other: Survey, shared: set[int]) -> Iterator[Finding]:
-    """Prompts of a file that stand, or nearly stand, in another one."""
-    flatters = (
-        "If one is for training and the other for a test, the test flatters the model; split them"
-        " by prompt (minimore data split)."
-    )
-    if shared:
-        numbers = [one.number_of[key] for key in shared]
-        pairs = np.isin(np.array(one.prompts), numbers).sum()
-        yield Finding(
-            "shared prompts",
-            len(shared),
-            len(one.number_of),
-            [],
-            f"prompts of {one.name}, those of {pairs} of its pairs, stand in {other.name}, too."
-            f" {flatters}",
-        )
-    copies = near_copies(one.signatures(), other.signatures())
-    places = [place for place in copies.place if one.signed_hashes[place] not in shared]
-    if len(places) >= max(1, NEAR_COPIES_BETWEEN * len(one.number_of)):
-        yield Finding(
-            "near duplicates between files",
-            len(places),
-            len(one.number_of),
-            [one.signed_lines[place] for place in places[:LINES_SHOWN]],
-            f"prompts of {one.name} are near duplicates of prompts of {other.name}. {flatters}",
-        )
-
-
 # ---- the floor -----------------------------------------------------------------------------------
 
 
-def rule_lines(rules: Rules) -> list[str]:
+def rule_lines(rules: SimpleRules) -> list[str]:
     """What the rules reach, in words: the floor that a model must beat."""
     lines = [f"The longer response wins in {with_interval(*_parts(rules.longer))} of the pairs."]
     if rules.words:
@@ -312,5 +249,6 @@ def rule_lines(rules: Rules) -> list[str]:
 
 
 def _parts(interval: Interval) -> tuple[float, tuple[float | None, float | None]]:
+    """An estimate and the ends of its interval, None where there is no number."""
     low, high = (None if math.isnan(end) else end for end in interval[1:])
     return interval.value, (low, high)

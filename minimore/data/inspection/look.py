@@ -17,16 +17,8 @@ from ...files import directory_written_whole, refuse_existing, write_json, write
 from ...model.tokenizer import Tokenizer
 from ...options import Range, check_ranges, option, require
 from ...tables import MarkdownTable, number
-from .findings import (
-    FAULTS,
-    Between,
-    Finding,
-    Rules,
-    all_between,
-    findings_of,
-    rule_lines,
-    rules_of,
-)
+from .between import Between, all_between
+from .findings import FAULTS, Finding, SimpleRules, findings_of, rule_lines, rules_of
 from .survey import Survey, survey_of
 
 PAIRS_SHOWN = 3
@@ -65,7 +57,7 @@ class Look(NamedTuple):
     """What is said of one file."""
 
     survey: Survey
-    rules: Rules
+    rules: SimpleRules
     findings: list[Finding]
 
 
@@ -77,7 +69,7 @@ def look(options: LookOptions) -> None:
         require(options.file.count(path) == 1, f"{path}: is given twice; expected different files")
     tokenizer = tokenizer_of(options)
     looks = [look_at(path, tokenizer, options) for path in options.file]
-    between = all_between([each.survey for each in looks])
+    between = all_between([file.survey for file in looks])
     page = page_of(looks, between)
     if options.output is None:
         print(page)
@@ -118,9 +110,9 @@ def look_at(path: str, tokenizer: Tokenizer | None, options: LookOptions) -> Loo
 
 def print_what_was_found(output: str, looks: Sequence[Look], between: Sequence[Between]) -> None:
     """One line for every finding, and where the page is."""
-    for each in looks:
-        print(f"{each.survey.path}: {each.survey.pairs} pairs, {len(each.findings)} findings")
-        for finding in each.findings:
+    for file in looks:
+        print(f"{file.survey.path}: {file.survey.pairs} pairs, {len(file.findings)} findings")
+        for finding in file.findings:
             print(f"  {finding}")
     for finding in findings_of_all(between):
         print(f"between files: {finding}")
@@ -133,15 +125,15 @@ def print_what_was_found(output: str, looks: Sequence[Look], between: Sequence[B
 
 def page_of(looks: Sequence[Look], between: Sequence[Between]) -> str:
     """The whole page, as Markdown."""
-    parts = ["\n\n".join(section_of(each)) for each in looks]
+    parts = ["\n\n".join(section_of(file)) for file in looks]
     if len(looks) > 1:
         parts.append("\n\n".join(between_lines(between)))
     return "\n\n".join(parts)
 
 
-def section_of(each: Look) -> Iterator[str]:
+def section_of(file: Look) -> Iterator[str]:
     """The paragraphs on one file."""
-    survey = each.survey
+    survey = file.survey
     yield f"# {survey.path}"
     yield (
         f"{survey.pairs} pairs of {len(set(survey.prompts))} prompts in {survey.records} records;"
@@ -151,7 +143,7 @@ def section_of(each: Look) -> Iterator[str]:
         reasons = (f"{count} {reason}" for reason, count in sorted(survey.unlabelled.items()))
         yield f"Comparisons without a label: {', '.join(reasons)}."
     yield "## Findings"
-    yield from finding_lines(each.findings)
+    yield from finding_lines(file.findings)
     yield "## Counts"
     if survey.counts:
         yield str(counts_table(survey))
@@ -161,7 +153,7 @@ def section_of(each: Look) -> Iterator[str]:
         yield "What truncation does was not asked; give --model."
     yield "## Lengths, and what they explain"
     yield str(lengths_table(survey))
-    yield "\n".join(rule_lines(each.rules))
+    yield "\n".join(rule_lines(file.rules))
     if survey.agreement:
         yield agreement_line(survey)
     yield "## Some pairs"
@@ -173,15 +165,15 @@ def between_lines(between: Sequence[Between]) -> Iterator[str]:
     yield "# Between the files"
     yield from finding_lines(findings_of_all(between))
     table = MarkdownTable("file", "shares with", "prompts")
-    for each in between:
-        if each.shared:
-            table.add(each.one.name, each.other.name, len(each.shared))
+    for two in between:
+        if two.shared:
+            table.add(two.one.name, two.other.name, len(two.shared))
     yield str(table) if len(table.rows) > 1 else "No two files share a prompt."
 
 
 def findings_of_all(between: Sequence[Between]) -> list[Finding]:
     """The findings between all files."""
-    return [finding for each in between for finding in each.findings]
+    return [finding for two in between for finding in two.findings]
 
 
 def finding_lines(findings: Sequence[Finding]) -> list[str]:
@@ -209,12 +201,12 @@ def counts_table(survey: Survey) -> MarkdownTable:
 
 
 def lengths_table(survey: Survey) -> MarkdownTable:
-    """Mean, quartiles and maximum of prompts, chosen and rejected responses."""
+    """How long prompts, chosen and rejected responses are: mean, three quantiles, the longest."""
     table = MarkdownTable(survey.unit, "mean", "5%", "median", "95%", "longest")
     for name, column in zip(("prompt", "chosen", "rejected"), survey.lengths):
         lengths = np.array(column)
-        low, median, high = np.quantile(lengths, [0.05, 0.5, 0.95])
-        table.add(name, *(f"{v:.0f}" for v in (lengths.mean(), low, median, high, lengths.max())))
+        values = (lengths.mean(), *np.quantile(lengths, [0.05, 0.5, 0.95]), lengths.max())
+        table.add(name, *(f"{value:.0f}" for value in values))
     return table
 
 
@@ -252,13 +244,13 @@ def quoted(text: str, is_end: bool = False) -> str:
 
 def numbers_of(looks: Sequence[Look], between: Sequence[Between]) -> dict[str, Any]:
     """Every number of the page."""
-    files = {each.survey.path: numbers_of_file(each) for each in looks}
+    files = {file.survey.path: numbers_of_file(file) for file in looks}
     return {"files": files, "between": [finding._asdict() for finding in findings_of_all(between)]}
 
 
-def numbers_of_file(each: Look) -> dict[str, Any]:
+def numbers_of_file(file: Look) -> dict[str, Any]:
     """The numbers of one file; NaN, of too few prompts, is null."""
-    survey, words = each.survey, each.rules.words
+    survey, words = file.survey, file.rules.words
     return {
         "pairs": survey.pairs,
         "records": survey.records,
@@ -271,13 +263,13 @@ def numbers_of_file(each: Look) -> dict[str, Any]:
             name: {"count": count.total, "lines": count.lines}
             for name, count in sorted(survey.counts.items())
         },
-        "longer_wins": finite(each.rules.longer),
+        "longer_wins": finite(file.rules.longer),
         "word_rule": None
         if words is None
         else {"accuracy": finite(words.accuracy), "strongest": words.strongest},
         "first_preferred": {"records": survey.first_wins[0], "first": survey.first_wins[1]},
         "agreement": float(np.mean(survey.agreement)) if survey.agreement else None,
-        "findings": [finding._asdict() for finding in each.findings],
+        "findings": [finding._asdict() for finding in file.findings],
     }
 
 
@@ -289,10 +281,10 @@ def finite(values: Sequence[float]) -> list[float | None]:
 def draw(looks: Sequence[Look], path: Path) -> None:
     """The figure of all files."""
     lengths = {
-        f"{i}. {each.survey.name}": (
-            np.array(each.survey.lengths[1]),
-            np.array(each.survey.lengths[2]),
+        f"{i}. {file.survey.name}": (
+            np.array(file.survey.lengths[1]),
+            np.array(file.survey.lengths[2]),
         )
-        for i, each in enumerate(looks, 1)
+        for i, file in enumerate(looks, 1)
     }
     plots.draw_lengths(lengths, looks[0].survey.unit, path)

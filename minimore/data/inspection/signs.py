@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 from ...model.tokenizer import Tokenizer
+from ..dialogues import NEXT_TURN
 from ..forms import Pair
-from ..overlap import normalised
+from ..prompts import normalised
 
 SHORTEST_CUT = 80  # characters of a text that may count as cut off
 REFUSAL_WITHIN = 120  # characters from the beginning of a response
@@ -34,7 +35,6 @@ SPECIAL_NAMES = (
     *("<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "[PAD]", "[CLS]", "[SEP]", "[UNK]"),
     *("<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|endofprompt|>"),
 )
-NEXT_TURN = re.compile(r"\n\n(?:## )?(?:Human|User|Assistant):")
 
 
 def signs_of(pair: Pair, tokenizer: Tokenizer | None = None) -> Iterator[str]:

@@ -5,10 +5,9 @@ It holds some numbers of every pair and 256 bytes of every prompt, but texts of 
 N pairs, G prompts.
 """
 
-import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,16 +16,18 @@ import numpy as np
 
 from ...model.tokenizer import Tokenizer
 from ..forms import Pair
-from ..overlap import normalised, prompt_hash
+from ..messages import PLAIN_TURNS
 from ..pairs import encode
+from ..prompts import normalised, text_hash
 from ..records import Record
 from ..texts import Reading, ReadRecord
+from ..values import is_number
 from .near_duplicates import BINS, near_copies, signature
 from .signs import signs_of
 
 LINES_SHOWN = 5
 SAMPLE = 10_000  # pairs of which the texts are kept
-MOST_SIGNED = 200_000  # prompts that are compared for near duplicates
+MOST_SIGNATURES = 200_000  # prompts that are compared for near duplicates
 ENCODED_AT_ONCE = 256  # records
 UNCUT = 10**9  # tokens
 
@@ -90,9 +91,9 @@ class Survey:
     longer: array = field(default_factory=lambda: array("q"))
     prompts: array = field(default_factory=lambda: array("q"))
     number_of: dict[int, int] = field(default_factory=dict)  # of a prompt, by its hash
-    signed: list[np.ndarray] = field(default_factory=list)  # signatures of different prompts
-    signed_lines: array = field(default_factory=lambda: array("q"))
-    signed_hashes: array = field(default_factory=lambda: array("q"))
+    signature_rows: list[np.ndarray] = field(default_factory=list)  # of different prompts
+    signature_lines: array = field(default_factory=lambda: array("q"))
+    signature_hashes: array = field(default_factory=lambda: array("q"))
     line_of: dict[int, int] = field(default_factory=dict)  # of a pair, by its hash
     sides: tuple[Counter[int], Counter[int]] = field(
         default_factory=lambda: (Counter(), Counter())
@@ -117,7 +118,7 @@ class Survey:
 
     def signatures(self) -> np.ndarray:
         """The signatures of different prompts: (G, 64)."""
-        return np.array(self.signed, dtype=np.uint32).reshape(-1, BINS)
+        return np.array(self.signature_rows, dtype=np.uint32).reshape(-1, BINS)
 
 
 def survey_of(path: str, tokenizer: Tokenizer | None, max_length: int, chat: bool) -> Survey:
@@ -128,7 +129,7 @@ def survey_of(path: str, tokenizer: Tokenizer | None, max_length: int, chat: boo
     """
     unit = "characters" if tokenizer is None else "tokens"
     survey = Survey(path, unit, None if tokenizer is None else max_length)
-    records = Reading(tokenizer, chat).records(path, survey.unlabelled)
+    records = Reading(tokenizer or PLAIN_TURNS, chat).records(path, survey.unlabelled)
     while some := list(islice(records, ENCODED_AT_ONCE)):
         for read in some:
             count_record(survey, read)
@@ -136,9 +137,12 @@ def survey_of(path: str, tokenizer: Tokenizer | None, max_length: int, chat: boo
                 count_pair(survey, pair, read.line, tokenizer)
         pairs = [(pair, read.line) for read in some for pair in read.pairs]
         if tokenizer is None:
-            add_lengths(survey, [tuple(map(len, pair[:3])) for pair, _ in pairs])
+            lengths = count_characters(pairs)
         else:
-            add_lengths(survey, count_tokens(survey, pairs, tokenizer, max_length))
+            lengths = count_tokens(survey, pairs, tokenizer, max_length)
+        for of_pair in lengths:
+            for column, length in zip(survey.lengths, of_pair):
+                column.append(length)
     count_near_copies(survey)
     return survey
 
@@ -155,19 +159,14 @@ def count_record(survey: Survey, read: ReadRecord) -> None:
         survey.first_wins[0] += 1
         survey.first_wins[1] += scores[0] > scores[1]
     votes = read.record.get("votes")
-    if isinstance(votes, list) and are_numbers(votes) and sum(votes) > 0:
+    if isinstance(votes, list) and all(map(is_number, votes)) and sum(votes) > 0:
         survey.agreement.append(max(votes) / sum(votes))
 
 
 def scores_of(record: Record) -> list[float]:
     """The scores of a record's responses, in the order of the file; none where there are none."""
     scores = record.get("scores", record.get("score"))
-    return scores if isinstance(scores, list) and are_numbers(scores) else []
-
-
-def are_numbers(values: Iterable[object]) -> bool:
-    """Whether all values are numbers."""
-    return all(type(value) in (int, float) for value in values)
+    return scores if isinstance(scores, list) and all(map(is_number, scores)) else []
 
 
 # ---- of a pair -----------------------------------------------------------------------------------
@@ -178,14 +177,14 @@ def count_pair(survey: Survey, pair: Pair, line: int, tokenizer: Tokenizer | Non
     for sign in signs_of(pair, tokenizer):
         survey.count(sign, line)
     prompt, chosen, rejected = map(normalised, pair[:3])
-    count_repeats(
-        survey, hash_of(prompt, chosen, rejected), hash_of(prompt, rejected, chosen), line
-    )
+    key = text_hash("\0".join((prompt, chosen, rejected)))
+    reversed_key = text_hash("\0".join((prompt, rejected, chosen)))
+    count_repeats(survey, key, reversed_key, line)
     for side, response in zip(survey.sides, (chosen, rejected)):
         if response:
-            side[hash_of(response)] += 1
+            side[text_hash(response)] += 1
     survey.longer.append(len(pair.chosen) - len(pair.rejected))
-    survey.prompts.append(number_of_prompt(survey, pair.prompt, prompt, line))
+    survey.prompts.append(number_of_prompt(survey, prompt, line))
     survey.sample.add(pair)
 
 
@@ -200,53 +199,52 @@ def count_repeats(survey: Survey, key: int, reversed_key: int, line: int) -> Non
         survey.count("contradictions", line)
 
 
-def number_of_prompt(survey: Survey, prompt: str, normalised_prompt: str, line: int) -> int:
-    """The number of a prompt; a new one is signed. A pair without a prompt has a number alone."""
-    if not normalised_prompt:
+def number_of_prompt(survey: Survey, prompt: str, line: int) -> int:
+    """The number of a normalised prompt; a new one leaves its signature.
+
+    A pair without a prompt has a number that no other pair has.
+    """
+    if not prompt:
         return -1 - survey.pairs
-    key = prompt_hash(prompt)
+    key = text_hash(prompt)
     if key in survey.number_of:
         return survey.number_of[key]
     survey.number_of[key] = len(survey.number_of)
-    own = signature(normalised_prompt) if len(survey.signed) < MOST_SIGNED else None
+    own = signature(prompt) if len(survey.signature_rows) < MOST_SIGNATURES else None
     if own is not None:
-        survey.signed.append(own)
-        survey.signed_lines.append(line)
-        survey.signed_hashes.append(key)
+        survey.signature_rows.append(own)
+        survey.signature_lines.append(line)
+        survey.signature_hashes.append(key)
     return survey.number_of[key]
-
-
-def hash_of(*texts: str) -> int:
-    """Eight bytes of BLAKE2b of some texts."""
-    data = "\0".join(texts).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def count_near_copies(survey: Survey) -> None:
     """Count the different prompts that are near duplicates of one before them."""
     for place in near_copies(survey.signatures()).place:
-        survey.count("near duplicates", survey.signed_lines[place])
+        survey.count("near duplicates", survey.signature_lines[place])
 
 
 # ---- lengths -------------------------------------------------------------------------------------
 
 
-def add_lengths(survey: Survey, lengths: Iterable[tuple[int, ...]]) -> None:
-    """Keep the lengths of prompt, chosen and rejected response of some pairs."""
-    for of_pair in lengths:
-        for column, length in zip(survey.lengths, of_pair):
-            column.append(length)
+Lengths = tuple[int, int, int]  # of prompt, chosen and rejected response
+
+
+def count_characters(pairs: list[tuple[Pair, int]]) -> Iterator[Lengths]:
+    """The lengths of some pairs in characters."""
+    for pair, _ in pairs:
+        yield len(pair.prompt), len(pair.chosen), len(pair.rejected)
 
 
 def count_tokens(
     survey: Survey, pairs: list[tuple[Pair, int]], tokenizer: Tokenizer, max_length: int
-) -> Iterator[tuple[int, int, int]]:
+) -> Iterator[Lengths]:
     """The lengths of some pairs in tokens; counts what a cut to max_length does to them.
 
     Texts are cut on the left, and a BOS stays, as in training.
     """
     texts = [
-        text for pair, _ in pairs for text in (pair.prompt + pair.chosen, pair.prompt + pair[2])
+        pair.prompt + response for pair, _ in pairs for response in (pair.chosen, pair.rejected)
     ]
     rendered = [pair.rendered for pair, _ in pairs]
     ids, _ = encode(texts, tokenizer, UNCUT, [flag for flag in rendered for _ in range(2)])

@@ -38,7 +38,7 @@ class WordRule(NamedTuple):
 
 
 def word_rule(pairs: Sequence[Pair], prompts: np.ndarray) -> WordRule:
-    """Fit and test the rule on pairs (at least two prompts). prompts: (N,) a number of each."""
+    """Fit and test the rule on pairs (at least two prompts). prompts: (N,), of each its number."""
     texts = [(pair.chosen[:LONGEST], pair.rejected[:LONGEST]) for pair in pairs]
     words = frequent_words(text for pair in texts for text in pair)
     x = np.array([features(a, words) - features(b, words) for a, b in texts])  # (N, F)
@@ -62,7 +62,7 @@ def frequent_words(texts: Iterable[str]) -> list[str]:
 
 
 def features(text: str, words: Sequence[str]) -> np.ndarray:
-    """(F,) logarithms of one plus counts: of the form of a text, then of words."""
+    """(F,) logarithms of one plus counts: those of STYLE in their order, then those of words."""
     counts = Counter(WORD.findall(text.lower()))
     style = (
         len(text),

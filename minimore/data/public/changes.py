@@ -57,7 +57,8 @@ def changes_since(manifest: dict[str, Any], inputs: Sequence[Input]) -> list[str
     """What differs between files and those that a manifest was made of."""
     recorded = {path: values["sha256"] for path, values in manifest["inputs"].items()}
     return [
-        f"{i.file.path} has SHA-256 {i.sha256}, and the manifest says {recorded[i.file.path]}"
-        for i in inputs
-        if recorded.get(i.file.path) not in (None, i.sha256)
+        f"{here.file.path} has SHA-256 {here.sha256}, and the manifest says"
+        f" {recorded[here.file.path]}"
+        for here in inputs
+        if recorded.get(here.file.path) not in (None, here.sha256)
     ]

@@ -9,7 +9,6 @@ Everything is written beside its place and put there at the end, the manifest la
 writes the same bytes, also after a kill. Where its manifest is, it looks whether all is as it was.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +20,11 @@ from ...checksums import write_checked_json
 from ...files import locked, make_directory, to_disk
 from ...options import COUNT, Range, check_ranges, option, require
 from ...tables import Table
+from ..records import json_line
 from .changes import Input, changes_of_file, changes_of_records, changes_since, input_of
 from .download import fetch, offers_of, read_receipt, sha256_of
 from .manifest import is_complete, read_manifest
-from .parts import Conversion, Counts, Stream, sampled
+from .parts import Conversion, Counts, Part, sampled
 from .sources import SETS, File, PublicSet
 
 SHOWN_CHANGES = 3
@@ -85,7 +85,9 @@ def get_in(
     if options.test_only and public_set.test:
         files = public_set.test
     inputs, commit = obtain(options, public_set, files, output, earlier)
-    changes = [change for i in inputs for change in changes_of_file(i.file, i.size, i.sha256)]
+    changes = [
+        change for here in inputs for change in changes_of_file(here.file, here.size, here.sha256)
+    ]
     changes += changes_since(earlier, inputs) if earlier else []
     refuse_changes(options, changes)
     conversion = Conversion(public_set, inputs)
@@ -101,7 +103,7 @@ def get_in(
         "commit": commit,
         "licence": public_set.licence,
         "split": "official" if public_set.test else "by opening",
-        "inputs": {i.file.path: described(i, conversion) for i in inputs},
+        "inputs": {here.file.path: described(here, conversion) for here in inputs},
         "changes": changes,
         "outputs": outputs,
         "left_out": conversion.left_out,
@@ -110,9 +112,13 @@ def get_in(
     return manifest
 
 
-def described(i: Input, conversion: Conversion) -> dict[str, Any]:
+def described(here: Input, conversion: Conversion) -> dict[str, Any]:
     """What the manifest says of a file that went in."""
-    return {"sha256": i.sha256, "bytes": i.size, "records": conversion.records[i.file.path]}
+    return {
+        "sha256": here.sha256,
+        "bytes": here.size,
+        "records": conversion.records[here.file.path],
+    }
 
 
 # ---- what is said --------------------------------------------------------------------------------
@@ -227,7 +233,7 @@ def write_parts(options: GetOptions, conversion: Conversion, output: Path) -> di
 
 
 def write_part(
-    part: Stream, count: int | None, options: GetOptions, name: str, output: Path
+    part: Part, count: int | None, options: GetOptions, name: str, output: Path
 ) -> dict[str, Any]:
     """Write a part, or a sample of its pairs; return the file's name, checksum and counts."""
     records = part()
@@ -238,7 +244,7 @@ def write_part(
     with open(unfinished(path), "w", encoding="utf-8", newline="\n") as file:
         for record in records:
             counts.add(record)
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json_line(record, options.name) + "\n")
     to_disk(unfinished(path))
     return {
         "file": path.name,

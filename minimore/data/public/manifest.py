@@ -34,7 +34,7 @@ def read_manifest(path: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 def is_complete(manifest: dict[str, Any], directory: Path) -> bool:
     """Whether all files are there. Raises InputError if one is not as it was written."""
-    paths = {directory / o["file"]: o["sha256"] for o in manifest["outputs"].values()}
+    paths = {directory / part["file"]: part["sha256"] for part in manifest["outputs"].values()}
     for path, stored in paths.items():
         require(
             not path.exists() or sha256_of(path) == stored,

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from ...options import require
+from ..dialogues import ASSISTANT
 from ..foreign.convert import Rules, Tally, converted
 from ..foreign.trees import TreeRules
-from ..forms import ASSISTANT
 from ..messages import is_conversation, messages_of
-from ..overlap import normalised
+from ..prompts import as_bytes, normalised
 from ..records import Record
 from .changes import Input
 from .sources import File, PublicSet
@@ -27,13 +27,13 @@ from .sources import File, PublicSet
 SHARED = "training pairs whose prompt is a test prompt"
 TEST_SHARE = 0.05  # of the openings; the paper's test sets are about as large a share
 
-Stream = Callable[[], Iterator[Record]]  # the house records of a part, from the beginning again
+Part = Callable[[], Iterator[Record]]  # the house records of a part, from the beginning again
 
 
 # ---- what a record says --------------------------------------------------------------------------
 
 
-def text_of(prompt: Any) -> str:
+def prompt_text(prompt: Any) -> str:
     """A prompt as a text, also if it is messages."""
     if not is_conversation(prompt):
         return str(prompt)
@@ -41,33 +41,35 @@ def text_of(prompt: Any) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def opening_of(prompt: Any) -> str:
-    """What a dialogue begins with: everything up to the first turn of the assistant.
+def up_to_first_reply(prompt: Any) -> str:
+    """The opening of a dialogue as it is written: all that stands before the first reply.
 
-    >>> opening_of("\\n\\nHuman: hi\\n\\nAssistant: yes\\n\\nHuman: why?\\n\\nAssistant:")
+    >>> up_to_first_reply("\\n\\nHuman: hi\\n\\nAssistant: yes\\n\\nHuman: why?\\n\\nAssistant:")
     '\\n\\nHuman: hi'
     """
     if is_conversation(prompt):
         messages = messages_of(prompt, "prompt", None, "user")
         roles = [message["role"] for message in messages]
-        return text_of(messages[: roles.index("assistant")] if "assistant" in roles else messages)
+        return prompt_text(
+            messages[: roles.index("assistant")] if "assistant" in roles else messages
+        )
     text = str(prompt)
     return text[: min((text.find(mark) for mark in ASSISTANT if mark in text), default=len(text))]
 
 
 def key_of(text: str) -> bytes:
     """Sixteen bytes that stand for a text, whatever the case of its letters and its white space."""
-    return hashlib.sha256(normalised(text).encode("utf-8", "surrogatepass")).digest()[:16]
+    return hashlib.sha256(as_bytes(normalised(text))).digest()[:16]
 
 
 def prompt_key(record: Record) -> bytes:
     """The key of a record's prompt."""
-    return key_of(text_of(record["prompt"]))
+    return key_of(prompt_text(record["prompt"]))
 
 
 def is_test(record: Record) -> bool:
     """Whether a record of a set without a split belongs to its test part."""
-    key = key_of(opening_of(record["prompt"]))
+    key = key_of(up_to_first_reply(record["prompt"]))
     return int.from_bytes(key[:8], "big") < TEST_SHARE * 2**64
 
 
@@ -160,11 +162,11 @@ class Conversion:
     def _records(self, files: Sequence[File]) -> Iterator[Record]:
         """House records of some files, of the set's taste and languages."""
         rules = Rules(TreeRules(languages=self.public_set.languages))
-        for i in self.inputs:
-            if i.file not in files:
+        for here in self.inputs:
+            if here.file not in files:
                 continue
-            tally = self.tallies[i.file.path] = Tally()
-            for _, record in converted(str(i.path), self.public_set.shape, rules, tally):
+            tally = self.tallies[here.file.path] = Tally()
+            for _, record in converted(str(here.path), self.public_set.shape, rules, tally):
                 taste = record.pop("taste", None)
                 if taste == self.public_set.taste:
                     yield record
@@ -173,21 +175,21 @@ class Conversion:
 # ---- samples -------------------------------------------------------------------------------------
 
 
-def sampled(stream: Stream, count: int, seed: int, may_repeat: bool) -> Iterator[Record]:
+def sampled(part: Part, count: int, seed: int, may_repeat: bool) -> Iterator[Record]:
     """So many pairs of a part, in its order; a pair that is taken twice stands there twice.
 
     A larger part is sampled by prompts: whole prompts in a random order until there are enough
     pairs, the last prompt cut. A smaller one is taken as often as it fits in, and the rest is
     sampled. Raises InputError if there are too few and none may be repeated.
     """
-    keys = [prompt_key(pair) for pair in pairs_of(stream())]
+    keys = [prompt_key(pair) for pair in pairs_of(part())]
     require(keys, "no pairs that could be sampled")
     require(
         may_repeat or count <= len(keys),
         f"--test-pairs {count}: there are {len(keys)} test pairs; expected at most as many",
     )
     copies = copies_of_pairs(keys, count, np.random.default_rng(seed))
-    for pair, times in zip(pairs_of(stream()), copies):
+    for pair, times in zip(pairs_of(part()), copies):
         for _ in range(times):
             yield pair
 

@@ -5,7 +5,7 @@ set without a revision is taken as it is first met, and the commit it had stands
 a file without a checksum is checked against the hub's own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 CONVERTED = "refs/convert/parquet"  # where the hub keeps its own parquet copy of a dataset
@@ -183,14 +183,9 @@ PKU_SAFER = PublicSet(
     taste="safer",
 )
 
-PKU_BETTER = PublicSet(
+PKU_BETTER = replace(
+    PKU_SAFER,
     about="which of two replies is more helpful (offensive texts); pku-safer labels the same pairs",
-    repository=PKU,
-    revision=PKU_REVISION,
-    licence="CC BY-NC 4.0",
-    train=PKU_TRAIN,
-    test=PKU_TEST,
-    shape="pku-saferlhf",
     taste="better",
 )
 

@@ -307,7 +307,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(run, tmp_path, capsys, monk
         assert main(["plot", *arguments]) == 2, arguments
         message = capsys.readouterr().err
         assert said in message and message.count("\n") == 1, message
-    monkeypatch.setattr("minimore.figures.curves.available", lambda: False)
+    monkeypatch.setattr("minimore.figures.plots.available", lambda: False)
     assert main(["plot", str(run)]) == 2
     assert "this page needs matplotlib: pip install 'minimore[plots]'" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.partial"))

@@ -3,6 +3,7 @@
 Rows of every shape are in foreign.py.
 """
 
+import copy
 import gzip
 import json
 import sys
@@ -108,6 +109,11 @@ def test_comparisons_without_a_label_are_counted_by_training_and_by_score(tmp_pa
     path = write(tmp_path / "b.jsonl", row | {"labels": None}, row)
     assert main(["score", *arguments, "--input", path]) == 0
     assert "1 comparisons without a label are not scored: no label" in capsys.readouterr().out
+    person = copy.deepcopy(ROWS["prism"][0].record)
+    person["conversation_history"][1]["score"] = None  # of three replies: two comparisons
+    path = write(tmp_path / "c.jsonl", person, person)
+    source = load_source("s", path, Tokenizer(GOLDENS / "gpt_neox"), 200)
+    assert source.unlabelled == {"no score": 4}
 
 
 def test_score_reads_foreign_shapes(tmp_path, capsys):

@@ -115,7 +115,7 @@ def test_what_a_run_says_of_its_best(whole):
     assert held_out[0] == "  ana: held out for validation: 9 of 30 prompts, 9 of 30 pairs"
     best = json.loads((whole / "best.json").read_text())
     value = number(best["value"])
-    assert f"; best NLL {value} at step {best['step']}\n" in said
+    assert f"; best NLL {value} at step {best['step']}\n" in said and "; best NLL so far\n" in said
     steps, last = best["steps"], number(best["last"])
     assert said.splitlines()[-3:] == [
         f"best: step {best['step']} of {steps}, validation NLL {value}, in {whole / 'best'}",
@@ -238,7 +238,14 @@ def test_a_best_checkpoint_that_was_removed_is_said(world, cut, capsys):
     assert json.loads((run / "best.json").read_text())["step"] > best
 
 
-@pytest.mark.parametrize("value", [None, [], {"step": 3}, {"step": "x", "by": "nll", "value": 1.0}])
+ODD = (
+    *(None, [], {"step": 3}),
+    {"step": "x", "by": "nll", "value": 1.0},
+    {"step": 3, "by": "ece", "value": 1.0},
+)
+
+
+@pytest.mark.parametrize("value", ODD)
 def test_a_state_with_an_odd_best_is_refused(world, cut, value):
     run, _ = cut
     path = training.checkpoints(run)[-1] / "state.json"

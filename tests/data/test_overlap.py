@@ -11,6 +11,7 @@ from minimore.data.overlap import (
     hashes_of,
     overlap_of,
     read_training_prompts,
+    refuse_training_files,
     write_training_prompts,
 )
 from minimore.data.pairs import NO_PROMPT, Source
@@ -103,6 +104,16 @@ def test_evaluation_knows_what_the_run_was_trained_on(world, leak, run, tmp_path
     baseline = ("evaluate", "--model", world[0] / "model", "--baseline", run)
     assert run_verb(*baseline, "--source", f"x={leak[1]}") == 0
     assert capsys.readouterr().out.count("test prompts are training prompts") == 1
+
+
+def test_a_training_file_is_known_under_every_name(tmp_path):
+    file, link = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    file.touch()
+    link.symlink_to(file)
+    for trained, tested in ((file, link), (link, file)):
+        with pytest.raises(InputError, match="the model was trained on this file"):
+            refuse_training_files({"source": [f"a={trained}"]}, {"x": str(tested)})
+    refuse_training_files({}, {"x": str(file)})
 
 
 def test_a_checkpoint_inside_an_unfinished_run_knows_it_too(halted, world, capsys):

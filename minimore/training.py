@@ -283,6 +283,7 @@ def choose_recipe(
         device_of(options),
         compute_type(options),
         available_memory() or math.inf,
+        processes(),
     )
 
 

@@ -19,16 +19,16 @@ FORKS.set_forkserver_preload(["minimore.cli"])
 class Command:
     """`minimore` with some words. `said` and `error` are what it has printed so far.
 
-    variables: of its environment.
+    variables: of its environment. before: a function that it calls before it begins.
     """
 
-    def __init__(self, words, directory=".", variables=None):
+    def __init__(self, words, directory=".", variables=None, before=None):
         self.folder = Path(tempfile.mkdtemp())
         self.outputs = [self.folder / name for name in ("said", "error")]
         for path in self.outputs:
             path.touch()
         arguments = [str(word) for word in words], str(directory), [str(p) for p in self.outputs]
-        self.process = FORKS.Process(target=run, args=(*arguments, variables or {}))
+        self.process = FORKS.Process(target=run, args=(*arguments, variables or {}, before))
         self.process.start()
 
     def __getattr__(self, name):
@@ -52,7 +52,7 @@ class Command:
         return self.process.exitcode
 
 
-def run(words, directory, outputs, variables):
+def run(words, directory, outputs, variables, before):
     """What the forked process does."""
     os.environ.update(variables)
     for path, stream in zip(outputs, (1, 2)):
@@ -60,6 +60,8 @@ def run(words, directory, outputs, variables):
     os.chdir(directory)
     from minimore.cli import main
 
+    if before:
+        before()
     sys.exit(main(words))
 
 
@@ -79,9 +81,16 @@ def group_variables(count):
         }
 
 
-def group(words, count, directory="."):
-    """`minimore` as torchrun would start it: so many processes with the same words."""
-    return [Command(words, directory, variables) for variables in group_variables(count)]
+def group(words, count, befores=None):
+    """`minimore` as torchrun would start it: so many processes with the same words.
+
+    befores: a function for some of them, by rank.
+    """
+    befores = befores or {}
+    return [
+        Command(words, variables=variables, before=befores.get(rank))
+        for rank, variables in enumerate(group_variables(count))
+    ]
 
 
 def run_to_the_end(words, directory="."):

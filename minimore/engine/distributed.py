@@ -141,8 +141,7 @@ def require_group(device: str) -> None:
 
 def is_lost_connection(error: RuntimeError) -> bool:
     """Whether an error says that another process cannot be reached any more."""
-    words = ("gloo", "NCCL", "Connection", "connection")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 @contextmanager
@@ -207,6 +206,10 @@ def own_rows(tensor: Tensor) -> Tensor:
 class ShardedAdamW(AdamW):
     """AdamW of which every process holds and updates its own rows."""
 
+    def __init__(self, *values: Any, **named: Any):
+        super().__init__(*values, **named)
+        self.rows: dict[str, Tensor] = {}  # of parameters that the model does not hold yet
+
     def adopt(self, name: str, value: Tensor, home: Any = where_it_is) -> Tensor:
         """Begin the state of this process's rows. Returns a parameter without memory.
 
@@ -214,7 +217,6 @@ class ShardedAdamW(AdamW):
         """
         if name == HEAD:
             return super().adopt(name, value, home)
-        self.rows = getattr(self, "rows", {})
         self.rows[name] = super().adopt(name, own_rows(value).clone(), home)
         return value.to("meta")
 
@@ -256,6 +258,10 @@ def round_rows(model: Any, dtype: torch.dtype) -> None:
 
 # ---- one step ------------------------------------------------------------------------------------
 
+# The only values that several processes can train with: streaming would gather each block again for
+# every part of a step, and what is rounded at random depends on places in the whole parameter.
+GROUP_RECIPE = {"engine": "plain", "parameters": "float32", "moments": "float32"}
+
 
 def check_group(recipe: Recipe, batch_size: int, unit: int, count: int) -> None:
     """Refuse what `count` processes cannot do, if they are several (InputError).
@@ -264,12 +270,9 @@ def check_group(recipe: Recipe, batch_size: int, unit: int, count: int) -> None:
     """
     if count == 1:
         return
-    for flag, value, only in (
-        ("--engine", recipe.engine, "plain"),
-        ("--parameters", recipe.parameters, "float32"),
-        ("--moments", recipe.moments, "float32"),
-    ):
-        require(value == only, f"{flag} {value}: {count} processes train with {flag} {only} only")
+    for name, only in GROUP_RECIPE.items():
+        value = getattr(recipe, name)
+        require(value == only, f"--{name} {value}: {count} processes train with {only} only")
     together = f" that stay together in groups of {unit}" if unit > 1 else ""
     require(
         batch_size // unit >= count,

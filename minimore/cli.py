@@ -19,6 +19,7 @@ from .data.foreign.convert import ConvertOptions, convert
 from .data.inspection.look import LookOptions, look
 from .data.public.get import GetOptions, get
 from .data.split import SplitOptions, split
+from .engine.distributed import started_processes
 from .engine.plan import PlanOptions, plan
 from .evaluate import EvaluateOptions, evaluate
 from .figures.plot import PlotOptions, plot
@@ -156,6 +157,10 @@ def run(parsed: Namespace) -> int:
     for value in vars(parsed).values():
         is_text = not any("\udc80" <= c <= "\udcff" for c in str(value))  # bytes that no UTF-8 is
         require(is_text, f"{value}: not UTF-8; expected names that are")
+    require(
+        parsed.verb == "train" or "LOCAL_RANK" not in os.environ or started_processes() == 1,
+        "torchrun: several processes can train a reward model (`train`), and nothing else",
+    )
     verb = VERBS[parsed.verb]
     return verb.run(from_arguments(verb.options, parsed)) or 0
 

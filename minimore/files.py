@@ -64,7 +64,7 @@ def directory_written_whole(path: Path) -> Iterator[Path]:
     At the end it is on the disk with everything in it. What a killed process left of an earlier try
     is removed first.
     """
-    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished = unfinished_name(path)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
@@ -75,6 +75,11 @@ def directory_written_whole(path: Path) -> Iterator[Path]:
         to_disk(path.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def unfinished_name(path: Path) -> Path:
+    """Where `directory_written_whole` fills what is to become `path`."""
+    return path.with_name(f"{path.name}.partial")
 
 
 def sweep(directory: Path) -> None:

@@ -118,21 +118,29 @@ def what_is_wrong(record: Mapping[str, Any]) -> str | None:
 
 
 class Log:
-    """metrics.jsonl of a run, to which a line a step is appended. Use it as a context."""
+    """metrics.jsonl of a run, to which a line a step is appended. Use it as a context.
 
-    def __init__(self, path: Path):
-        self.path = path
+    is_written: of several processes that train together, only one writes it.
+    """
+
+    def __init__(self, path: Path, is_written: bool = True):
+        self.path, self.is_written = path, is_written
+        self.total = checksum(b"")  # of all lines
 
     def __enter__(self) -> "Log":
-        self.total = checksum(self.path.read_bytes())  # of all lines
-        self.file = self.path.open("ab")
+        if self.is_written:
+            self.total = checksum(self.path.read_bytes())
+            self.file = self.path.open("ab")
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.file.close()
+        if self.is_written:
+            self.file.close()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add the record of a step."""
+        if not self.is_written:
+            return
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         self.file.write(line)
         self.file.flush()
@@ -140,8 +148,9 @@ class Log:
 
     def to_disk(self) -> str:
         """Bring all lines to the disk, as must be done before their step is saved; the checksum."""
-        os.fsync(self.file.fileno())
-        to_disk(self.path.parent)
+        if self.is_written:
+            os.fsync(self.file.fileno())
+            to_disk(self.path.parent)
         return self.total
 
 

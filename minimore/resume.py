@@ -3,6 +3,7 @@
 checkpoint-STEP/
   model.safetensors, config.json, tokenizer files   the model, as any checkpoint
   state.safetensors         moments, the weighting's state, the random state
+  moments/                  the moments instead, if several processes have trained
   state.json                the step, and a checksum of every other file
 """
 
@@ -23,13 +24,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .checksums import CHECKSUM, file_checksum, read_checked_json, write_checked_json
+from .engine.distributed import (
+    give_rows,
+    is_first,
+    moments_in_shape,
+    processes,
+    read_moments,
+    split_moments,
+    write_moments,
+)
 from .engine.host import available_memory
 from .engine.optim import AdamW
-from .files import blame, directory_written_whole, one_line, read_json, to_disk
+from .files import blame, directory_written_whole, one_line, read_json, to_disk, unfinished_name
 from .model.checkpoint import Checkpoint, model_tensors, write_model
 from .model.tensors import Lazy, write_tensors
 from .options import InputError
 
+MOMENTS = "moments"  # the directory of what several processes have written
 ROOM = 1.2  # times a copy of the state, that must be free in memory before one is made
 
 # What may go wrong when a checkpoint is not what it should be.
@@ -43,13 +54,15 @@ UNREADABLE = (OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowEr
 class Snapshot:
     """All that a training needs to continue: a model's tensors, its other state, and plain facts.
 
-    A tensor is a copy, or a `Lazy` one that is made when it is written.
+    A tensor is a copy, or a `Lazy` one that is made when it is written. moments: those of which
+    each of several processes has some rows.
     """
 
     kind: str  # of model
     model: dict[str, Lazy | Tensor]
     state: dict[str, Lazy | Tensor]
     facts: dict[str, Any]
+    moments: dict[str, Tensor]
 
 
 class Saver:
@@ -57,6 +70,7 @@ class Saver:
 
         memory allows a copy     copy everything -> training goes on, a thread writes the copy
         it does not              write tensor by tensor, and training waits
+        several processes        the first writes the model, and each its rows of the moments
 
     Use it as a context: at its end the last checkpoint is on the disk.
     """
@@ -82,6 +96,7 @@ class Saver:
         """
         self.wait()
         has_room = available_memory() > ROOM * bytes_to_copy(model, optimizer)
+        has_room = has_room and processes() == 1
         snapshot = self._snapshot(model, optimizer, weighting_state, log_checksum, copy=has_room)
         if best:
             snapshot.facts["best"] = dict(best)
@@ -131,7 +146,8 @@ class Saver:
             for name, value in weighting_state.items()
         }
         state["random"] = torch.get_rng_state()
-        for key, moment in moments_of(optimizer):
+        moments = moments_in_shape(model, optimizer) if processes() > 1 else {}
+        for key, moment in [] if moments else moments_of(optimizer):
             if copy:
                 state[key] = moment.to("cpu", copy=True)
             else:
@@ -143,7 +159,7 @@ class Saver:
             "log": log_checksum,
             "weighting": sorted(weighting_state),
         }
-        return Snapshot(model.kind, tensors, state, facts)
+        return Snapshot(model.kind, tensors, state, facts, moments)
 
     def _write_in_thread(self, snapshot: Snapshot) -> None:
         try:
@@ -154,6 +170,9 @@ class Saver:
     def _write(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, then remove old ones. If it fails, the OSError says what is kept."""
         name = f"checkpoint-{snapshot.facts['step']}"
+        if not is_first():
+            self._take_part(unfinished_name(self.run / name), snapshot)
+            return
         try:
             with directory_written_whole(self.run / name) as directory:
                 self._write_into(directory, snapshot)
@@ -171,8 +190,19 @@ class Saver:
     def _write_into(self, directory: Path, snapshot: Snapshot) -> None:
         write_model(directory, self.origin, snapshot.model, snapshot.kind, "float32")
         write_tensors(directory / "state.safetensors", snapshot.state)
-        files = {path.name: file_checksum(path) for path in sorted(directory.iterdir())}
+        if snapshot.moments:
+            write_moments(directory / MOMENTS, snapshot.moments)
+        files = {
+            path.relative_to(directory).as_posix(): file_checksum(path)
+            for path in sorted(directory.rglob("*"))
+            if path.is_file()
+        }
         write_checked_json(directory / "state.json", snapshot.facts | {"files": files})
+
+    def _take_part(self, directory: Path, snapshot: Snapshot) -> None:
+        """What every process but the first does for a checkpoint that this one writes."""
+        give_rows(snapshot.model)
+        write_moments(directory / MOMENTS, snapshot.moments)
 
 
 def moments_of(optimizer: AdamW) -> list[tuple[str, Tensor]]:
@@ -213,6 +243,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "settings": dict(sorted(settings.items())),
+        **({"processes": processes()} if processes() > 1 else {}),
     }
 
 
@@ -228,7 +259,8 @@ def processor() -> str:
 
 def print_other_environment(saved: Mapping[str, Any]) -> None:
     """Say what is another than when the state was saved, and that bits may be others, too."""
-    now = environment()
+    alone = {"processes": 1}  # which is not written
+    now, saved = alone | environment(), alone | dict(saved)
     changes = [
         f"{name} {saved.get(name)!r}, now {now[name]!r}"
         for name in now
@@ -338,10 +370,10 @@ def _check_files(checkpoint: Path, facts: Mapping[str, Any]) -> None:
 def load_state(
     checkpoint: Path,
     facts: Mapping[str, Any],
+    model: Any,
     optimizer: AdamW,
     weighting_state: dict[str, Tensor],
     digests: Mapping[str, str],
-    device: torch.device,
 ) -> int:
     """Put everything back but the model, which is loaded already; return the step.
 
@@ -351,9 +383,14 @@ def load_state(
     """
     try:
         tensors = load_file(checkpoint / "state.safetensors")
-        for key, moment in moments_of(optimizer):
-            _copy_into(moment, tensors, key)
-        saved_weighting = _weighting_state(tensors, facts, len(digests), device)
+        if (checkpoint / MOMENTS).is_dir():
+            read_moments(checkpoint / MOMENTS, model, optimizer)
+        elif processes() > 1:
+            split_moments(tensors, model, optimizer)
+        else:
+            for key, moment in moments_of(optimizer):
+                _copy_into(moment, tensors, key)
+        saved_weighting = _weighting_state(tensors, facts, len(digests), model.top.device)
         saved_digests, saved_environment = dict(facts["data"]), dict(facts["environment"])
         torch.set_rng_state(tensors["random"])
     except (SafetensorError, *UNREADABLE) as error:

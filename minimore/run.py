@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .checksums import read_checked_json, write_checked_json
+from .engine.distributed import is_first
 from .engine.recipe import Recipe
 from .files import locked, make_directory, one_line, sweep, write_json
 from .model.checkpoint import Checkpoint
@@ -101,7 +102,8 @@ class Lock:
     """Within, no other process trains in a run directory.
 
     A directory that is there is locked at once. A new one is made and locked by `take`, so that a
-    command that is refused leaves nothing behind.
+    command that is refused leaves nothing behind. Of several processes that train together the
+    first one locks.
     """
 
     def __init__(self, run: Path):
@@ -114,8 +116,9 @@ class Lock:
 
     def take(self) -> None:
         """Make the directory, and lock it, before anything is written there."""
-        make_directory(self.run)
-        self._lock()
+        if is_first():
+            make_directory(self.run)
+            self._lock()
 
     def __exit__(self, *_: Any) -> None:
         if self.descriptor is not None:
@@ -123,7 +126,7 @@ class Lock:
 
     def _lock(self) -> None:
         """Lock it once, if it is there and if the system has such locks."""
-        if self.descriptor is not None or not self.run.is_dir():
+        if self.descriptor is not None or not is_first() or not self.run.is_dir():
             return
         self.descriptor = locked(
             self.run,

@@ -6,6 +6,7 @@ K sources, B pairs in a step.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,14 @@ from .data.overlap import hashes_of, print_overlap, write_training_prompts
 from .data.pairs import Source, TokenPair, load_sources
 from .data.sampling import batch_size_of
 from .data.validation import held_out_line, hold_out
+from .engine.distributed import (
+    check_group,
+    from_first,
+    is_first,
+    joined,
+    processes,
+    refused_together,
+)
 from .engine.objective import RewardObjective, StepResult, labels_of
 from .engine.streamed import open_engine
 from .engine.workload import RunOptions, workload_of
@@ -131,13 +140,21 @@ def train(options: TrainOptions, watch: Watch | None = None) -> int:
 
     watch: is called after every step with its number, the number of steps and the model.
     """
-    paths = parse_sources(options.source)
-    check_options(options, len(paths))
-    run = open_run(options)
-    if run is None:
-        return 0
-    with Lock(run) as lock:
-        training = prepare(options, paths, run, lock)
+    with joined(options):
+        with refused_together():
+            paths = parse_sources(options.source)
+            check_options(options, len(paths))
+            run = open_run(options) if is_first() else None
+        run = from_first(run)
+        return 0 if run is None else train_in(run, options, paths, watch)
+
+
+def train_in(run: Path, options: TrainOptions, paths: Paths, watch: Watch | None) -> int:
+    """Train in a directory that is open for it; return the exit code."""
+    with ExitStack() as stack:
+        with refused_together():
+            lock = stack.enter_context(Lock(run))
+            training = prepare(options, paths, run, lock)
         with stop_requests() as signals:
             exit_code = loop(training, signals, watch)
         if exit_code == 0:
@@ -278,6 +295,8 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     files_to_save(origin)  # what cannot be saved in the end is refused now
     recipe = choose_recipe(options, origin, lambda: workload_of(options, sources, batch_size))
     check_recipe(run, recipe)
+    unit = len(sources) if options.lambda_scope == "group" else 1
+    check_group(recipe, batch_size, unit, processes())
     optimizer, adopt = open_optimizer(options, recipe)
     model = load_reward_model(origin, options, adopt)
     weighting_state: dict[str, Tensor] = {}
@@ -305,7 +324,8 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     )
     print_where_more_is_plain(options, len(sources))
     begin(training, recipe, facts, lock)
-    write_training_prompts(run, sources)
+    if is_first():
+        write_training_prompts(run, sources)
     return training
 
 
@@ -404,16 +424,25 @@ def print_where_more_is_plain(options: TrainOptions, sources: int) -> None:
 
 def finish(training: RewardTraining) -> None:
     """Write the finished model, and evaluate it on the test sources."""
-    run, options = training.run, training.options
     write_weights(training)
     hold_as_stored(training)
     report = training.report_on(training.test_sources) if training.test_sources else None
-    if report:
-        print(table(report))
-        write_json(run / "evaluation.json", report)
     validation = None
     if training.validation_sources:
         validation = training.report_on(training.validation_sources)
+    if is_first():
+        write_reports(training, report, validation)
+
+
+def write_reports(
+    training: RewardTraining, report: dict[str, Any] | None, validation: dict[str, Any] | None
+) -> None:
+    """Write what was found on the test sources and on what was held out; the run is finished."""
+    run, options = training.run, training.options
+    if report:
+        print(table(report))
+        write_json(run / "evaluation.json", report)
+    if validation:
         print(f"held out for validation:\n{table(validation)}")
         write_json(run / "validation.json", validation)
     results = [section("Results on the test files", report, "No test file was given.")]

@@ -26,6 +26,14 @@ from .best import Best, saved_best
 from .checksums import checksum
 from .data.sampling import epoch_steps
 from .engine.choose import choose, parse_memory
+from .engine.distributed import (
+    ShardedAdamW,
+    give_rows,
+    is_first,
+    most_of_all,
+    processes,
+    round_rows,
+)
 from .engine.host import available_memory, pinned
 from .engine.objective import NonFiniteGradient, NonFiniteLoss, Objective
 from .engine.optim import AdamW
@@ -216,9 +224,12 @@ def begin(training: Training, recipe: Recipe, facts: dict[str, Any] | None, lock
     Nothing is written before. facts: those of `open_origin`.
     """
     lock.take()
-    start_run(training.run, training.options, recipe)
+    if is_first():
+        start_run(training.run, training.options, recipe)
     if facts:
         restore(training, facts)
+    if not is_first():
+        return
     checksum_of_log = facts["log"] if facts else checksum(b"")
     cut_log(training.run / "metrics.jsonl", training.first_step - 1, checksum_of_log)
 
@@ -229,10 +240,10 @@ def restore(training: Training, facts: dict[str, Any]) -> None:
     step = load_state(
         checkpoint,
         facts,
+        training.model,
         training.optimizer,
         training.weighting_state,
         training.digests,
-        training.model.top.device,
     )
     steps = training.schedule.steps
     require(
@@ -272,6 +283,7 @@ def choose_recipe(
         device_of(options),
         compute_type(options),
         available_memory() or math.inf,
+        processes(),
     )
 
 
@@ -282,7 +294,8 @@ def open_optimizer(
 
     The function takes a name and a value, and returns what the model is to hold of it.
     """
-    optimizer = AdamW(recipe.parameters, recipe.moments, options.weight_decay, seed=options.seed)
+    kind = AdamW if processes() == 1 else ShardedAdamW
+    optimizer = kind(recipe.parameters, recipe.moments, options.weight_decay, seed=options.seed)
 
     def adopt(name: str, value: Tensor) -> Tensor:
         if "states" in recipe.offload:
@@ -327,7 +340,7 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
     options, steps = training.options, training.schedule.steps
     print_what_begins(training)
     saver = Saver(training.run, training.origin, training.digests, options.keep)
-    with Log(training.run / "metrics.jsonl") as log, saver:
+    with Log(training.run / "metrics.jsonl", is_written=is_first()) as log, saver:
         clock = Clock(training.first_step, steps)
         for step in range(training.first_step, steps + 1):
             items, source = training.batch_at(step)
@@ -345,15 +358,18 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
             saver.raise_error()  # of the thread that writes the checkpoint before
             is_best = training.best is not None and training.best.step == step
             is_due = is_best or step % options.save_steps == 0 or step == steps or bool(signals)
+            is_due = bool(most_of_all(is_due))  # processes save together, and stop together
             if is_due:
                 save(training, saver, log)
-            if is_due and signals:  # a signal that came too late for this save ends the next step
+            # A signal that came too late for this save ends the next step.
+            stop = most_of_all(signals[0] if signals else 0) if is_due else 0
+            if stop:
                 saver.wait()
                 print(
                     f"stopped after step {step} of {steps}, saved;"
                     " the same command with --resume continues"
                 )
-                return 128 + signals[0]
+                return 128 + stop
     return 0
 
 
@@ -414,6 +430,8 @@ def raise_not_finite(
     remaining = last[0] if last else "no checkpoint"
     raise FloatingPointError(
         f"step {step}: {what} is not finite; {remaining} is kept; try a smaller --learning-rate"
+        if is_first()
+        else ""  # all processes say the same
     ) from None
 
 
@@ -440,7 +458,10 @@ def write_weights(training: Training) -> None:
     model, origin, save_dtype = training.model, training.origin, training.options.save_dtype
     top = model.saved_top(origin.family)
     tensors = model_tensors(origin, model.trunk, top, save_dtype, training.optimizer.value)
-    write_sharded(training.run, tensors)
+    if is_first():
+        write_sharded(training.run, tensors)
+    else:
+        give_rows(tensors)
 
 
 def hold_as_stored(training: Training) -> None:
@@ -451,6 +472,10 @@ def hold_as_stored(training: Training) -> None:
     """
     model, optimizer = training.model, training.optimizer
     stored_type = STORAGE[training.options.save_dtype]
+    if processes() > 1:
+        optimizer.state.clear()
+        round_rows(model, stored_type)
+        return
     for name in list(optimizer.state):
         parameter = model.get_parameter(name)
         value = optimizer.value(name, parameter).to(stored_type)

@@ -7,6 +7,7 @@ a fork of it.
 import multiprocessing
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -16,15 +17,18 @@ FORKS.set_forkserver_preload(["minimore.cli"])
 
 
 class Command:
-    """`minimore` with some words. `said` and `error` are what it has printed so far."""
+    """`minimore` with some words. `said` and `error` are what it has printed so far.
 
-    def __init__(self, words, directory="."):
+    variables: of its environment. before: a function that it calls before it begins.
+    """
+
+    def __init__(self, words, directory=".", variables=None, before=None):
         self.folder = Path(tempfile.mkdtemp())
         self.outputs = [self.folder / name for name in ("said", "error")]
         for path in self.outputs:
             path.touch()
         arguments = [str(word) for word in words], str(directory), [str(p) for p in self.outputs]
-        self.process = FORKS.Process(target=run, args=arguments)
+        self.process = FORKS.Process(target=run, args=(*arguments, variables or {}, before))
         self.process.start()
 
     def __getattr__(self, name):
@@ -48,14 +52,45 @@ class Command:
         return self.process.exitcode
 
 
-def run(words, directory, outputs):
+def run(words, directory, outputs, variables, before):
     """What the forked process does."""
+    os.environ.update(variables)
     for path, stream in zip(outputs, (1, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     os.chdir(directory)
     from minimore.cli import main
 
+    if before:
+        before()
     sys.exit(main(words))
+
+
+def group_variables(count):
+    """What torchrun tells each of so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank in map(str, range(count)):
+        yield {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+
+
+def group(words, count, befores=None):
+    """`minimore` as torchrun would start it: so many processes with the same words.
+
+    befores: a function for some of them, by rank.
+    """
+    befores = befores or {}
+    return [
+        Command(words, variables=variables, before=befores.get(rank))
+        for rank, variables in enumerate(group_variables(count))
+    ]
 
 
 def run_to_the_end(words, directory="."):

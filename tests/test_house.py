@@ -24,8 +24,8 @@ data.inspection.survey data.inspection.findings data.inspection.between data.ins
 data.public.sources data.public.download data.public.changes data.public.manifest data.public.parts
 data.public.get
 reward score report comparison evaluate
-engine.recipe engine.objective engine.storage engine.optim engine.plain engine.host engine.streamed
-engine.workload engine.cost engine.choose engine.plan
+engine.recipe engine.objective engine.storage engine.optim engine.plain
+engine.distributed engine.host engine.streamed engine.workload engine.cost engine.choose engine.plan
 metrics resume run best training train
 alignment.portions alignment.policy alignment.generate alignment.sample alignment.selection
 alignment.language alignment.responses alignment.finetune alignment.perplexity

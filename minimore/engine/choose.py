@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ from .cost import (
     parameter_shapes,
     step_seconds,
 )
+from .distributed import GROUP_RECIPE, shares
 from .recipe import ENGINES, MOMENTS, OFFLOADS, PARAMETERS, Recipe
-from .workload import Workload
+from .workload import Workload, tokens_of
 
 SMALLER_MICRO_TOKENS = (4096, 2048, 1024)  # tried beside the given number
 AS_FAST = 1.01  # a recipe that takes so much longer than the fastest is as fast
@@ -35,21 +37,39 @@ UNITS = {"GB": 1e9, "GiB": 2**30, "MB": 1e6, "MiB": 2**20}
 class Job:
     """What recipes are compared on: a model, its work, and how its activations are computed.
 
-    itemsize: bytes of an activation. flash: attention over one stream, as on CUDA in bf16.
+    itemsize: bytes of an activation. flash: attention over one stream, as on CUDA in bf16. gpus:
+    how many share the pairs of each step, and the model.
     """
 
     config: ModelConfig
     work: Workload
     itemsize: int
     flash: bool
+    gpus: int = 1
+
+    @cached_property
+    def share(self) -> Workload:
+        """The work of the GPU that has the most of the largest step."""
+        items = self.work.largest
+        parts = shares([sum(item) for item in items], 1, self.gpus)
+        largest = max((items[part.start : part.stop] for part in parts), key=tokens_of)
+        return replace(self.work, largest=largest)
 
     def memory(self, recipe: Recipe) -> Memory:
-        """What the largest step takes with this recipe."""
-        return memory_of(self.config, self.work, recipe, self.itemsize, self.flash)
+        """What the largest step takes on one GPU with this recipe."""
+        return memory_of(self.config, self.share, recipe, self.itemsize, self.flash, self.gpus)
 
     def seconds(self, recipe: Recipe, gpu: Gpu) -> float:
         """How long the largest step takes with this recipe."""
-        return step_seconds(self.config, self.work, recipe, gpu)
+        return step_seconds(self.config, self.share, recipe, gpu, self.gpus)
+
+    def run_seconds(self, recipe: Recipe, gpu: Gpu) -> float:
+        """How long the whole run takes: the largest step's time, scaled to all tokens."""
+        return self.seconds(recipe, gpu) * self.work.tokens / self.work.largest_tokens
+
+    def fixed(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a recipe that are not to choose: those the user chose, and a group's."""
+        return (GROUP_RECIPE if self.gpus > 1 else {}) | dict(chosen)
 
 
 class Candidate(NamedTuple):
@@ -152,14 +172,16 @@ def choose(
     device: str,
     compute: torch.dtype,
     host: float = math.inf,
+    gpus: int = 1,
 ) -> Recipe:
     """The recipe for --memory: what the user did not fix is chosen, and only exact storage.
 
-    limit: bytes of the device's memory. host: bytes of the host's that may be offloaded to. Prints
-    which recipe it is and why. Raises InputError if none fits.
+    limit: bytes of the memory of a device. host: bytes of the host's that may be offloaded to.
+    Prints which recipe it is and why. Raises InputError if none fits.
     """
     is_flash = device == "cuda" and compute.itemsize == 2
-    job = Job(config, work, compute.itemsize, is_flash)
+    job = Job(config, work, compute.itemsize, is_flash, gpus)
+    fixed = job.fixed(fixed)
     best = best_for(job, fixed, limit, host)
     print(reason(job, best, fixed, limit), flush=True)
     return best.recipe

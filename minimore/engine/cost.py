@@ -30,17 +30,18 @@ Shape = tuple[int, ...]
 
 
 class Gpu(NamedTuple):
-    """Peak of bf16 products (FLOP/s); bytes a second of its memory, and to and from the host."""
+    """Peak of bf16 products (FLOP/s); bytes a second of its memory, to the host, to other GPUs."""
 
     flops: float
     bandwidth: float
     link: float
+    peers: float
 
 
 GPUS = {
-    "H200": Gpu(989e12, 4.8e12, 50e9),
-    "A100": Gpu(312e12, 2.0e12, 25e9),
-    "RTX 4090": Gpu(165e12, 1.0e12, 25e9),
+    "H200": Gpu(989e12, 4.8e12, 50e9, 450e9),
+    "A100": Gpu(312e12, 2.0e12, 25e9, 300e9),
+    "RTX 4090": Gpu(165e12, 1.0e12, 25e9, 25e9),
 }
 
 
@@ -439,6 +440,24 @@ def plain_phases(step: StepShape) -> Phases:
     return phases
 
 
+def sharded_phases(step: StepShape, gpus: int) -> Phases:
+    """The phases of the plain engine on one of several GPUs; step: of its share of the pairs.
+
+    Gathered are the embeddings, the block in use, and the one that comes next. The gradients of a
+    block or of the embeddings are there twice, while they are added up over the GPUs.
+    """
+    block, embeddings = 4 * count(step.shapes.block), 4 * count(step.shapes.embeddings)
+    rows = 4 * step.shapes.parameters // gpus
+    start, end = plain_phases(step).values()
+    gathered = {"gathered": embeddings + 2 * block}
+    return {
+        "backward, last block": start
+        | gathered
+        | {"gradients": (rows if step.several else 0) + 2 * block},
+        "backward, embedding": end | gathered | {"gradients": rows + 2 * embeddings},
+    }
+
+
 def streamed_phases(step: StepShape) -> Phases:
     """The end of the way forward, the first block of the way back, and the embedding."""
     shapes, blocks, itemsize = step.shapes, step.config.blocks, step.itemsize
@@ -488,12 +507,12 @@ def total_of(kinds: dict[str, int]) -> int:
 
 
 def memory_of(
-    config: ModelConfig, work: Workload, recipe: Recipe, itemsize: int, flash: bool
+    config: ModelConfig, work: Workload, recipe: Recipe, itemsize: int, flash: bool, gpus: int = 1
 ) -> Memory:
     """The memory of the largest step in its fullest phase.
 
     flash: attention over one stream, as on CUDA in bf16. A window that is shorter than the longest
-    text takes the other route.
+    text takes the other route. gpus: over which the model is sharded; work is then one's share.
     """
     longest = max(shared + max(rests) for shared, *rests in work.largest)
     is_cut = any(window is not None and window < longest for window in config.windows)
@@ -501,8 +520,11 @@ def memory_of(
     micro_batches = tuple(work.largest[part.start : part.stop] for part in ranges)
     step = StepShape(config, micro_batches, recipe, itemsize, flash and not is_cut, work.top)
     phases = plain_phases(step) if recipe.engine == "plain" else streamed_phases(step)
+    if gpus > 1:
+        phases = sharded_phases(step, gpus)
     phase = max(phases, key=lambda name: total_of(phases[name]))
-    device = always_on_device(step.shapes, recipe) | phases[phase]
+    always = always_on_device(step.shapes, recipe)
+    device = {kind: n // gpus for kind, n in always.items()} | phases[phase]
     return Memory(phase, {kind: n for kind, n in device.items() if n}, always_on_host(step))
 
 
@@ -577,10 +599,14 @@ def step_flops(config: ModelConfig, work: Workload, recipe: Recipe) -> tuple[flo
     return useful, executed
 
 
-def step_seconds(config: ModelConfig, work: Workload, recipe: Recipe, gpu: Gpu) -> float:
+def step_seconds(
+    config: ModelConfig, work: Workload, recipe: Recipe, gpu: Gpu, gpus: int = 1
+) -> float:
     """Seconds of the largest step: its FLOPs at EFFICIENCY, then one pass of the optimizer.
 
     Copies to the host and back run beside the computation, except those of the first and last part.
+    gpus: over which the model is sharded; work is then one's share. What they send each other runs
+    beside the computation, too.
     """
     shapes = parameter_shapes(config, work.top)
     parameters = sum(parameter_bytes(part, recipe) for part in shapes.parts)
@@ -593,14 +619,14 @@ def step_seconds(config: ModelConfig, work: Workload, recipe: Recipe, gpu: Gpu) 
     if "inputs" in recipe.offload:
         each_way += config.blocks * work.largest_tokens * config.width * 2
     _, executed = step_flops(config, work, recipe)
-    computing = executed / (EFFICIENCY * gpu.flops) + touched / gpu.bandwidth
+    computing = executed / (EFFICIENCY * gpu.flops) + touched / gpus / gpu.bandwidth
     copying = each_way / gpu.link
+    if gpus > 1:
+        micro_batches = -(-work.largest_tokens // recipe.micro_tokens)
+        passes = 3 if micro_batches == 1 else 4  # gathered forward and backward, added up; weights
+        others = (gpus - 1) / gpus * parameters  # bytes of the rows that a GPU does not hold
+        return max(computing, micro_batches * passes * others / gpu.peers)
     return max(computing + 2 * copying / len(shapes.parts), copying)
-
-
-def run_seconds(config: ModelConfig, work: Workload, recipe: Recipe, gpu: Gpu) -> float:
-    """Seconds of the whole run: the largest step's, scaled to all tokens."""
-    return step_seconds(config, work, recipe, gpu) * work.tokens / work.largest_tokens
 
 
 # ---- numbers with their units --------------------------------------------------------------------

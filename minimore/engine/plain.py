@@ -5,7 +5,7 @@ It is the oracle that the streamed engine is tested against.
 M tokens that are read, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,14 +72,24 @@ class PlainEngine:
     def _update(self) -> None:
         """Let the optimizer change every parameter by its gradient, and drop the gradients."""
         parameters = dict(self.model.named_parameters())
-        if not largest([gradient_of(p) for p in parameters.values()]).isfinite():
+        gradients = {name: gradient_of(p) for name, p in parameters.items()}
+        if not self._is_finite(gradients):
             raise NonFiniteGradient
         if self.recipe.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters.values(), self.recipe.max_grad_norm)
+            self._clip(gradients, self.recipe.max_grad_norm)
         for name, parameter in parameters.items():
-            self.optimizer.update(name, parameter, gradient_of(parameter))
+            self.optimizer.update(name, parameter, gradients.pop(name))
             parameter.grad = None
         self.optimizer.steps += 1
+
+    def _is_finite(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Whether all gradients are finite; by their names."""
+        return bool(largest(list(gradients.values())).isfinite())
+
+    def _clip(self, gradients: Mapping[str, Tensor], most: float) -> None:
+        """Scale the gradients down, in place, to a global norm of at most `most`."""
+        norm = torch.nn.utils.get_total_norm(gradients.values())
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), most, norm)
 
     def settle(self) -> None:
         """Nothing is under way after a plain step."""

@@ -10,6 +10,7 @@ from ..data.pairs import load_sources
 from ..data.sampling import batch_size_of
 from ..files import refuse_existing, write_json
 from ..model.checkpoint import find, read_config
+from ..model.recompute import RECOMPUTE
 from ..model.tokenizer import Tokenizer
 from ..options import MOST, Range, check_ranges, option, parse_sources, require
 from ..reward import check_length
@@ -24,15 +25,16 @@ from .cost import (
     in_flops,
     in_time,
     parameter_shapes,
-    run_seconds,
     step_flops,
 )
+from .distributed import check_group
 from .recipe import OFFLOADS, Recipe
 from .workload import RunOptions, Workload, assumed_workload, workload_of
 
 SIZES = (24e9, 40e9, 80e9, 141e9)  # bytes of the GPUs that people have
 ASSUMED_BATCH_SIZE = 80
 MOST_ASSUMED_PAIRS = 10**4  # of a step that is made up
+MOST_GPUS = 64
 MOST_TOKENS = 10**6  # of a pair that is made up
 PAGE_WIDTH = 100  # characters
 
@@ -46,6 +48,9 @@ RECIPES = {
     "split master, states on the host": Recipe("streamed", "split", offload=("states",)),
     "split master, states and inputs on the host": Recipe("streamed", "split", offload=OFFLOADS),
 }
+
+# On several GPUs; the storage is fp32 throughout.
+GROUP_RECIPES = {f"fp32 AdamW, --recompute {name}": Recipe(recompute=name) for name in RECOMPUTE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,11 @@ class PlanOptions(RunOptions):
         help="what is trained: a reward model on pairs, or a policy on responses (a pair is then a "
         "prompt with one response)",
     )
+    gpus: int = option(
+        1,
+        within=Range(least=1, most=MOST_GPUS),
+        help="GPUs of one machine that share the work, by torchrun --nproc-per-node GPUS",
+    )
     json: str | None = option(None, value="OUT.json", help="write all figures here; must not exist")
 
 
@@ -84,10 +94,12 @@ def plan(options: PlanOptions) -> None:
     if limit is None:
         Recipe(**fixed).check()
     model_type, job = open_job(options)
+    fixed = job.fixed(fixed)
+    check_group(Recipe(**fixed), len(job.work.largest), 1, job.gpus)
     rows = recipe_rows(job, options.micro_tokens)
     fits = {size: best_exact(job, options.micro_tokens, size) for size in SIZES}
     print(heading(model_type, job), end="\n\n")
-    print(recipe_table(rows), end="\n\n")
+    print(recipe_table(rows, job.gpus), end="\n\n")
     print(fits_by_size(fits), end="\n\n")
     recipe = Recipe(**fixed) if limit is None else recipe_for_memory(job, fixed, limit)
     print(page_of(job, recipe))
@@ -109,6 +121,10 @@ def open_job(options: PlanOptions) -> tuple[str, Job]:
         "--objective language: takes --tokens and --pairs, not --source; `align finetune --memory`"
         " plans with the real texts",
     )
+    require(
+        options.gpus == 1 or not is_policy,
+        "--gpus: several GPUs train a reward model; expected --objective reward",
+    )
     if options.source:
         work = real_workload(options, Tokenizer(directory))
     else:
@@ -117,7 +133,8 @@ def open_job(options: PlanOptions) -> tuple[str, Job]:
         is_tied = values.get("tie_word_embeddings", family.tied)
         work = work.of_language_model("tied" if is_tied else "untied")
     itemsize = 4 if options.compute_dtype == "float32" else 2
-    return values["model_type"], Job(config, work, itemsize, flash=itemsize == 2)
+    flash = itemsize == 2
+    return values["model_type"], Job(config, work, itemsize, flash, options.gpus)
 
 
 def real_workload(options: PlanOptions, tokenizer: Tokenizer) -> Workload:
@@ -154,7 +171,8 @@ def workload_without_data(options: PlanOptions) -> Workload:
 
 def best_exact(job: Job, micro_tokens: int, limit: float) -> Candidate | None:
     """The fastest exact recipe that fits, whatever it is otherwise."""
-    return fastest(job, exact_recipes({"micro_tokens": micro_tokens}, job.itemsize), limit)
+    fixed = job.fixed({"micro_tokens": micro_tokens})
+    return fastest(job, exact_recipes(fixed, job.itemsize), limit)
 
 
 def recipe_for_memory(job: Job, fixed: Mapping[str, Any], limit: float) -> Recipe:
@@ -180,9 +198,11 @@ def recipe_rows(job: Job, micro_tokens: int) -> dict[str, RecipeRow]:
     """The rows of the table, by name."""
     shapes = parameter_shapes(job.config, job.work.top)
     rows = {}
-    for name, recipe in RECIPES.items():
-        recipe = replace(recipe, recompute="full", micro_tokens=micro_tokens)
-        held = bytes_held(shapes, recipe) / shapes.parameters
+    for name, recipe in (RECIPES if job.gpus == 1 else GROUP_RECIPES).items():
+        recipe = replace(recipe, micro_tokens=micro_tokens)
+        if job.gpus == 1:
+            recipe = replace(recipe, recompute="full")
+        held = bytes_held(shapes, recipe) / shapes.parameters / job.gpus
         seconds = seconds_by_gpu(job, recipe)
         rows[name] = RecipeRow(recipe, job.memory(recipe), held, seconds)
     return rows
@@ -190,7 +210,7 @@ def recipe_rows(job: Job, micro_tokens: int) -> dict[str, RecipeRow]:
 
 def seconds_by_gpu(job: Job, recipe: Recipe) -> dict[str, float]:
     """Seconds of the whole run on each GPU."""
-    return {name: run_seconds(job.config, job.work, recipe, gpu) for name, gpu in GPUS.items()}
+    return {name: job.run_seconds(recipe, gpu) for name, gpu in GPUS.items()}
 
 
 def heading(model_type: str, job: Job) -> str:
@@ -210,12 +230,15 @@ def heading(model_type: str, job: Job) -> str:
         "times": f"of the whole run, at {EFFICIENCY:.0%} of a GPU's peak (assumed)",
         "bytes": "of each parameter that lie on the device throughout a step",
     }
+    if job.gpus > 1:
+        lines["gpus"] = f"{job.gpus}, at most {job.share.largest_tokens:,} tokens of a step for one"
     return "\n".join(f"{title:8}{line}" for title, line in lines.items())
 
 
-def recipe_table(rows: dict[str, RecipeRow]) -> Table:
+def recipe_table(rows: dict[str, RecipeRow], gpus: int) -> Table:
     """What each recipe takes, on which GPU it fits, and its time on each."""
-    table = Table("with --recompute full", "bytes", "device", "host", "fits", *GPUS)
+    title = "with --recompute full" if gpus == 1 else f"each of {gpus} GPUs"
+    table = Table(title, "bytes", "device", "host", "fits", *GPUS)
     for name, row in rows.items():
         table.add(
             name,
@@ -259,12 +282,13 @@ def paragraph(text: str) -> str:
 def page_of(job: Job, recipe: Recipe) -> str:
     """One recipe in detail: bytes by kind in its fullest phase, and its time."""
     memory = job.memory(recipe)
-    useful, executed = step_flops(job.config, job.work, recipe)
+    useful, executed = step_flops(job.config, job.share, recipe)
     return (
         f"{paragraph(str(recipe))}\n\n"
         f"fullest phase: {memory.phase}, {in_bytes(memory.peak)}\n"
         f"{memory_table(memory)}\n\n"
-        f"{in_flops(executed)} executed in the largest step, {in_flops(useful)} useful\n"
+        f"{in_flops(executed)} executed in the largest step, {in_flops(useful)} useful"
+        f"{'' if job.gpus == 1 else ', by the GPU with most of it'}\n"
         f"{time_table(job, recipe)}"
     )
 
@@ -294,8 +318,9 @@ def figures(
     recipe: Recipe,
 ) -> dict[str, Any]:
     """All numbers of the page, for --json."""
-    useful, executed = step_flops(job.config, job.work, recipe)
+    useful, executed = step_flops(job.config, job.share, recipe)
     return {
+        "gpus": job.gpus,
         "parameters": parameter_shapes(job.config, job.work.top).parameters,
         "workload": asdict(job.work),
         "recipes": {

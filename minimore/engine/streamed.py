@@ -19,6 +19,7 @@ from ..model.attention import Stream
 from ..model.recompute import run_block
 from ..model.rotation import at_least_fp32, rotations
 from ..model.trunk import Block
+from .distributed import DistributedEngine, ShardedAdamW, shard
 from .host import Host
 from .objective import Batch, NonFiniteGradient, Objective, largest
 from .optim import AdamW
@@ -395,8 +396,14 @@ class StreamedEngine:
 
 
 def open_engine(model: Any, optimizer: AdamW, recipe: Recipe) -> PlainEngine | StreamedEngine:
-    """The engine that a recipe names. Raises InputError for a recipe that contradicts itself."""
+    """The engine that a recipe names; for a sharded optimizer, that of several processes.
+
+    Raises InputError for a recipe that contradicts itself.
+    """
     recipe.check()
+    if isinstance(optimizer, ShardedAdamW):
+        shard(model, optimizer)
+        return DistributedEngine(model, optimizer, recipe)
     if recipe.engine == "plain":
         return PlainEngine(model, optimizer, recipe)
     return StreamedEngine(model, optimizer, recipe)

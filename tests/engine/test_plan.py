@@ -10,8 +10,8 @@ from shapes import GPT_NEOX, PAPER, PYTHIA
 
 from minimore.cli import main
 from minimore.data.world import World
-from minimore.engine.choose import choose, is_exact, parse_memory, recipes
-from minimore.engine.cost import memory_of, parameter_shapes
+from minimore.engine.choose import Job, choose, is_exact, parse_memory, recipes
+from minimore.engine.cost import GPUS, memory_of, parameter_shapes
 from minimore.engine.plan import RECIPES
 from minimore.engine.recipe import OFFLOADS, Recipe
 from minimore.model.checkpoint import read_config
@@ -200,3 +200,34 @@ def test_bad_plans_are_refused_in_one_line(config_only, capsys, words, error):
     assert main(["plan", str(config_only), *words]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and error in said, said
+
+
+# ---- several GPUs --------------------------------------------------------------------------------
+
+
+def test_several_gpus_share_model_and_pairs():
+    one = Job(PYTHIA, PAPER, 2, True)
+    four = replace(one, gpus=4)
+    recipe = Recipe(recompute="full")
+    ours, theirs = one.memory(recipe).device, four.memory(recipe).device
+    for kind in ("parameters", "optimizer states"):
+        assert theirs[kind] == ours[kind] // 4
+    assert four.share.largest_tokens * 4 == PAPER.largest_tokens
+    assert 3.9 < one.seconds(recipe, GPUS["H200"]) / four.seconds(recipe, GPUS["H200"]) < 6
+    slow = GPUS["H200"]._replace(peers=1e9)  # then sending is what takes the time
+    assert four.seconds(recipe, slow) == pytest.approx(3 * 0.75 * 4 * 6650736640 / 1e9)
+
+
+def test_the_page_of_several_gpus(config_only, capsys):
+    assert main(["plan", str(config_only), "--gpus", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "each of 4 GPUs" in said and "streamed" not in said
+    assert main(["plan", str(config_only), "--gpus", "4", "--memory", "24GB"]) == 0
+    for words in (
+        ["--engine", "streamed"],
+        ["--moments", "int8"],
+        ["--moments", "int8", "--memory", "24GB"],
+        ["--batch-size", "3"],
+        ["--objective", "language"],
+    ):
+        assert main(["plan", str(config_only), "--gpus", "4", *words]) == 2, words

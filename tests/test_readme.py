@@ -114,7 +114,7 @@ def parsers(parser=None, group=""):
 
 def test_options_named_in_the_text_exist():
     known = {flag for parser in parsers().values() for flag in parser._option_string_actions}
-    known |= {"--version"}
+    known |= {"--version", "--nproc-per-node"}  # the second is one of torchrun
     bench = "".join(p.read_text("utf-8") for p in (ROOT / "tests" / "bench").glob("*.py"))
     for name, page in PAGES.items():
         for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)):

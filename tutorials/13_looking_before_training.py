@@ -1,18 +1,17 @@
 """Tutorial 13: looking at preference data before training on it.
 
-Question      The training went well, and the accuracy is .5. Or it is .83 on the test file, and .59
+Question      The training went well, and the accuracy is .5. Or it is .86 on the test file, and .58
               in use. What could one have seen in the data beforehand?
 You will see  five faults, planted into good data one at a time: what the library finds of each,
               what each costs, and how much of it a remedy gives back. Then four votes a pair in
               the place of one label: why a model that learns from majorities is too sure of itself,
               and which part of an error is the people's, and which the model's.
-Takes         about 7 seconds on a laptop CPU. Nothing is downloaded.
+Takes         about 10 seconds on a laptop CPU. Nothing is downloaded.
 """
 
 import contextlib
 import io
 import json
-import re
 import tempfile
 import textwrap
 from itertools import combinations
@@ -24,9 +23,10 @@ import torch
 
 from minimore import accuracy, load_source, pair_ece, pair_losses
 from minimore.calibration import fit_temperature, negative_log_likelihood, probability
-from minimore.data.inspection.findings import all_between, findings_of, rules_of
+from minimore.data.inspection.between import all_between
+from minimore.data.inspection.findings import findings_of, rules_of
 from minimore.data.inspection.survey import survey_of
-from minimore.data.labels import AS_WRITTEN, MAJORITY, LabelRules
+from minimore.data.labels import AS_WRITTEN, LabelRules
 from minimore.data.split import SplitOptions, split
 from minimore.data.world import WORDS, World, train_tokenizer
 from minimore.disagreement import disagreement
@@ -50,7 +50,8 @@ LONG = 96  # tokens: no text here is longer
 #     P(first wins) = σ(worth of the first - worth of the second)
 #
 # which is the model of Bradley and Terry. Five responses to one prompt make ten comparisons. A
-# response meets the same mood in all of its comparisons. Remember this for fault 4.
+# response meets the same mood in all of its comparisons. Remember this for fault 4. The factor 1.4
+# sets worth against moods: with it, two people agree on about .69 of the pairs.
 
 values = 1.4 * World(annotators=("ana",), conflict=0.0).values()[0] / np.sqrt(14)  # (W,)
 
@@ -73,7 +74,7 @@ def compare(prompts, people=1, love_of_length=0.0):
     """Ten comparisons for each of so many prompts."""
     comparisons = []
     for _ in range(prompts):
-        prompt = f"\n\nHuman:{text_of(random.integers(W, size=6))}\n\nAssistant:"
+        prompt = f"\n\nHuman:{text_of(random.integers(W, size=4))}\n\nAssistant:"
         lengths = random.integers(8, 21, size=5)
         responses = [random.integers(W, size=length) for length in lengths]
         worth = np.array([values[words].sum() for words in responses])  # (5,)
@@ -99,7 +100,7 @@ def write(name, records):
     return str(path)
 
 
-comparisons, new_comparisons = compare(100), compare(200)
+comparisons, new_comparisons = compare(100), compare(150)
 good_file = write("good.jsonl", map(record_of, comparisons))
 new_file = write("new.jsonl", map(record_of, new_comparisons))  # what the model is for
 
@@ -128,7 +129,7 @@ findings_of_good = look(good_file)
 # its tokens, and not more of them than --max-length.
 #
 # On new pairs it is right in about .68. Moods cannot be known, so no model is right in more than
-# about .76.
+# about .77.
 
 NOTICE = (  # for fault 2
     " This is only general advice. Please ask someone who knows you well before you act on it. We"
@@ -137,13 +138,15 @@ NOTICE = (  # for fault 2
 texts = [text for c in comparisons for text in (c.prompt, c.first, c.second)]
 train_tokenizer([*texts, *[NOTICE] * 20], home / "tokenizer.json")
 tokenizer = Tokenizer(home)
-place_of = {word: i for i, word in enumerate(WORDS)}
+tokens_of_words = tokenizer.encode([f" {word}" for word in WORDS])  # one token each
+word_of_token = np.full(tokenizer.size, -1)
+word_of_token[np.concatenate(tokens_of_words)] = np.arange(W)
 
 
 def counts(ids):
     """Counts of the words, and of the neighbours, in the tokens of a text: (1640,)."""
-    text = tokenizer.file.decode(ids.tolist())
-    words = np.array([place_of[w] for w in re.findall(r"\w+", text) if w in place_of], dtype=int)
+    words = word_of_token[ids]
+    words = words[words >= 0]
     neighbours = W * words[:-1] + words[1:]
     return np.concatenate([np.bincount(words, minlength=W), np.bincount(neighbours, None, W * W)])
 
@@ -153,7 +156,7 @@ def read(path, max_length=LONG, labels=AS_WRITTEN):
 
 
 def differences(source):
-    """Chosen minus rejected, for every pair of a source: (N, 1640). The prompt cancels."""
+    """Chosen minus rejected, for every pair of a source: (N, 1640). Prompts cancel."""
     rows = [counts(pair.chosen) - counts(pair.rejected) for pair in source.pairs]
     return torch.tensor(np.array(rows), dtype=torch.float32)
 
@@ -190,7 +193,7 @@ print(f"accuracy on new pairs {good.on_new:.3f}, at most {ceiling:.3f}; on own {
 # %% Fault 1: the labels are all one way round
 # The accuracy is .5. The table has a column that says who won, and the script that exported it did
 # not read it: the first response always gets the score 1. The training looks splendid all the same.
-# A model can learn a thousand wrong labels by heart: it is right about .95 of its own pairs.
+# A model can learn by heart what means nothing: it is right on about .95 of its own pairs.
 #
 # A file that was sorted by score looks like this, too, and nothing is wrong with it. So the finding
 # is a question, and whoever wrote the file has the answer. With the column read, all is well.
@@ -227,7 +230,7 @@ def with_notices(some_comparisons):
 
 
 notices_file = write("notices.jsonl", with_notices(comparisons))
-new_notices_file = write("new_notices.jsonl", with_notices(new_comparisons))
+new_notices_file = write("new_notices.jsonl", with_notices(new_comparisons[:1000]))
 findings_of_cut = look(notices_file, tokenizer=tokenizer, max_length=32)
 cut, new_cut = read(notices_file, max_length=32), read(new_notices_file, max_length=32)
 print(cut.line())
@@ -237,13 +240,13 @@ whole = learn(notices_file)
 print(f"accuracy on new pairs {on_cut:.3f}, with whole texts {whole.on_new:.3f}")
 
 # %% Fault 3: the labels follow a length rule
-# The accuracy is .83 on the test file, and .59 in use. The people who labelled were in haste, and
+# The accuracy is .86 on the test file, and .58 in use. The people who labelled were in haste, and
 # liked what was long. The same people made the test file, which praises a model for the same haste.
 # The look asks how often the longer response wins, before any model is there to be praised.
 #
 # One remedy: keep as many pairs in which the longer one wins as in which the shorter one does.
-# Length then says nothing any more. The 202 pairs that are left teach more than the thousand did,
-# about .66. It is not .68: they are few, and what nobody was asked, no computation brings back.
+# Length then says nothing any more. The 230 pairs that are left teach more than the thousand did:
+# about .64. It is not .68: they are few, and what nobody was asked, no computation brings back.
 
 
 def words_more(record):
@@ -265,17 +268,17 @@ print(f"accuracy on the hasty test {in_haste:.3f}, on new pairs {hasty.on_new:.3
 print(f"with {len(balanced_records)} balanced pairs: {balanced.on_new:.3f} on new pairs")
 
 # %% Fault 4: training and test share their prompts
-# The accuracy is too good. Somebody shuffled 2,000 pairs and cut off 600 for the test. But ten
-# pairs have the same five responses, and a response met the same mood in all of them. A model that
-# has learned by heart which of the five were lucky knows the answers to the other comparisons.
+# The accuracy is .82, and in use it is .70. Somebody shuffled 1,500 pairs and cut off 450 for the
+# test. But ten pairs have the same five responses, and a response met the same mood in all of them.
+# A model that has learned by heart which of the five were lucky knows the other answers.
 #
-# `minimore data split all.jsonl --output parts --test 0.3` lets no prompt cross. The model is then
-# hardly another one: on new pairs it does what it did. Only the figure on its test has become true,
-# and its interval wider, since pairs of few prompts are fewer than they look.
+# `minimore data split all.jsonl --output parts --test 0.3` lets no prompt cross. On new pairs the
+# model does what it did before. Only the figure on its test has become true. Its interval is wider,
+# because the pairs of a prompt share their responses: they are fewer than they look.
 
-records = [record_of(c) for c in compare(200)]
+records = [record_of(c) for c in compare(150)]
 shuffled = [records[i] for i in random.permutation(len(records))]
-by_pair = write("by_pair.train.jsonl", shuffled[600:]), write("by_pair.test.jsonl", shuffled[:600])
+by_pair = write("by_pair.train.jsonl", shuffled[450:]), write("by_pair.test.jsonl", shuffled[:450])
 all_file, parts = write("all.jsonl", records), home / "parts"
 with contextlib.redirect_stdout(io.StringIO()):  # it prints how many lines each part has
     split(SplitOptions(file=all_file, output=str(parts), test=0.3))
@@ -303,7 +306,7 @@ def exchanged(record):
     return record | {"chosen": record["rejected"], "rejected": record["chosen"]}
 
 
-records = [record_of(c) for c in comparisons]
+records = [record_of(c) for c in comparisons[:250]]
 both_orders_file = write("both_orders.jsonl", records + [exchanged(record) for record in records])
 findings_of_both_orders = look(both_orders_file)
 both_orders = learn(both_orders_file)
@@ -312,11 +315,11 @@ print(f"accuracy on its own pairs {both_orders.on_own}")
 # %% Not every contradiction is a mistake
 # Now two people label the same pairs, each in moods of their own, and their files are joined. The
 # look finds contradictions again, fewer than before, and duplicates besides. Together they say what
-# happened: every pair stands there twice, and in about a third the two people disagree. Nobody
-# was wrong. Such pairs belong into one record with "votes".
+# happened: every pair stands there twice, and in about a third of them the two people disagree.
+# Nobody was wrong. Such pairs belong in one record with "votes", in which the look finds no fault.
 
 seen_by_four = compare(100, people=4)
-by_two = [record_of(c, person) for person in (0, 1) for c in seen_by_four]
+by_two = [record_of(c, person) for person in (0, 1) for c in seen_by_four[:500]]
 findings_of_two = look(write("two_people.jsonl", by_two))
 
 
@@ -341,7 +344,7 @@ findings_of_votes = look(votes_file)
 # other. It is least where σ(m) = 3/4. A majority makes of the same votes a pair with t = 1.
 
 one = torch.ones(1)
-soft_loss = pair_losses(0.8 * one, labels=Labels(target=0.75 * one, margin=0 * one, weight=one))
+soft_loss = pair_losses(0.8 * one, labels=Labels(share=0.75 * one, margin=0 * one, weight=one))
 loss_of_votes = pair_losses(torch.tensor([0.8, 0.8, 0.8, -0.8])).mean()
 print(f"\nloss of a soft target {soft_loss.item():.6f}, mean of four votes {loss_of_votes:.6f}")
 
@@ -352,30 +355,42 @@ print(f"\nloss of a soft target {soft_loss.item():.6f}, mean of four votes {loss
 #
 # "as the truth" is the share of pairs that a head ranks as their true worth does: several opinions
 # are better than one. T is the temperature that would mend a head; above 1, the head is too sure of
-# itself. To the head of the majority three to one is as clear as four to none. So its margins are
-# twice as large as they should be. Those of the other two heads are nearly right.
+# itself. To the head of the majority three to one is as clear as four to none, so its margins are
+# almost twice as large as they should be. The head of single labels has learned some chance as if
+# it were taste. The head of the votes is right.
+
+
+def majority_is_first(seen):
+    """Whether most votes are for the first response, or half of them: (N,)."""
+    return np.array([c.first_wins.sum() >= 2 for c in seen])
+
+
+def first_person_agrees(seen):
+    """Whether the first person prefers what the majority does: (N,)."""
+    return np.array([c.first_wins[0] for c in seen]) == majority_is_first(seen)
+
 
 soft_source = read(votes_file, labels=LabelRules(votes="soft"))
-soft = differences(soft_source)
-for_chosen = torch.tensor(soft_source.shares * soft_source.votes).round().long()  # (N,)
+soft, soft_shares = differences(soft_source)[:, :W], torch.tensor(soft_source.shares)
+for_chosen = (4 * soft_shares).round().long()  # (N,)
 each_vote = [soft.repeat_interleave(for_chosen, 0), -soft.repeat_interleave(4 - for_chosen, 0)]
+side = 2 * torch.tensor(first_person_agrees(seen_by_four)).float() - 1  # (N,) 1 or -1
 lessons = {
-    "one label": (differences(read(write("one.jsonl", map(record_of, seen_by_four)))), 20),
-    "majority": (differences(read(votes_file, labels=MAJORITY)), 20),
+    "one label": (side[:, None] * soft, 20),
+    "majority": (soft[soft_shares > 0.5], 20),
     "four votes": (torch.cat(each_vote), 80),  # four rows a pair, so four times as many in a step
 }
 
-judges = compare(200, people=4)
+judges = compare(150, people=4)
 judged_source = read(write("judged.jsonl", map(voted, judges)), labels=LabelRules(votes="soft"))
-judged, shares = differences(judged_source), judged_source.shares
-most_prefer_first = np.array([c.first_wins.sum() >= 2 for c in judges])
-chosen_is_better = most_prefer_first == (np.array([c.margin for c in judges]) > 0)  # (N,)
+judged, shares = differences(judged_source)[:, :W], judged_source.shares
+true_margin = np.array([c.margin for c in judges])
+chosen_is_better = majority_is_first(judges) == (true_margin > 0)  # (N,)
 
 table = Table("learned from", "as the truth", "NLL", "ECE", "T")
 margins, as_truth, nll, ece, temperature = {}, {}, {}, {}, {}
 for name, (rows, batch_size) in lessons.items():
-    head = train(rows[:, :W], epochs=8, batch_size=batch_size)
-    margins[name] = margins_of(judged[:, :W], head)
+    margins[name] = margins_of(judged, train(rows, epochs=8, batch_size=batch_size))
     as_truth[name] = accuracy(margins[name], chosen_is_better)
     nll[name] = negative_log_likelihood(margins[name], shares)
     ece[name] = pair_ece(margins[name], outcomes=shares)
@@ -386,19 +401,20 @@ print(f"\n{table}")
 
 # %% What one label cannot say
 # The head that learned from votes agrees with a person in about .77 of the pairs. Is that much? Two
-# people agree in .69, and no rule could agree with more than .82 of these votes.
+# people agree in .69, and no rule could agree with more than .81 of these votes.
 #
-# Its Brier score is about .159. Let π be the probability that a person prefers the chosen response.
+# Its Brier score is about .158. Let π be the probability that a person prefers the chosen response.
 # Then the mean of π (1 - π) is the part of the score that no model can go below. Votes are enough
-# to estimate it: about .154. In this world π is known, and the true value is .153. What is left for
-# the model is about .005. It is wrong about nearly every fourth vote, and has little left to learn.
+# to estimate it: about .157. In this world π is known, and that is also the true value. What is
+# left for the model is about .001. It is wrong about nearly every fourth vote, and has next to
+# nothing left to learn.
 #
 # One label a pair gives no such estimate: people who disagree and a model that errs look the same.
 
 verdict = disagreement(margins["four votes"], shares, judged_source.votes)
-pi = probability([c.margin for c in judges])
+pi = probability(true_margin)
 true_floor = np.mean(pi * (1 - pi))
-of_single_labels = disagreement(margins["four votes"], np.ones(2000), np.ones(2000))
+of_single_labels = disagreement(margins["four votes"], np.ones_like(shares), np.ones_like(shares))
 print(f"\ntwo people agree in {verdict.annotators_agree:.3f} of the pairs,", end=" ")
 print(f"model and person in {verdict.model_agrees:.3f}, at most {verdict.ceiling:.3f}")
 print(f"Brier score {verdict.brier:.3f}: people's part {verdict.brier_floor:.3f}", end=" ")
@@ -411,8 +427,7 @@ print(f"the same from single labels: {of_single_labels}")
 # label each would do that, too, but they would not say what the last cell said.
 
 prompts = [pair.prompt for pair in judged_source.pairs]
-first_person = np.array([c.first_wins[0] for c in judges])
-_, by_one = intervals(margins["majority"], prompts, outcomes=first_person == most_prefer_first)
+_, by_one = intervals(margins["majority"], prompts, outcomes=first_person_agrees(judges))
 _, by_four = intervals(margins["majority"], prompts, outcomes=shares)
 print(f"\nECE less noise, by one label  {with_interval(by_one.value, by_one[1:])}")
 print(f"               by four votes  {with_interval(by_four.value, by_four[1:])}")
@@ -420,7 +435,7 @@ folder.cleanup()
 
 # %% What was claimed
 assert not findings_of_good and not findings_of_parts and not findings_of_votes
-assert 0.66 < good.on_new < 0.7 and 0.75 < ceiling < 0.78 and good.on_own > 0.9
+assert 0.66 < good.on_new < 0.71 and 0.75 < ceiling < 0.79 and good.on_own > 0.9
 assert findings_of_one_way["one way round"].cases == 1000
 assert 0.45 < one_way.on_new < 0.55 and one_way.on_own > 0.9
 assert winners_read.on_new == whole.on_new == good.on_new
@@ -435,16 +450,17 @@ assert flattered.low > new_after["by pair"] + 0.04 and flattered.value > honest.
 assert honest.low < new_after["by prompt"] < honest.high
 assert abs(new_after["by pair"] - new_after["by prompt"]) < 0.03
 assert honest.high - honest.low > flattered.high - flattered.low
-assert findings_of_both_orders["contradictions"].cases == 2000 and both_orders.on_own == 0.5
+assert findings_of_both_orders["contradictions"].cases == 500 and both_orders.on_own == 0.5
 assert set(findings_of_two) == {"contradictions", "duplicates"}
-assert 0.28 < findings_of_two["contradictions"].cases / 2000 < 0.38
+assert 0.28 < findings_of_two["contradictions"].cases / 1000 < 0.38
 assert torch.isclose(soft_loss, loss_of_votes)
 assert as_truth["one label"] + 0.01 < min(as_truth["majority"], as_truth["four votes"])
 assert nll["four votes"] == min(nll.values()) and ece["majority"] > 3 * ece["four votes"]
-assert temperature["majority"] > 1.7 and abs(temperature["four votes"] - 1) < 0.25
+assert temperature["majority"] > 1.6 and abs(temperature["four votes"] - 1) < 0.15
+assert temperature["one label"] > 1.15
 assert verdict.annotators_agree + 0.04 < verdict.model_agrees < verdict.ceiling < 0.84
 assert abs(verdict.brier_floor - true_floor) < 0.006 and of_single_labels is None
-assert 0 < verdict.brier - verdict.brier_floor < 0.01
+assert abs(verdict.brier - verdict.brier_floor) < 0.01
 assert 0.4 < (by_four.high - by_four.low) / (by_one.high - by_one.low) < 0.65
 
 # %% Two exercises

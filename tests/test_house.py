@@ -14,8 +14,8 @@ model.attention model.fused model.recompute model.model_config model.rotation mo
 model.config_json model.family_configs model.families model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint
 data.messages data.records data.columns data.labels data.forms
-data.foreign.comparisons data.foreign.trees data.foreign.rows data.foreign.readers
-data.foreign.annotators data.foreign.fields data.foreign.shapes data.foreign.sift
+data.foreign.comparisons data.foreign.sift data.foreign.trees data.foreign.rows
+data.foreign.readers data.foreign.annotators data.foreign.fields data.foreign.shapes
 data.foreign.convert
 data.texts data.pairs data.overlap data.split data.sampling data.validation data.world
 data.inspection.near_duplicates data.inspection.signs data.inspection.word_rule

@@ -17,17 +17,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checksums import write_checked_json
+from ..checksums import file_checksum, write_checked_json
 from ..files import directory_written_whole, refuse_existing
 from ..options import Range, check_ranges, option, require
 from ..tables import Table
 from .foreign.shapes import house_records
+from .labels import AS_WRITTEN
 from .overlap import normalised
 from .records import BYTE_ORDER_MARK, Record, read_records
 from .texts import Reading, opening_of
 
 PARTS = ("train", "validation", "test")
 NEITHER = 255  # stands for the part of a blank line
+TIES_TOO = AS_WRITTEN._replace(ties="half")  # what annotators saw as a tie has a prompt, too
 SHARE = Range(least=0, below=1)
 
 
@@ -59,6 +61,7 @@ class SplitOptions:
 def split(options: SplitOptions) -> None:
     """Split a file by prompt; print how many lines and prompts each part has."""
     check_options(options)
+    before = file_checksum(Path(options.file))
     parts, groups = parts_of_lines(options)
     _, first_line = next(lines_of(options.file), (0, b""))
     require(
@@ -74,6 +77,10 @@ def split(options: SplitOptions) -> None:
         )
     with directory_written_whole(Path(options.output)) as directory:
         write_parts(options, parts, directory)
+        require(
+            file_checksum(Path(options.file)) == before,
+            f"{options.file}: was changed while it was split; give the same command again",
+        )
         counts = {
             name: {"lines": parts.count(part), "prompts": len(groups[part])}
             for part, name in enumerate(PARTS)
@@ -130,11 +137,8 @@ def group_of(record: Record, where: str, by: str) -> str:
 
     A record without a prompt is known by its first response.
     """
-    pairs = [
-        pair
-        for house in house_records(record, where)
-        for pair in Reading().pairs(with_unequal_scores(house), where)[0]
-    ]
+    houses = house_records(record, where)
+    pairs = [pair for house in houses for pair in Reading().pairs(house, where, TIES_TOO)[0]]
     if not pairs:  # comparisons without a label: no pair of theirs can cross parts
         return json.dumps(record)
     prompts = [pair.prompt if by == "prompt" else opening_of(pair.prompt) for pair in pairs]
@@ -145,16 +149,6 @@ def group_of(record: Record, where: str, by: str) -> str:
         " expected one prompt a line, as `minimore data convert` writes them",
     )
     return groups.pop() or normalised(pairs[0].chosen)
-
-
-def with_unequal_scores(record: Record) -> Record:
-    """The record with other scores, so that it makes pairs also where annotators saw a tie."""
-    changed = dict(record)
-    for key in ("score", "scores"):
-        scores = record.get(key)
-        if isinstance(scores, list) and len(set(map(str, scores))) == 1:
-            changed[key] = list(range(len(scores)))
-    return changed
 
 
 def part_of(position: float, shares: tuple[float, float, float]) -> int:
@@ -187,6 +181,7 @@ def write_parts(options: SplitOptions, parts: array, directory: Path) -> None:
             for name, share in zip(PARTS, options.shares())
         ]
         for number, line in lines_of(options.file):
-            file = files[parts[number]] if line.strip() else None
+            part = parts[number] if number < len(parts) else NEITHER
+            file = None if part == NEITHER else files[part]
             if file:
                 file.write(line if line.endswith(b"\n") else line + b"\n")

@@ -12,10 +12,11 @@ from typing import NamedTuple
 from ..model.tokenizer import Tokenizer
 from .foreign.shapes import read_house_records
 from .forms import ASSISTANT, Pair, record_pairs
+from .labels import AS_WRITTEN, LabelRules
 from .records import Record
 
 # What begins a turn of the human, in plain dialogues and in those of the template of many models.
-HUMAN = re.compile(r"(?:^|\n)\s*(?:## )?(?:Human|User):")
+HUMAN = re.compile(r"(?:^|\n)[^\S\n]*(?:## )?(?:Human|User):")
 
 
 class PlainTurns(Tokenizer):
@@ -65,9 +66,11 @@ class Reading(NamedTuple):
         for where, record in read_house_records(path, left_out):
             yield ReadRecord(where, record, *self.pairs(record, where))
 
-    def pairs(self, record: Record, where: str) -> tuple[list[Pair], int]:
-        """The pairs of one record, and its label ties."""
-        return record_pairs(record, where, self.tokenizer or PlainTurns(), self.chat)
+    def pairs(
+        self, record: Record, where: str, rules: LabelRules = AS_WRITTEN
+    ) -> tuple[list[Pair], int]:
+        """The pairs of one record, and its label ties. rules: what is read of its labels."""
+        return record_pairs(record, where, self.tokenizer or PlainTurns(), self.chat, rules)
 
     def prompts(self, path: str) -> Iterator[str]:
         """The prompt of every pair of a file that has one."""

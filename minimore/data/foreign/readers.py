@@ -12,7 +12,14 @@ from pathlib import PurePath
 from typing import Any
 
 from ...options import require
-from ..forms import BEFORE_A_PROMPT, PROMPT_KEYS, prompt_end, texts_of, with_prompt
+from ..forms import (
+    BEFORE_A_PROMPT,
+    PROMPT_KEYS,
+    prompt_end,
+    record_pairs,
+    texts_of,
+    with_prompt,
+)
 from ..messages import is_conversation, string_of
 from ..records import Record
 from .comparisons import (
@@ -33,8 +40,9 @@ from .comparisons import (
     value_of,
     voted,
 )
+from .sift import PLAIN_TURNS
 
-LINE_BREAK = re.compile(" *<br/> *")
+LINE_BREAK = "<br/>"  # of HTML; spaces around it go with it
 PREFERENCES = (-3, -2, -1, 0, 1, 2, 3)  # of HelpSteer; below 0 the first response is better
 
 # The aspects that UltraFeedback rates one by one.
@@ -74,6 +82,8 @@ def pairs(record: Record, where: str) -> Iterator[Item]:
         len(twos_of_sides) == 1 or record.get("votes") is None,
         f'{where}: "votes" beside several responses; expected one "chosen" and one "rejected"',
     )
+    if len(twos_of_sides) > 1:
+        record_pairs(house, where, PLAIN_TURNS)  # refuses more of them than anybody could write
     for chosen, rejected in twos_of_sides:
         yield house | {"chosen": chosen, "rejected": rejected}
 
@@ -362,7 +372,12 @@ def ukp(record: Record, where: str) -> Iterator[Item]:
 
 def _plain_text(text: str) -> str:
     """Without HTML: line breaks and entities as the characters that they stand for."""
-    return html.unescape(LINE_BREAK.sub("\n", text))
+    first, *rest = text.split(LINE_BREAK)
+    if rest:
+        *middle, last = rest
+        lines = [first.rstrip(" "), *(line.strip(" ") for line in middle), last.lstrip(" ")]
+        text = "\n".join(lines)
+    return html.unescape(text)
 
 
 # ---- more than two responses ---------------------------------------------------------------------

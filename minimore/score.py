@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +22,13 @@ from .calibration import probability
 from .data.dialogues import prompt_end
 from .data.foreign.shapes import read_house_records
 from .data.forms import (
+    MOST_CHARACTERS,
     record_pairs,
     texts_of,
     whole_conversation,
 )
 from .data.messages import Messages, is_conversation, messages_of
-from .data.pairs import TextRules, encode, refuse_doubled_bos
+from .data.pairs import CHARACTERS_AT_ONCE, TextRules, encode, refuse_doubled_bos
 from .data.prompt_keys import refuse_unread_system, with_prompt
 from .data.records import Record, json_line
 from .data.values import MOST_RESPONSES, keys_of, shown, text_at
@@ -224,10 +225,17 @@ def _response(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> T
 
 def _several_responses(record: Record, where: str, tokenizer: Tokenizer, chat: bool) -> Texts:
     responses = responses_of(record, where)
-    each = [
-        _response(record | {"response": response}, f'{where}: "responses"[{i}]', tokenizer, chat)
-        for i, response in enumerate(responses)
-    ]
+    each: list[Texts] = []
+    characters = 0
+    for i, response in enumerate(responses):
+        single = record | {"response": response}
+        each.append(_response(single, f'{where}: "responses"[{i}]', tokenizer, chat))
+        characters += len(each[-1].texts[0])
+        require(
+            characters <= MOST_CHARACTERS,
+            f"{where}: makes texts of more than {MOST_CHARACTERS / 1e6:.0f} million characters;"
+            " expected fewer responses, or shorter ones",
+        )
     kinds = {texts.is_rendered for texts in each}
     require(len(kinds) == 1, f'{where}: "responses" holds strings and messages; expected one kind')
     texts = [texts.texts[0] for texts in each]
@@ -336,20 +344,33 @@ class Scorer:
 
     def scored(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
         """The records ("file:line", record) with their rewards, in input order."""
-        remaining = iter(records)
-        while located := list(islice(remaining, RECORDS_AT_ONCE)):
-            tokenizer, rules = self.checkpoint.tokenizer, self.rules
-            wheres = [where for where, _ in located]
-            texts = [
-                texts_of_record(record, where, tokenizer, rules.chat) for where, record in located
-            ]
+        tokenizer, rules = self.checkpoint.tokenizer, self.rules
+        for portion in self._in_portions(records):
+            wheres = [where for where, _, _ in portion]
+            texts = [record_texts for _, _, record_texts in portion]
             rewards, truncated = rewards_of_texts(
                 self.model, tokenizer, rules, self.micro_tokens, wheres, texts
             )
             self.counts.truncated += truncated
-            for (where, record), record_texts, values in zip(located, texts, rewards):
+            for (where, record, record_texts), values in zip(portion, rewards):
                 self._count(record, record_texts)
                 yield where, record | added(record_texts.kind, values.tolist())
+
+    def _in_portions(
+        self, records: Iterable[tuple[str, Record]]
+    ) -> Iterator[list[tuple[str, Record, Texts]]]:
+        """Records with their texts, as many as are scored together."""
+        portion: list[tuple[str, Record, Texts]] = []
+        characters = 0
+        for where, record in records:
+            texts = texts_of_record(record, where, self.checkpoint.tokenizer, self.rules.chat)
+            portion.append((where, record, texts))
+            characters += sum(map(len, texts.texts))
+            if len(portion) >= RECORDS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+                yield portion
+                portion, characters = [], 0
+        if portion:
+            yield portion
 
     def _count(self, record: Record, texts: Texts) -> None:
         tokenizer = self.checkpoint.tokenizer

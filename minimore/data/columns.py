@@ -8,14 +8,21 @@ import gzip
 import io
 import zlib
 from collections.abc import Generator, Iterator
-from typing import Any, TextIO
+from itertools import chain
+from typing import TextIO
 
 from ..files import one_line, refuse_pointer
 from ..options import InputError, require
-from .records import LONGEST_LINE, Record, read_records
+from .records import (
+    LONGEST_LINE,
+    MOST_BLANK_LINES,
+    PARQUET,
+    TEXT_TABLES,
+    Record,
+    read_records,
+    too_many_blank,
+)
 
-TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-PARQUET = ".parquet"
 ROWS_AT_ONCE = 1024  # of a Parquet file
 
 
@@ -40,16 +47,17 @@ def _rows_of_text(path: str) -> Iterator[tuple[str, Record]]:
     A header line with a tab in it makes the file tab-separated, whatever its name. Such a file is
     read without quoting: in those that people publish, a field may begin with a quotation mark.
     """
-    line = 0
+    line = blank_lines = 0
     try:
         refuse_pointer(path)
         with _opened(path) as file:
-            reader = _reader(file)
             names: list[str] | None = None
-            for cells in reader:
-                where, line = f"{path}:{line + 1}", reader.line_num
+            for last_line, cells in _rows(path, file):
+                where, line = f"{path}:{line + 1}", last_line
                 if not cells:
-                    continue  # a blank line
+                    blank_lines += 1
+                    require(blank_lines <= MOST_BLANK_LINES, too_many_blank(where))
+                    continue
                 if names is None:
                     names = _checked_names(cells, where)
                     continue
@@ -73,25 +81,41 @@ def _opened(path: str) -> TextIO:
     return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]
 
 
-def _reader(file: TextIO) -> Any:
-    """A reader of rows for the kind of table that the header line shows."""
+class Lines:
+    """The lines of a table, and how many characters the present row has so far.
+
+    A row goes on over several lines where a quoted field does. It is bounded as a line is.
+    """
+
+    def __init__(self, path: str, file: TextIO):
+        self.path, self.file, self.number, self.row_length = path, file, 0, 0
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self.file.readline(LONGEST_LINE + 1):
+            self.number += 1
+            self.row_length += len(line)
+            require(
+                self.row_length <= LONGEST_LINE,
+                f"{self.path}:{self.number}: a row of more than {LONGEST_LINE / 1e6:.0f} million"
+                " characters; is a quotation mark missing?",
+            )
+            yield line
+
+
+def _rows(path: str, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """(number of its last line, fields) of each row. The header shows the kind of table."""
     csv.field_size_limit(LONGEST_LINE)
-    header = file.readline(LONGEST_LINE)
-    rest = _lines(header, file)
+    lines = Lines(path, file)
+    remaining = iter(lines)
+    header = next(remaining, "")
+    every_line = chain([header], remaining)
     if "\t" in header:
-        return csv.reader(rest, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return csv.reader(rest, strict=True)
-
-
-def _lines(header: str, file: TextIO) -> Iterator[str]:
-    """The header line and every line behind it, none of them huge."""
-    yield header
-    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), ""), 2):
-        require(
-            len(line) <= LONGEST_LINE,
-            f"line {number} has more than {LONGEST_LINE / 1e6:.0f} million characters",
-        )
-        yield line
+        reader = csv.reader(every_line, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(every_line, strict=True)
+    for cells in reader:
+        yield lines.number, cells
+        lines.row_length = 0
 
 
 def _checked_names(names: list[str], where: str) -> list[str]:
@@ -121,5 +145,5 @@ def _rows_of_parquet(path: str) -> Iterator[tuple[str, Record]]:
                 yield f"{path}:{row}", record
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these
+    except (OSError, ValueError, NotImplementedError, LookupError) as error:  # those of pyarrow
         raise InputError(f"{path}: not readable as Parquet ({one_line(error)})") from None

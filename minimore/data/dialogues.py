@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 ASSISTANT = ("\n\nAssistant:", "## Assistant:")  # ends the prompt of a dialogue that is given whole
 # What begins a turn of the human, in plain dialogues and in those of the template of many models.
-HUMAN = re.compile(r"(?:^|\n)\s*(?:## )?(?:Human|User):")
+HUMAN = re.compile(r"(?:^|\n)[^\S\n]*(?:## )?(?:Human|User):")
 NEXT_TURN = re.compile(r"\n\n(?:## )?(?:Human|User|Assistant):")  # within a response
 
 

@@ -16,7 +16,7 @@ Every error names the file, the line and what was found there.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ from .messages import PLAIN_TURNS, Messages, is_conversation, is_response, messa
 from .prompt_keys import with_prompt
 from .records import Record
 from .values import MOST_RESPONSES, is_score, shown, string_of, value_of
+
+MOST_CHARACTERS = 100_000_000  # of all pairs of one record; a long prompt counts in each of them
 
 Places = list[tuple[int, int]]  # of two responses each
 
@@ -118,15 +120,32 @@ def record_pairs(
     prompt = Named(f'{where}: "prompt"', record["prompt"]) if "prompt" in record else None
     values = [named.value for named in (*chosen, *rejected)]
     are_messages = any(map(is_conversation, [record.get("prompt"), *values]))
-    pairs: list[Pair] = []
-    for one, other in product(chosen, rejected):
-        if chat or are_messages:
-            pairs.append(_conversation_pair(prompt, one, other, where, tokenizer))
-        else:
-            pairs.append(_text_pair(prompt, one, other))
+
+    def all_pairs() -> Iterator[Pair]:
+        for one, other in product(chosen, rejected):
+            if chat or are_messages:
+                yield _conversation_pair(prompt, one, other, where, tokenizer)
+            else:
+                yield _text_pair(prompt, one, other)
+
+    pairs = _not_too_many(all_pairs(), where)
     if len(pairs) > 1:
         refuse_votes(record, where, rules)
     return _labelled(pairs, read_label(record, where, rules), rules)
+
+
+def _not_too_many(pairs: Iterable[Pair], where: str) -> list[Pair]:
+    """The pairs of a record. Raises InputError as soon as they have more than MOST_CHARACTERS."""
+    characters, result = 0, []
+    for pair in pairs:
+        characters += sum(map(len, pair[:3]))
+        require(
+            characters <= MOST_CHARACTERS,
+            f"{where}: makes pairs of more than {MOST_CHARACTERS / 1e6:.0f} million characters;"
+            " expected fewer responses, or shorter ones",
+        )
+        result.append(pair)
+    return result
 
 
 def _labelled(pairs: list[Pair], label: Label, rules: LabelRules) -> tuple[list[Pair], int]:
@@ -182,10 +201,11 @@ def _scored_texts(record: Record, where: str, rules: LabelRules) -> tuple[list[P
     texts = texts_of(record, where)
     ordered, tied = _ordered(_scores(record, "score", len(texts), where))
     end = prompt_end(texts)
+    prompt, responses = texts[0][:end], [text[end:] for text in texts]
 
     def pair_of(i: int, j: int) -> list[Pair]:
         """Text i as the chosen one, text j as the rejected one."""
-        return [Pair(texts[0][:end], texts[i][end:], texts[j][end:])]
+        return [Pair(prompt, responses[i], responses[j])]
 
     return _scored_pairs(pair_of, ordered, tied, record, where, rules)
 
@@ -206,12 +226,15 @@ def _scored_pairs(
     """
     refuse_votes(record, where, rules)
     label = read_label(record, where, rules)
-    pairs = [pair for i, j in ordered for pair in _labelled(pair_of(i, j), label, rules)[0]]
-    if rules.ties == "out":
-        return pairs, len(tied)
     half = label._replace(share=1 / 2)
-    pairs += [pair for i, j in tied for pair in _labelled(pair_of(i, j), half, rules)[0]]
-    return pairs, 0
+
+    def all_pairs() -> Iterator[Pair]:
+        for i, j in ordered:
+            yield from _labelled(pair_of(i, j), label, rules)[0]
+        for i, j in tied if rules.ties == "half" else ():
+            yield from _labelled(pair_of(i, j), half, rules)[0]
+
+    return _not_too_many(all_pairs(), where), len(tied) if rules.ties == "out" else 0
 
 
 def _scored_responses(

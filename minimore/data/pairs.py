@@ -265,10 +265,10 @@ class SourceReader:
             for response in (pair.chosen, pair.rejected):
                 text = pair.prompt + response
                 refuse_doubled_bos(text, pair.rendered, where, self.tokenizer)
-        self.waiting += pairs
-        self.characters += sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
-        if len(self.waiting) >= TOKENISED_AT_ONCE or self.characters >= CHARACTERS_AT_ONCE:
-            self.tokenise()
+            self.waiting.append(pair)
+            self.characters += 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+            if len(self.waiting) >= TOKENISED_AT_ONCE or self.characters >= CHARACTERS_AT_ONCE:
+                self.tokenise()
 
     def finished(self, path: str) -> Source:
         """The source, once nothing waits. Raises InputError if no pair is usable."""
@@ -395,21 +395,21 @@ def encode(
             most = max(excess[i], excess[i + 1])
             for side in (i, i + 1):
                 excess[side] = min(most, max(0, len(encoded[side]) - bos - 1))
-    cut = [
-        np.array(ids[:bos] + ids[bos + count :], dtype=np.int32)
-        for ids, count in zip(encoded, excess)
-    ]
+    cut = [np.concatenate([ids[:bos], ids[bos + count :]]) for ids, count in zip(encoded, excess)]
     return cut, [count > 0 for count in excess]
 
 
-def _encode_each(texts: list[str], tokenizer: Tokenizer, rendered: list[bool]) -> list[list[int]]:
-    """Ids of texts of both kinds, in order; each kind is tokenised at once."""
-    ids: list[list[int]] = [[]] * len(texts)
+def _encode_each(texts: list[str], tokenizer: Tokenizer, rendered: list[bool]) -> list[np.ndarray]:
+    """Ids (int32) of texts of both kinds, in order; those of each kind go together."""
+    ids: list[np.ndarray] = [np.empty(0, dtype=np.int32)] * len(texts)
     for is_rendered in (False, True):
         places = [place for place, flag in enumerate(rendered) if flag == is_rendered]
-        encoded = tokenizer.encode([texts[place] for place in places], is_rendered)
-        for place, text_ids in zip(places, encoded):
-            ids[place] = text_ids
+        lengths = [len(texts[place]) for place in places]
+        for part in split_by_tokens(lengths, CHARACTERS_AT_ONCE) if places else ():
+            some = [places[i] for i in part]
+            encoded = tokenizer.encode([texts[place] for place in some], is_rendered)
+            for place, text_ids in zip(some, encoded):
+                ids[place] = np.array(text_ids, dtype=np.int32)
     return ids
 
 

@@ -9,17 +9,21 @@ import json
 import os
 import re
 import zlib
+from codecs import getincrementaldecoder
 from collections.abc import Generator, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..files import refuse_pointer
 from ..options import InputError, require
 
-LONGEST_LINE = 8_000_000  # bytes
-LARGEST_LIST = 200_000_000  # bytes of a file that is one JSON list
+LONGEST_LINE = 8_000_000  # bytes; and characters of an item of a list, or of a row of a table
+MOST_BLANK_LINES = 1_000_000
+READ_AT_ONCE = 1 << 20  # bytes of a file that is one JSON list
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DATA_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+PARQUET = ".parquet"
 CONVERTED = "converted.json"  # says of a directory what `minimore data convert` wrote there
 
 Record = dict[str, Any]
@@ -36,23 +40,22 @@ def read_records(path: str) -> Generator[tuple[str, Record], None, None]:
         for file_path in _data_files(path):
             yield from read_records(file_path)
         return
-    line = 0
+    line = blank_lines = 0
     try:
         refuse_pointer(path)
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             for line, raw in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
                 if line == 1 and raw.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
-                    raw += file.read(LARGEST_LIST)
-                    require(len(raw) <= LARGEST_LIST, too_large(path, "a list", LARGEST_LIST))
-                    yield from _list_items(raw.decode("utf-8-sig"), path)
+                    yield from ListReader(path, raw, file).items()
                     return
-                require(
-                    len(raw) <= LONGEST_LINE, too_large(f"{path}:{line}", "a line", LONGEST_LINE)
-                )
+                where = f"{path}:{line}"
+                require(len(raw) <= LONGEST_LINE, too_large(where, "a line"))
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
                 if text.strip():
-                    where = f"{path}:{line}"
                     yield where, _object(_parse(text, where, "one object a line"), where)
+                    continue
+                blank_lines += 1
+                require(blank_lines <= MOST_BLANK_LINES, too_many_blank(where))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -64,12 +67,25 @@ def read_records(path: str) -> Generator[tuple[str, Record], None, None]:
 
 
 def _data_files(directory: str) -> list[str]:
-    """The data files of a directory. Training and test files in one directory are refused."""
-    names = sorted(
-        name
-        for name in os.listdir(directory)
-        if name.endswith(DATA_FILES) and os.path.isfile(os.path.join(directory, name))
-    )
+    """The data files of a directory.
+
+    Refused are training and test files in one directory, and files of data that would not be read.
+    """
+    listed = sorted(os.listdir(directory))
+    names = [name for name in listed if name.endswith(DATA_FILES)]
+    for name in listed:
+        is_file = os.path.isfile(os.path.join(directory, name))
+        is_table = name.lower().endswith((*TEXT_TABLES, PARQUET))
+        require(
+            is_file or name not in names,
+            f"{os.path.join(directory, name)}: no file that can be read; remove it, or name the"
+            " others",
+        )
+        require(
+            not is_table or not names,
+            f"{directory}: holds {name}, which is not read as a part of a directory; name the"
+            " files",
+        )
     is_converted = CONVERTED in names
     names = [name for name in names if name != CONVERTED]
     require(names, f"{directory}: a directory without a .jsonl or .json file (.gz too)")
@@ -85,72 +101,111 @@ def _data_files(directory: str) -> list[str]:
     return [os.path.join(directory, name) for name in names]
 
 
-def too_large(where: str, what: str, most: int) -> str:
-    """What is said of a line, or of a list, that is longer than it may be."""
-    return f"{where}: {what} of more than {most / 1e6:,.0f} million bytes; expected JSON lines"
+def too_large(where: str, what: str) -> str:
+    """What is said of a line that is longer than it may be."""
+    return f"{where}: {what} of more than {LONGEST_LINE / 1e6:,.0f} million bytes"
 
 
-def _list_items(text: str, path: str) -> Iterator[tuple[str, Record]]:
-    """The objects of a JSON list, decoded one by one: all at once, they may need 25 times its size.
-
-    An object of more than LONGEST_LINE characters is refused.
-    """
-    place, number = _behind_space(text, text.index("[") + 1), 0
-    is_open = text[place : place + 1] != "]"
-    window = Window(text, place)
-    while is_open:
-        number += 1
-        where = f"{path}:{number}"
-        value, place = window.decoded(place, where)
-        yield where, _object(value, where)
-        place = _behind_space(text, place)
-        is_open = text[place : place + 1] == ","
-        place = _behind_space(text, place + 1) if is_open else place
-    is_closed = text[place : place + 1] == "]" and _behind_space(text, place + 1) == len(text)
-    require(
-        is_closed,
-        f"{path}: not JSON behind item {number}; expected a list of objects, or one object a line",
-    )
-
-
-class Window:
-    """The part of a long text in which items are decoded, so that none is longer than it.
-
-    start: where it begins in the text.
-    """
-
-    def __init__(self, text: str, start: int):
-        self.text, self.start, self.decoder = text, start, json.JSONDecoder()
-        self.part = text[start : start + 2 * LONGEST_LINE]
-
-    def decoded(self, place: int, where: str) -> tuple[Any, int]:
-        """The value that begins at a place of the text, and where it ends."""
-        if place - self.start > LONGEST_LINE:
-            self.start, self.part = place, self.text[place : place + 2 * LONGEST_LINE]
-        try:
-            value, end = self.decoder.raw_decode(self.part, place - self.start)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            if self.start + len(self.part) < len(self.text):
-                reason = f"{reason}, or longer than {LONGEST_LINE / 1e6:,.0f} million characters"
-            raise InputError(
-                f"{where}: not JSON ({reason}); expected a list of objects, or one object a line"
-            ) from None
-        return value, self.start + end
-
-
-def _behind_space(text: str, place: int) -> int:
-    """The next place of a text that is no white space."""
-    while text[place : place + 1] in (" ", "\t", "\n", "\r"):
-        place += 1
-    return place
+def too_many_blank(where: str) -> str:
+    """What is said of a file that is mostly blank lines: a small file of .gz may hold billions."""
+    return f"{where}: more than {MOST_BLANK_LINES:,} blank lines; expected records"
 
 
 def _parse(text: str, where: str, expected: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error}); expected {expected}") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> Record:
+    """The keys and values of an object. Raises InputError for a key that stands there twice."""
+    record = dict(pairs)
+    if len(record) == len(pairs):
+        return record
+    seen: set[str] = set()
+    for key, _ in pairs:
+        require(key not in seen, f'"{key}" stands twice in one object; expected every key once')
+        seen.add(key)
+    return record
+
+
+class ListReader:
+    """The items of a file that is one JSON list; a part of the file is in memory at a time.
+
+    first: the bytes of the file that were read already.
+    """
+
+    def __init__(self, path: str, first: bytes, file: BinaryIO | gzip.GzipFile):
+        self.path, self.file = path, file
+        self.decoder = getincrementaldecoder("utf-8-sig")()
+        self.json = json.JSONDecoder(object_pairs_hook=_without_repeats)
+        self.text, self.place, self.is_whole = self.decoder.decode(first), 0, False
+
+    def items(self) -> Iterator[tuple[str, Record]]:
+        """("file:item", object) for each item. Raises InputError for a list that is none."""
+        self._take("[")
+        item = 0
+        while self._next() != "]":
+            item += 1
+            where = f"{self.path}:{item}"
+            if item > 1:
+                self._take(",", where)
+            yield where, _object(self._value(where), where)
+        self._take("]")
+        require(
+            not self._next(),
+            f"{self.path}: goes on behind its list; expected one list, or one object a line",
+        )
+
+    def _next(self) -> str:
+        """The next character that is no white space; "" at the end of the file."""
+        while True:
+            length = len(self.text)
+            while self.place < length and self.text[self.place] in " \t\r\n":
+                self.place += 1
+            if self.place < length or self.is_whole:
+                return self.text[self.place : self.place + 1]
+            self._read_on()
+
+    def _take(self, mark: str, where: str | None = None) -> None:
+        found = self._next()
+        require(
+            found == mark,
+            f"{where or self.path}: not JSON ({found!r} instead of {mark!r}); expected a list of"
+            " objects, or one object a line",
+        )
+        self.place += 1
+
+    def _value(self, where: str) -> Any:
+        """The value that comes next; more is read until it is whole."""
+        self._next()
+        while True:
+            try:
+                value, end = self.json.raw_decode(self.text, self.place)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+            except (ValueError, RecursionError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                require(
+                    not self.is_whole and not isinstance(error, RecursionError),
+                    f"{where}: not JSON ({reason}); expected an object",
+                )
+            else:
+                if end < len(self.text) or self.is_whole:  # else a number may go on
+                    self.place = end
+                    return value
+            require(len(self.text) - self.place <= LONGEST_LINE, too_large(where, "an item"))
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Read more of the file, as much as waits already, and forget what was read."""
+        self.text = self.text[self.place :]
+        part = self.file.read(max(READ_AT_ONCE, len(self.text)))
+        self.text += self.decoder.decode(part, final=not part)
+        self.place, self.is_whole = 0, not part
 
 
 def _object(value: Any, where: str) -> Record:
@@ -164,5 +219,7 @@ def json_line(record: Record, where: str) -> str:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
     except ValueError:
         raise InputError(f"{where}: holds a number that is not finite; expected JSON") from None
+    except TypeError as error:  # of a table: a date, say
+        raise InputError(f"{where}: cannot be written as JSON ({error})") from None
     has_bytes = text.encode("utf-8", "replace").decode() == text
     return text if has_bytes else json.dumps(record)

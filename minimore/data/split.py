@@ -16,18 +16,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checksums import write_checked_json
+from ..checksums import file_checksum, write_checked_json
 from ..files import directory_written_whole, refuse_existing
 from ..options import Range, check_ranges, option, require
 from ..tables import Table
 from .dialogues import opening_of
 from .foreign.shapes import house_records
 from .forms import Pair, record_pairs
+from .labels import AS_WRITTEN
 from .prompts import normalised, seeded_hash
 from .records import BYTE_ORDER_MARK, Record, read_records
 
 PARTS = ("train", "validation", "test")
 NEITHER = 255  # stands for the part of a blank line
+TIES_TOO = AS_WRITTEN._replace(ties="half")  # what annotators saw as a tie has a prompt, too
 SHARE = Range(least=0, below=1)
 
 
@@ -59,6 +61,7 @@ class SplitOptions:
 def split(options: SplitOptions) -> None:
     """Split a file by prompt; print how many lines and prompts each part has."""
     check_options(options)
+    before = file_checksum(Path(options.file))
     parts, groups = parts_of_lines(options)
     _, first_line = next(lines_of(options.file), (0, b""))
     require(
@@ -74,6 +77,10 @@ def split(options: SplitOptions) -> None:
         )
     with directory_written_whole(Path(options.output)) as directory:
         write_parts(options, parts, directory)
+        require(
+            file_checksum(Path(options.file)) == before,
+            f"{options.file}: was changed while it was split; give the same command again",
+        )
         counts = {
             name: {"lines": parts.count(part), "prompts": len(groups[part])}
             for part, name in enumerate(PARTS)
@@ -148,18 +155,8 @@ def pairs_and_ties_of(record: Record, where: str) -> list[Pair]:
     return [
         pair
         for house in house_records(record, where)
-        for pair in record_pairs(with_unequal_scores(house), where)[0]
+        for pair in record_pairs(house, where, rules=TIES_TOO)[0]
     ]
-
-
-def with_unequal_scores(record: Record) -> Record:
-    """The record with other scores, so that it makes pairs also where annotators saw a tie."""
-    changed = dict(record)
-    for key in ("score", "scores"):
-        scores = record.get(key)
-        if isinstance(scores, list) and len(set(map(str, scores))) == 1:
-            changed[key] = list(range(len(scores)))
-    return changed
 
 
 def part_of(position: float, shares: tuple[float, float, float]) -> int:
@@ -192,6 +189,7 @@ def write_parts(options: SplitOptions, parts: array, directory: Path) -> None:
             for name, share in zip(PARTS, options.shares())
         ]
         for number, line in lines_of(options.file):
-            file = files[parts[number]] if line.strip() else None
+            part = parts[number] if number < len(parts) else NEITHER
+            file = None if part == NEITHER else files[part]
             if file:
                 file.write(line if line.endswith(b"\n") else line + b"\n")

@@ -161,6 +161,12 @@ def stock_response(records, rng):
         record["rejected"] = " That depends."
 
 
+def unreadable_votes(records, rng):
+    bad = ([-1, 3], [float("inf"), 1], [3], [2, 1, 1], [0, 0], ["3", "1"], [1e308, 1e308])
+    for record, votes in zip(records, bad):
+        record["votes"] = votes
+
+
 def as_scored(record, scores):
     texts = [record["chosen"], record["rejected"]]
     return {"prompt": record["prompt"], "responses": texts, "scores": scores}
@@ -183,7 +189,7 @@ PLANTED = {
         *(blank, identical, no_prompt, prompt_repeated, refusals, cut_off, further_turns),
         *(template_marks, special_tokens, duplicates, contradictions, near_duplicates),
         *(equal_when_cut, prompt_cut_away, length_rule, word_rule, stock_response),
-        *(one_way_round, label_ties),
+        *(one_way_round, label_ties, unreadable_votes),
     )
 }
 

@@ -10,6 +10,10 @@ from conftest import ROOT
 
 from minimore.checksums import read_checked_json
 from minimore.cli import main
+from minimore.data import split as split_module
+from minimore.data.dialogues import opening_of
+from minimore.data.foreign.readers import _plain_text
+from minimore.data.inspection.word_rule import LIST_ITEM
 from minimore.data.records import read_records
 from minimore.data.split import group_of
 
@@ -165,3 +169,59 @@ def test_a_foreign_record_falls_where_its_house_record_falls():
     assert group_of(foreign, "x:1", "prompt") == group_of(house, "x:1", "prompt")
     unequal = {"text": ["a", "b", "c"], "score": [1, 2, 3]}  # three pairs without a prompt
     assert group_of(unequal, "x:1", "prompt") == "b"
+
+
+@pytest.mark.parametrize("tie", ([1, 1.0], [0.0, -0.0], [2, 2]))
+def test_a_tie_stays_with_the_other_comparisons_of_its_prompt(tie, tmp_path):
+    """Also one of numbers that are equal and written differently."""
+    path = tmp_path / "in.jsonl"
+    pairs = [{"prompt": f"p {i}", "responses": ["a", "b"], "scores": [1, 0]} for i in range(40)]
+    ties = [pair | {"scores": tie} for pair in pairs]
+    path.write_text("".join(json.dumps(each) + "\n" for each in pairs + ties))
+    assert split(path, tmp_path / "out", "--test", 0.5) == 0
+    parts = parts_of(tmp_path / "out")
+    train, test = ({json.loads(x)["prompt"] for x in parts[name]} for name in ("train", "test"))
+    assert not train & test and sum(map(len, parts.values())) == 80
+
+
+def test_scores_that_are_none_are_refused_also_where_they_are_alike(tmp_path, capsys):
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "responses": ["a", "b"], "scores": [True, True]}))
+    assert split(path, tmp_path / "out", "--test", 0.5) == 2
+    assert 'in.jsonl:1: "scores" is [true, true]' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("blank", ("\u3000", "\x1c", "\u2028", " "))
+def test_a_line_of_any_white_space_is_blank(blank, tmp_path):
+    lines = [json.dumps(record(f"p {i}", i)) for i in range(40)]
+    path = tmp_path / "in.jsonl"
+    path.write_bytes("\n".join([blank, *lines[:20], blank, *lines[20:], blank]).encode())
+    assert split(path, tmp_path / "out", "--test", 0.5) == 0
+    assert sum(map(len, parts_of(tmp_path / "out").values())) == 40
+
+
+@pytest.mark.parametrize("change", ("append", "reorder", "cut"))
+def test_a_file_that_changes_while_it_is_split_is_refused(
+    change, file, tmp_path, monkeypatch, capsys
+):
+    first_pass = split_module.parts_of_lines
+
+    def changing(options):
+        parts = first_pass(options)
+        lines = file.read_bytes().splitlines(True)
+        changed = {"append": lines + lines, "reorder": lines[::-1], "cut": lines[:9]}[change]
+        file.write_bytes(b"".join(changed))
+        return parts
+
+    monkeypatch.setattr(split_module, "parts_of_lines", changing)
+    assert split(file, tmp_path / "out", *SHARES) == 2
+    assert "was changed while it was split" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_white_space_without_end_takes_no_time():
+    """A regular expression that tries every beginning would take hours here."""
+    assert opening_of("\n" * 10**6 + "## Human: Hi.\n\nAssistant:") == " Hi."
+    assert opening_of("\n" * 10**6) == "\n" * 10**6
+    assert LIST_ITEM.findall("\n" * 10**6 + " \t- a\n2) b\n") == [" \t- ", "2) "]
+    assert _plain_text(" " * 10**6 + "x <br/> y<br/><br/>  z ") == " " * 10**6 + "x\ny\n\nz "

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...options import require
 from ..dialogues import prompt_end
-from ..forms import texts_of
+from ..forms import record_pairs, texts_of
 from ..messages import is_conversation
 from ..prompt_keys import BEFORE_A_PROMPT, PROMPT_KEYS, with_prompt
 from ..records import Record
@@ -42,6 +42,8 @@ def pairs(record: Record, where: str) -> Iterator[Item]:
         len(twos_of_sides) == 1 or record.get("votes") is None,
         f'{where}: "votes" beside several responses; expected one "chosen" and one "rejected"',
     )
+    if len(twos_of_sides) > 1:
+        record_pairs(house, where)  # refuses more of them than anybody could write
     for chosen, rejected in twos_of_sides:
         yield house | {"chosen": chosen, "rejected": rejected}
 

@@ -5,7 +5,6 @@ those of the public files; shapes.py has the table of them. house.py and annotat
 """
 
 import html
-import re
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
@@ -37,7 +36,7 @@ from .comparisons import (
 )
 from .house import with_input
 
-LINE_BREAK = re.compile(" *<br/> *")
+LINE_BREAK = "<br/>"  # of HTML; spaces around it go with it
 PREFERENCES = (-3, -2, -1, 0, 1, 2, 3)  # of HelpSteer; below 0 the first response is better
 
 # The aspects that UltraFeedback rates one by one.
@@ -246,7 +245,12 @@ def ukp(record: Record, where: str) -> Iterator[Item]:
 
 def _plain_text(text: str) -> str:
     """Without HTML: line breaks and entities as the characters that they stand for."""
-    return html.unescape(LINE_BREAK.sub("\n", text))
+    first, *rest = text.split(LINE_BREAK)
+    if rest:
+        *middle, last = rest
+        lines = [first.rstrip(" "), *(line.strip(" ") for line in middle), last.lstrip(" ")]
+        text = "\n".join(lines)
+    return html.unescape(text)
 
 
 # ---- more than two responses ---------------------------------------------------------------------

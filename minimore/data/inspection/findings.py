@@ -91,6 +91,11 @@ FAULTS = {
         "bring a new prompt that is a near duplicate of one before it",
         "A split by prompt lets them into training and test; remove or group them first.",
     ),
+    "unreadable votes": Fault(
+        0.0,
+        'have "votes" that are not two numbers of annotators',
+        "Training refuses the file; mend them, or give --votes ignore there.",
+    ),
     "equal when cut": Fault(
         0.01,
         "are the same on both sides once they are cut to --max-length",

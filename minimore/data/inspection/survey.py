@@ -7,17 +7,18 @@ N pairs, G prompts.
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from ...model.tokenizer import Tokenizer
+from ...options import InputError
 from ..forms import Pair
+from ..labels import LabelRules, read_label
 from ..messages import PLAIN_TURNS
-from ..pairs import encode
+from ..pairs import CHARACTERS_AT_ONCE, encode
 from ..prompts import normalised, text_hash
 from ..records import Record
 from ..texts import Reading, ReadRecord
@@ -28,7 +29,7 @@ from .signs import signs_of
 LINES_SHOWN = 5
 SAMPLE = 10_000  # pairs of which the texts are kept
 MOST_SIGNATURES = 200_000  # prompts that are compared for near duplicates
-ENCODED_AT_ONCE = 256  # records
+ENCODED_AT_ONCE = 256  # pairs
 UNCUT = 10**9  # tokens
 
 
@@ -130,7 +131,7 @@ def survey_of(path: str, tokenizer: Tokenizer | None, max_length: int, chat: boo
     unit = "characters" if tokenizer is None else "tokens"
     survey = Survey(path, unit, None if tokenizer is None else max_length)
     records = Reading(tokenizer or PLAIN_TURNS, chat).records(path, survey.unlabelled)
-    while some := list(islice(records, ENCODED_AT_ONCE)):
+    for some in in_portions(records):
         for read in some:
             count_record(survey, read)
             for pair in read.pairs:
@@ -147,6 +148,22 @@ def survey_of(path: str, tokenizer: Tokenizer | None, max_length: int, chat: boo
     return survey
 
 
+def in_portions(records: Iterable[ReadRecord]) -> Iterator[list[ReadRecord]]:
+    """Records that are tokenised together: as many as have about ENCODED_AT_ONCE pairs or fewer."""
+    portion: list[ReadRecord] = []
+    pairs = characters = 0
+    for read in records:
+        portion.append(read)
+        pairs += len(read.pairs)
+        characters += sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in read.pairs)
+        is_full = pairs >= ENCODED_AT_ONCE or characters >= CHARACTERS_AT_ONCE
+        if is_full or len(portion) >= ENCODED_AT_ONCE:
+            yield portion
+            portion, pairs, characters = [], 0, 0
+    if portion:
+        yield portion
+
+
 # ---- of a record ---------------------------------------------------------------------------------
 
 
@@ -158,9 +175,13 @@ def count_record(survey: Survey, read: ReadRecord) -> None:
     if len(scores) == 2 and scores[0] != scores[1]:
         survey.first_wins[0] += 1
         survey.first_wins[1] += scores[0] > scores[1]
-    votes = read.record.get("votes")
-    if isinstance(votes, list) and all(map(is_number, votes)) and sum(votes) > 0:
-        survey.agreement.append(max(votes) / sum(votes))
+    if read.record.get("votes") is None:
+        return
+    try:
+        label = read_label(read.record, read.where, LabelRules())
+        survey.agreement.append(max(label.share, 1 - label.share))
+    except InputError:
+        survey.count("unreadable votes", read.line)
 
 
 def scores_of(record: Record) -> list[float]:

@@ -23,7 +23,7 @@ RIDGE = 100.0
 NEWTON_STEPS = 8
 LONGEST = 5_000  # characters of a response that are looked at
 WORD = re.compile(r"[^\W_]+(?:'\w+)?")
-LIST_ITEM = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)])\s", re.MULTILINE)
+LIST_ITEM = re.compile(r"^[^\S\n]*(?:[-*\u2022]|\d+[.)])\s", re.MULTILINE)
 STYLE = ("characters", "words", "lines", "list items", "digits", "?", "!", "capitals")
 
 

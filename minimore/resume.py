@@ -95,8 +95,8 @@ class Saver:
         the thread is raised by the next `save` or `wait`.
         """
         self.wait()
-        has_room = available_memory() > ROOM * bytes_to_copy(model, optimizer)
-        has_room = has_room and processes() == 1
+        is_alone = processes() == 1
+        has_room = is_alone and available_memory() > ROOM * bytes_to_copy(model, optimizer)
         snapshot = self._snapshot(model, optimizer, weighting_state, log_checksum, copy=has_room)
         if best:
             snapshot.facts["best"] = dict(best)
@@ -146,12 +146,11 @@ class Saver:
             for name, value in weighting_state.items()
         }
         state["random"] = torch.get_rng_state()
-        moments = moments_in_shape(model, optimizer) if processes() > 1 else {}
-        for key, moment in [] if moments else moments_of(optimizer):
-            if copy:
-                state[key] = moment.to("cpu", copy=True)
-            else:
-                state[key] = Lazy(tuple(moment.shape), moment.dtype, moment.cpu)
+        moments = {}
+        if processes() > 1:
+            moments = moments_in_shape(model, optimizer)
+        else:
+            state |= moments_to_write(optimizer, copy)
         facts = {
             "step": optimizer.steps,
             "environment": environment(),
@@ -216,6 +215,16 @@ def moments_of(optimizer: AdamW) -> list[tuple[str, Tensor]]:
         for kind, tensor in kinds.items()
         if kind != "low"
     ]
+
+
+def moments_to_write(optimizer: AdamW, copy: bool) -> dict[str, Lazy | Tensor]:
+    """The same on the CPU: copied now, or when they are written."""
+    return {
+        key: moment.to("cpu", copy=True)
+        if copy
+        else Lazy(tuple(moment.shape), moment.dtype, moment.cpu)
+        for key, moment in moments_of(optimizer)
+    }
 
 
 def bytes_to_copy(model: Any, optimizer: AdamW) -> int:

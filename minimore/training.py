@@ -442,6 +442,7 @@ def print_what_begins(training: Training) -> None:
     print(
         f"{training.schedule.steps} steps of {training.what_begins()}, {parameters:,} parameters on"
         f" {training.model.top.device}"
+        + (f", {processes()} processes" if processes() > 1 else "")
         + (f", continuing after step {training.first_step - 1}" if is_continued else ""),
         flush=True,
     )

@@ -308,8 +308,8 @@ class WholeStep(NamedTuple):
 class DistributedEngine(PlainEngine):
     """The plain step of N processes, each with a share of the pairs.
 
-    The first process alone computes the gradients of features and head, and sends them: all follow
-    the same lambda, to the bit.
+    All of them compute the loss of the whole step. The gradients that the first one has found are
+    sent to all: they follow the same lambda, to the bit.
     """
 
     def step(self, items: Sequence[TokenPair], source: Sequence[int], objective: Objective) -> Any:
@@ -321,9 +321,10 @@ class DistributedEngine(PlainEngine):
         self.model.zero_grad()  # of a step that could not be taken
         unit = objective.unit or 1
         share = shares([pair.tokens for pair in items], unit, processes())[dist.get_rank()]
-        own_states = self._states(batches := self._batches(share, items, source, objective, unit))
+        batches = self._batches(share, items, source, objective, unit)
+        own_states = self._states(batches)  # of this share, then of what is computed again
         rows = slice(2 * share.start, 2 * share.stop)  # chosen and rejected of every pair
-        states = own_states.new_zeros(2 * len(items), own_states.shape[1], requires_grad=False)
+        states = own_states.new_zeros(2 * len(items), own_states.shape[1])
         states[rows] = own_states.detach()[: 2 * len(share)]
         dist.all_reduce(states)  # (2B, D): each row from the one process that has it
         states.requires_grad_()
@@ -415,28 +416,40 @@ def moments_in_shape(model: Any, optimizer: AdamW) -> dict[str, Tensor]:
 
 def write_moments(directory: Path, moments: dict[str, Tensor]) -> None:
     """Write the moments into a directory, every process its rows, as safetensors."""
-    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
-    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-    try:
-        save(moments, storage_writer=writer)
-    except CheckpointException as error:
-        first, *_ = error.failures.values()
-        raise first[0] from None
+    with first_failure():
+        save(
+            moments,
+            storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True),
+        )
 
 
 def read_moments(directory: Path, model: Any, optimizer: AdamW) -> None:
     """Read this process's rows of moments, however many processes have written them."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
-    with warnings.catch_warnings():
+    moments = moments_in_shape(model, optimizer)
+    with first_failure(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that each process reads on its own
-        moments = moments_in_shape(model, optimizer)
         load(moments, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
+
+
+@contextmanager
+def first_failure() -> Iterator[None]:
+    """Raise the error itself of the first process that could not write or read its part."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        (raised, _), *_ = error.failures.values()
+        raise raised from None
 
 
 def split_moments(tensors: Mapping[str, Tensor], model: Any, optimizer: AdamW) -> None:
     """Take the rows that this process holds from the moments of one process, flat and whole."""
     for key, moment in moments_in_shape(model, optimizer).items():
-        rows = tensors[key].view(moment.shape)
-        own(moment).copy_(own_rows(rows) if moment is not own(moment) else rows)
+        saved = tensors[key].view(moment.shape)
+        is_sharded = own(moment) is not moment
+        own(moment).copy_(own_rows(saved) if is_sharded else saved)

@@ -28,6 +28,7 @@ from minimore.engine.recipe import Recipe
 from minimore.model.trunk import replace_parameter
 from minimore.more import WEIGHTINGS
 from minimore.options import InputError
+from minimore.resume import check_whole
 from minimore.reward import ModelOptions, open_reward_model
 
 K = 3
@@ -233,7 +234,13 @@ def test_stopped_on_two_and_resumed_on_three(world, alone, tmp_path):
     codes, errors, said = stopped(world, run, signal.SIGTERM, **changes)
     assert codes == [143, 143] and errors == ["", ""] and "stopped after step 5 of 11" in said
     (checkpoint,) = run.glob("checkpoint-*")
-    assert len(list((checkpoint / "moments").iterdir())) == 2
+    shards = list((checkpoint / "moments").iterdir())
+    assert len(shards) == 2
+    content_of_shard = shards[0].read_bytes()
+    shards[0].write_bytes(content_of_shard[:-1] + b"?")
+    with pytest.raises(InputError, match="moments/.* is damaged: its checksum is another"):
+        check_whole(checkpoint)
+    shards[0].write_bytes(content_of_shard)
     said = run_group(world, run, 3, resume=True, **changes)
     assert "processes 2, now 3" in said
     assert_alike(run, alone)

@@ -178,7 +178,7 @@ def varlen_by_window(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1))
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("seed", range(6))
 def test_the_varlen_route_is_a_masked_softmax(monkeypatch, seed, heads, varlen):
-    monkeypatch.setattr(minimore.model.attention, "varlen_attn", varlen)
+    monkeypatch.setattr(minimore.model.attention, "varlen_attention", lambda: varlen)
     items = random_items(seed)
     q, k, v = random_qkv(items, heads)
     result = minimore.model.attention._attend_varlen(q, k, v, pack(items))

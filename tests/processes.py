@@ -1,4 +1,4 @@
-"""Commands in processes of their own, which start at once.
+"""Commands and scripts in processes of their own, which start at once.
 
 A new Python takes seconds to import torch. Here one process imports minimore, and every command is
 a fork of it.
@@ -6,9 +6,11 @@ a fork of it.
 
 import multiprocessing
 import os
+import runpy
 import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -16,14 +18,18 @@ FORKS.set_forkserver_preload(["minimore.cli"])
 
 
 class Command:
-    """`minimore` with some words. `said` and `error` are what it has printed so far."""
+    """`minimore` with some words, or a script. `said` and `error` are what it has printed so far.
 
-    def __init__(self, words, directory="."):
+    environment: variables beside those of the tests.
+    """
+
+    def __init__(self, words, directory=".", script=None, environment=None):
         self.folder = Path(tempfile.mkdtemp())
         self.outputs = [self.folder / name for name in ("said", "error")]
         for path in self.outputs:
             path.touch()
-        arguments = [str(word) for word in words], str(directory), [str(p) for p in self.outputs]
+        words, outputs = [str(word) for word in words], [str(path) for path in self.outputs]
+        arguments = words, str(directory), outputs, script, environment or {}
         self.process = FORKS.Process(target=run, args=arguments)
         self.process.start()
 
@@ -48,18 +54,30 @@ class Command:
         return self.process.exitcode
 
 
-def run(words, directory, outputs):
+def run(words, directory, outputs, script, environment):
     """What the forked process does."""
     for path, stream in zip(outputs, (1, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
+    os.environ.update(environment)
     os.chdir(directory)
+    if script is not None:
+        run_script(script, words)
+        return
     from minimore.cli import main
 
     sys.exit(main(words))
 
 
-def run_to_the_end(words, directory="."):
-    """What a command printed; it must end without an error."""
-    command = Command(words, directory)
+def run_script(path, words):
+    """`python PATH WORDS`."""
+    sys.argv = [str(path), *words]
+    sys.path.insert(0, str(Path(path).parent))
+    warnings.simplefilter(os.environ.get("PYTHONWARNINGS", "default"))
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def run_to_the_end(words, directory=".", script=None, environment=None):
+    """What a command or a script printed; it must end without an error."""
+    command = Command(words, directory, script, environment)
     assert command.wait() == 0, command.error
     return command.said

@@ -52,7 +52,7 @@ def test_a_disk_that_fills_leaves_nothing_that_looks_finished(world, tmp_path, c
     limits_before = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert train(options(world, tmp_path / "whole", **short)) == 0
     sizes = sorted({path.stat().st_size for path in (tmp_path / "whole").iterdir()})
-    words = command(options(world, tmp_path / "run", **short))[3:]  # without python -m minimore
+    words = command(options(world, tmp_path / "run", **short))
     capsys.readouterr()
     for limit in sorted({0, 100, *(size - 1 for size in sizes), sizes[-1] + 5000}):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)

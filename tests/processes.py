@@ -1,4 +1,4 @@
-"""Commands in processes of their own, which start at once.
+"""Commands and scripts in processes of their own, which start at once.
 
 A new Python takes seconds to import torch. Here one process imports minimore, and every command is
 a fork of it.
@@ -6,10 +6,12 @@ a fork of it.
 
 import multiprocessing
 import os
+import runpy
 import shutil
 import socket
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -17,18 +19,19 @@ FORKS.set_forkserver_preload(["minimore.cli"])
 
 
 class Command:
-    """`minimore` with some words. `said` and `error` are what it has printed so far.
+    """`minimore` with some words, or a script. `said` and `error` are what it has printed so far.
 
     variables: of its environment. before: a function that it calls before it begins.
     """
 
-    def __init__(self, words, directory=".", variables=None, before=None):
+    def __init__(self, words, directory=".", script=None, variables=None, before=None):
         self.folder = Path(tempfile.mkdtemp())
         self.outputs = [self.folder / name for name in ("said", "error")]
         for path in self.outputs:
             path.touch()
-        arguments = [str(word) for word in words], str(directory), [str(p) for p in self.outputs]
-        self.process = FORKS.Process(target=run, args=(*arguments, variables or {}, before))
+        words, outputs = [str(word) for word in words], [str(path) for path in self.outputs]
+        arguments = words, str(directory), outputs, script, variables or {}, before
+        self.process = FORKS.Process(target=run, args=arguments)
         self.process.start()
 
     def __getattr__(self, name):
@@ -52,17 +55,28 @@ class Command:
         return self.process.exitcode
 
 
-def run(words, directory, outputs, variables, before):
+def run(words, directory, outputs, script, variables, before):
     """What the forked process does."""
     os.environ.update(variables)
     for path, stream in zip(outputs, (1, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     os.chdir(directory)
+    if script is not None:
+        run_script(script, words)
+        return
     from minimore.cli import main
 
     if before:
         before()
     sys.exit(main(words))
+
+
+def run_script(path, words):
+    """`python PATH WORDS`."""
+    sys.argv = [str(path), *words]
+    sys.path.insert(0, str(Path(path).parent))
+    warnings.simplefilter(os.environ.get("PYTHONWARNINGS", "default"))
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def group_variables(count):
@@ -93,8 +107,8 @@ def group(words, count, befores=None):
     ]
 
 
-def run_to_the_end(words, directory="."):
-    """What a command printed; it must end without an error."""
-    command = Command(words, directory)
+def run_to_the_end(words, directory=".", script=None, variables=None):
+    """What a command or a script printed; it must end without an error."""
+    command = Command(words, directory, script, variables)
     assert command.wait() == 0, command.error
     return command.said

@@ -1,10 +1,19 @@
-"""Small trainings that several tests share: their options, and what must be equal of two."""
+"""What several tests share: small trainings and what must be equal of two, marks of parameters."""
 
 import json
 
+import pytest
 from processes import run_to_the_end
 
 from minimore.train import TrainOptions
+
+
+def slow_but(quick, parameters):
+    """Parameters of a test, of which only some are not marked as slow."""
+    return [
+        parameter if parameter in quick else pytest.param(parameter, marks=pytest.mark.slow)
+        for parameter in parameters
+    ]
 
 
 def options(world, output, **changes):

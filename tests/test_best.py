@@ -79,7 +79,9 @@ def validation_sources(world, checkpoint, share=0.3, seed=0):
     return hold_out(sources, share, seed)[1]
 
 
-@pytest.mark.parametrize("by, pick", [("nll", np.argmin), ("accuracy", np.argmax)])
+@pytest.mark.parametrize(
+    "by, pick", [("nll", np.argmin), pytest.param("accuracy", np.argmax, marks=pytest.mark.slow)]
+)
 def test_the_best_is_the_best_and_can_be_read(world, whole, tmp_path, capsys, by, pick):
     run = whole
     if by == "accuracy":
@@ -202,6 +204,7 @@ def test_a_resumed_run_has_the_best_of_the_whole_run(world, whole, cut, tmp_path
     assert everything(mutant) != everything(whole)
 
 
+@pytest.mark.slow
 def test_a_crash_between_the_best_and_its_checkpoint_costs_nothing(world, whole, tmp_path):
     best = json.loads((whole / "best.json").read_text())["step"]
     run = tmp_path / "run"
@@ -221,6 +224,7 @@ def test_a_crash_between_the_best_and_its_checkpoint_costs_nothing(world, whole,
     assert everything(run) == everything(whole)
 
 
+@pytest.mark.slow
 def test_the_best_of_every_kept_checkpoint_is_kept(world, tmp_path, monkeypatch):
     """So that a run can continue from the one before the last, too."""
     monkeypatch.setattr("minimore.train.finish", lambda *_: None)
@@ -269,6 +273,7 @@ def test_a_best_checkpoint_that_is_damaged_is_refused_in_the_end(world, cut, cap
     assert "it has no best/" in capsys.readouterr().out and (run / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_power_cut_at_any_moment_loses_no_best(world, tmp_path, monkeypatch):
     """Of all states: the best that the last checkpoint names is there. Of some: the end is equal.
 

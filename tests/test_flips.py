@@ -93,6 +93,7 @@ def test_a_checkpoint(world, tmp_path, monkeypatch):
         assert content(copy) == content(whole), name
 
 
+@pytest.mark.slow
 def test_stored_features(world, tmp_path, capsys):
     directory, paths = world
     command = ["features", "--model", str(directory / "model"), "--output", str(tmp_path / "f")]

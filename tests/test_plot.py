@@ -186,6 +186,7 @@ def test_no_mutated_log_is_a_traceback(run):
 # ---- what is drawn -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_page_has_the_same_bytes_again_and_no_date(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     run = write_run(tmp_path / "run", some_records(40, names=("ana",)))
@@ -224,6 +225,7 @@ def test_the_page_of_one_run_says_what_is_what(run, tmp_path):
     assert words.count("loss") == 2 and words.count("ECE") == 1
 
 
+@pytest.mark.slow
 def test_the_page_of_several_runs_names_each_and_what_one_lacks(run, tmp_path, capsys):
     other = write_run(tmp_path / "o$t_h$er", (record_of(s, ("ana", "dov")) for s in range(1, 9)))
     words = words_of([run, other], tmp_path / "page")

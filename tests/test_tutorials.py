@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import run_to_the_end
 
 import minimore
 
@@ -16,6 +17,8 @@ IMPORTED_FROM = str(Path(minimore.__file__).resolve().parents[1])
 TUTORIALS = sorted((Path(__file__).resolve().parents[1] / "tutorials").glob("*.py"))
 # These two take the least time, so they also run without the slow tests.
 QUICK = ("01_one_preference_by_hand", "03_conflicting_gradients")
+# This one runs in a new Python, where an import that warns is an error, too.
+FRESH = QUICK[0]
 
 
 def parameter(path):
@@ -42,18 +45,27 @@ def test_tutorials_were_found():
 
 @pytest.mark.parametrize("path", [parameter(path) for path in TUTORIALS])
 def test_runs(path, tmp_path):
+    if path.stem == FRESH:
+        printed = run_afresh(path, tmp_path)
+    else:
+        printed = run_to_the_end([], tmp_path, path, {"PYTHONWARNINGS": "error"})
+    assert printed.strip()
+    assert not list(tmp_path.iterdir()), "a tutorial leaves nothing behind where it is run"
+
+
+def run_afresh(path, directory):
+    """What a tutorial prints in a new Python."""
     importable = os.pathsep.join(filter(None, [IMPORTED_FROM, os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
         [sys.executable, "-W", "error", str(path)],
-        cwd=tmp_path,
+        cwd=directory,
         capture_output=True,
         text=True,
         timeout=600,
         env=os.environ | {"PYTHONPATH": importable},
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
-    assert not list(tmp_path.iterdir()), "a tutorial leaves nothing behind where it is run"
+    return result.stdout
 
 
 def test_header_says_how_long_and_on_what(text):

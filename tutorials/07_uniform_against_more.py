@@ -30,7 +30,9 @@ SEEDS, W, K = 10, len(WORDS), 5
 def count_words(random, count):
     """Word counts of `count` responses of 14 words: (count, W)."""
     words = random.integers(W, size=(count, 14))
-    return np.stack([np.bincount(response, minlength=W) for response in words])
+    counts = np.zeros((count, W))
+    np.add.at(counts, (np.arange(count)[:, None], words), 1)
+    return counts
 
 
 def labelled_differences(random, world, k, count):

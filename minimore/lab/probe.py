@@ -116,7 +116,7 @@ def train_head(
     history = []
     nothing = torch.zeros(1, D)  # to take off: the states are differences already
     for t, sampled in enumerate(steps):  # (B, 2): source, pair in the source
-        z = torch.stack([train[k][i] for k, i in sampled]).float() / scale  # (B, D)
+        z = rows_of(train, sampled).float() / scale  # (B, D)
         source = torch.from_numpy(sampled[:, 0])  # (B,)
         batch = (head, z, nothing, source, K, options.label_smoothing)
         losses = bradley_terry_losses(*batch)  # (K,)  Eq. 1
@@ -130,6 +130,15 @@ def train_head(
         optimizer.steps += 1
         history.append(weights.double().numpy())
     return head, np.stack(history)
+
+
+def rows_of(train: Sequence[Tensor], sampled: np.ndarray) -> Tensor:
+    """The states of the sampled pairs (B, 2), each a source and a pair in it: (B, D)."""
+    z = train[0].new_empty(len(sampled), train[0].shape[1])
+    for k, states in enumerate(train):
+        places = np.flatnonzero(sampled[:, 0] == k)
+        z[places] = states[sampled[places, 1]]
+    return z
 
 
 def scale_of(train: Sequence[Tensor]) -> float:

@@ -25,11 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:  # flash attention over segments: torch >= 2.10 with CUDA
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a build without it still has the other route
-    varlen_attn = None  # type: ignore[assignment]
-
 TILE_AREA = 1 << 22  # largest padded score area (segments x queries x keys) of one tile
 TILE_WASTE = 1.3  # padded / real score area that a tile may reach
 
@@ -178,11 +173,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None =
 def has_flash_attention(q: Tensor) -> bool:
     """Whether flash attention over segments takes these queries, where they are."""
     return (
-        varlen_attn is not None
-        and q.is_cuda
+        q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and varlen_attention() is not None
     )
+
+
+@cache
+def varlen_attention() -> Callable | None:
+    """torch's `varlen_attn`, flash attention over segments; None in a build without it.
+
+    It is imported where it is first needed: torch's compiler comes with it, and importing that
+    takes as long as importing torch. A command on a CPU starts in half the time without it.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
 
 
 # ---- one route: keys gathered by an index, queries and keys cut into segments --------------------
@@ -285,6 +294,8 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, stream: Stream) -> Tensor:
     queries_per_key = q.shape[1] // k.shape[1]
     if queries_per_key > 1:
         k, v = k.repeat_interleave(queries_per_key, 1), v.repeat_interleave(queries_per_key, 1)
+    varlen_attn = varlen_attention()
+    assert varlen_attn is not None  # `has_flash_attention` has asked
     result = varlen_attn(
         q.contiguous(),
         k.contiguous(),

@@ -133,6 +133,7 @@ def test_transformers_stops_at_the_end_that_is_learned(transformers, tmp_path, s
     assert trained.generation_config.eos_token_id == saved
 
 
+@pytest.mark.slow
 def test_it_learns_and_metrics_and_card_say_so(home, tmp_path, capsys):
     run = tmp_path / "run"
     assert finetune(options(home, run, epochs=8, learning_rate=3e-3, log_steps=10)) == 0

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import KeepsGradients, write_checkpoint
 from reference import SIZES, reference_model
+from runs import slow_but
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -169,7 +170,7 @@ class PeakBytes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", slow_but([True], [True, False]))
 @pytest.mark.parametrize(
     "recipe",
     [

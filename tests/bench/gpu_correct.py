@@ -149,7 +149,7 @@ def model_checks():
     """Features and gradients in every type against float64 on the CPU."""
     tiny = {"gpt_neox": TINY_NEOX, "llama": TINY_LLAMA, "gemma3": TINY_GEMMA3}
     for family, config in tiny.items():
-        pairs = random_pairs(20, config.vocabulary, 60)
+        pairs = random_pairs(20, config.vocabulary, 60 if CUDA else 30)
         exact = small_model(config, torch.float64, "cpu")
         features, gradients = (
             features_of(exact, pairs, True),
@@ -184,16 +184,16 @@ def after_steps(config, recipe, pairs, dtype=torch.float32):
 
 def engine_checks():
     """Streamed steps against plain ones in fp32; what is offloaded against what is not."""
-    pairs = random_pairs(20, TINY_NEOX.vocabulary, 60)
+    pairs = random_pairs(20, TINY_NEOX.vocabulary, 60 if CUDA else 30)
     before = torch.cat([p.detach().flatten().cpu() for p in small_model(TINY_NEOX).parameters()])
     plain = after_steps(TINY_NEOX, Recipe(), pairs)
     for recompute in RECOMPUTE:
-        recipe = Recipe("streamed", recompute=recompute, micro_tokens=300)
+        recipe = Recipe("streamed", recompute=recompute, micro_tokens=300 if CUDA else 150)
         moved = after_steps(TINY_NEOX, recipe, pairs) - before
         name = f"streamed {recompute}, 3 AdamW steps (noise of zero gradients included)"
         yield check(name, relative(moved, plain - before), 0.2)
     for recipe in (EXACT, LEAN):
-        recipe = replace(recipe, micro_tokens=300)
+        recipe = replace(recipe, micro_tokens=300 if CUDA else 150)
         here = after_steps(TINY_NEOX, recipe, pairs, DTYPE)
         away = after_steps(TINY_NEOX, replace(recipe, offload=OFFLOADS), pairs, DTYPE)
         name = f"{recipe.parameters}, {recipe.moments}: states and inputs on the host"
@@ -214,7 +214,8 @@ def moved_by(parameters, moments, value, gradients, device):
 def storage_checks():
     """Every storage against the same on the CPU: exact ones to rounding, others to their grain."""
     torch.manual_seed(0)
-    value, gradients = torch.randn(300, 1000), torch.randn(10, 300, 1000)
+    rows = 300 if CUDA else 10
+    value, gradients = torch.randn(rows, 1000), torch.randn(10, rows, 1000)
     for parameters, moments in product(PARAMETERS, MOMENTS):
         expected, moved = (
             moved_by(parameters, moments, value, gradients, device) for device in ("cpu", DEVICE)

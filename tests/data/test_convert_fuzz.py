@@ -10,6 +10,7 @@ import random
 
 import pytest
 from foreign import HELPSTEER, MESSAGES, ROWS, UKP
+from runs import slow_but
 from test_fuzz import damage_bytes, damage_value
 
 from minimore.cli import main
@@ -84,7 +85,7 @@ def written(directory):
     return pairs, ties
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", slow_but([0], range(4)))
 def test_damaged_files_are_refused_in_one_line_or_counted(part, tmp_path, capsys):
     chance, codes = random.Random(part), {0: 0, 2: 0}
     for case in range(COUNT // 4):

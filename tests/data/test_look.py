@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDENS, ROOT
+from runs import slow_but
 
 from minimore.cli import main
 from minimore.data.forms import Pair
@@ -34,6 +35,7 @@ SEVEN = (  # of the faults, planted in real data, too
     *("blank", "no prompt", "cut off", "template marks"),
     *("duplicates", "contradictions", "length rule"),
 )
+QUICK = ("blank", "further turns", "contradictions", "label ties")  # of the faults
 SHORT = 256  # tokens, for the faults of truncation
 
 
@@ -226,7 +228,7 @@ def test_every_fault_of_the_table_is_planted():
     assert set(FAULTS) <= set(PLANTED)
 
 
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("name", slow_but(QUICK, PLANTED))
 def test_a_planted_fault_is_found_and_no_other(name, tokenizer, tmp_path):
     records = made_up(7)
     PLANTED[name](records, random.Random(1))
@@ -235,7 +237,7 @@ def test_a_planted_fault_is_found_and_no_other(name, tokenizer, tmp_path):
 
 
 @needs_data
-@pytest.mark.parametrize("name", SEVEN)
+@pytest.mark.parametrize("name", slow_but(QUICK, SEVEN))
 def test_a_fault_planted_in_real_data_is_found_and_no_other(name, tmp_path):
     records = [
         {key: record[key] for key in ("prompt", "chosen", "rejected")}

@@ -101,6 +101,7 @@ def test_a_source_with_nothing_left_to_train_on_is_refused():
         hold_out([large, source_of("small", [out])], 0.1, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (DATA / "pairs").is_dir(), reason=f"no preference data in {DATA}; set MINIMORE_DATA"
 )

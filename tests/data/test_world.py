@@ -191,12 +191,16 @@ def test_impossible_worlds_are_refused(wrong):
 
 @pytest.mark.slow
 def test_demo_reaches_what_one_shared_reward_can_reach(tmp_path, capsys):
-    """Both methods close at least 70% of the gap between 50% and the best single rule."""
-    assert main(["demo", "--output", str(tmp_path / "demo"), "--pairs", "1600"]) == 0
+    """Both methods close at least 70% of the gap between 50% and the best single rule.
+
+    With 1200 pairs of an annotator it is 90% or more of the gap; the standard error of 950 test
+    pairs is 5%.
+    """
+    assert main(["demo", "--output", str(tmp_path / "demo"), "--pairs", "1200"]) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if " | " in line}
-    world = World(train_pairs=(1600,), ties=0.05)
+    world = World(train_pairs=(1200,), ties=0.05)
     for k, name in enumerate(ANNOTATORS):
         path = next((tmp_path / "demo" / "world" / "data").glob(f"{name}.test.*"))
         own, shared = (ceiling[k] for ceiling in world.ceilings(true_pairs(path)))

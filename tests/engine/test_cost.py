@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from runs import slow_but
 from shapes import FAMILIES, ODD, PAPER, PYTHIA, pairs_of, random_shapes, small_model
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -231,7 +232,7 @@ class Products(TorchDispatchMode):
         return function(*arguments, **named or {})
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma3"])
+@pytest.mark.parametrize("family", slow_but(["llama"], ["gpt_neox", "llama", "gemma3"]))
 def test_recomputation_costs_what_is_planned(family):
     """Full: the forward pass once more, less the MLP's last product where no norm is behind it.
 

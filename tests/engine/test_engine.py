@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDENS, ROOT, KeepsGradients, open_model, write_checkpoint
+from processes import run_to_the_end
 from reference import SIZES, reference_model
+from runs import slow_but
 
 import minimore.model.trunk
 from minimore.data.pairs import TokenPair
@@ -90,9 +92,7 @@ STREAMED = [
 
 
 @pytest.mark.parametrize("scope", ["step", "group"])
-@pytest.mark.parametrize(
-    "sources", [2, 3, *(pytest.param(sources, marks=pytest.mark.slow) for sources in (1, 4, 5))]
-)
+@pytest.mark.parametrize("sources", slow_but([3], range(1, 6)))
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_streamed_steps_are_plain_steps(family, sources, scope):
     """A fourth of the recipes each time; each meets every family, scope and number of sources."""
@@ -116,7 +116,10 @@ def test_every_weighting_streams(method):
     assert (vector - expected).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("family", [f for f in SIZES if f not in ("gpt_neox", "llama")])
+@pytest.mark.parametrize(
+    "family",
+    slow_but(["gemma3_text", "opt"], [f for f in SIZES if f not in ("gpt_neox", "llama")]),
+)
 def test_other_families_stream(family, tmp_path):
     reference_model(family).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((GOLDENS / "llama" / "tokenizer.json").read_bytes())
@@ -399,11 +402,11 @@ def test_contradictions_are_refused(recipe, message):
 def peak_of(recipe):
     """The memory that two training steps took in a fresh process, and what was planned.
 
-    A model of 76 million parameters: a quarter of the benchmark's own, in the same proportions.
+    A model of 43 million parameters, with the depth of the benchmark's own, and narrower.
     """
     script = ROOT / "tests" / "bench" / "cpu_memory.py"
     result = subprocess.run(
-        [sys.executable, str(script), "--width", "512", *recipe.split()],
+        [sys.executable, str(script), "--width", "384", *recipe.split()],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -418,7 +421,7 @@ def peak_of(recipe):
 def test_the_leanest_recipe_trains_in_a_third_of_the_plain_peak():
     plain = peak_of("--engine plain")
     lean = peak_of("--engine streamed --parameters bfloat16 --moments int8 --recompute full")
-    assert plain["parameters"] == lean["parameters"] >= 75e6
+    assert plain["parameters"] == lean["parameters"] >= 42e6
     assert lean["peak"] <= plain["peak"] / 3
     for measured in (plain, lean):
         assert measured["states"] == measured["planned_states"]
@@ -436,15 +439,9 @@ def test_the_gpu_benchmark_runs_its_lines_on_a_cpu(tmp_path):
     stages = ["facts", "attention", "steps", "repeat", "1.4B", "profile", "6.9B", "2.8B", "7B"]
     stages = ["--stages", *stages, "24GB", "launches", "writing", "peer", "policy", "disk"]
     long = ["--one-process", *stages, "--output", str(output)]
+    environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     for options in (short, long):
-        result = subprocess.run(
-            [sys.executable, str(script), *options],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-2000:]
+        run_to_the_end(options, tmp_path, script, environment)
     records = json.loads(output.read_text())
     checks, steps = ([r for r in records if r["kind"] == kind] for kind in ("check", "step"))
     assert len(checks) == 50 and all(check["passed"] for check in checks)

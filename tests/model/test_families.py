@@ -43,14 +43,15 @@ def few(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, recipe",
     [
         ("gemma3_text", "offloaded"),
         ("olmo2", "split"),
         ("internlm2", "lossy"),
-        pytest.param("gemma", "streamed", marks=pytest.mark.slow),
-        pytest.param("phi3", "half lossy", marks=pytest.mark.slow),
+        ("gemma", "streamed"),
+        ("phi3", "half lossy"),
     ],
 )
 def test_a_crashed_run_resumes_bitwise(transformers, few, tmp_path, family, recipe, monkeypatch):

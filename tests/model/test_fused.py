@@ -5,10 +5,12 @@ import pytest
 import torch
 from conftest import GOLDENS, open_model, write_checkpoint
 from reference import reference_model
-from torch._dynamo.utils import counters
 
 from minimore.data.pairs import TokenPair, pack_pairs
 from minimore.model import fused
+
+# All of them import torch's compiler, and wait for it.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(fused, "DEVICES", {"cpu"})
     monkeypatch.setattr(fused, "BACKEND", "aot_eager")
     torch._dynamo.reset()
-    counters.clear()
+    torch._dynamo.utils.counters.clear()
     fused.compiled.cache_clear()
     yield
     fused.compiled.cache_clear()
@@ -55,7 +57,7 @@ def test_a_compiled_block_is_the_block(golden, pairs, on_cpu, monkeypatch):
                 patch.setattr(fused, "DEVICES", set())
                 expected = gradients(model, batch, recompute)
             torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
-    assert counters["stats"]["unique_graphs"] == 2  # the halves of a block
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the halves of a block
 
 
 def test_blocks_with_a_norm_behind_share_their_three_compiled_parts(
@@ -67,14 +69,14 @@ def test_blocks_with_a_norm_behind_share_their_three_compiled_parts(
     compiled = gradients(model, batch, "none")
     monkeypatch.setattr(fused, "DEVICES", set())
     torch.testing.assert_close(compiled, gradients(model, batch, "none"), rtol=1e-4, atol=1e-5)
-    assert counters["stats"]["unique_graphs"] == 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 def test_selective_is_not_compiled_since_a_compiler_would_decide_what_is_kept(
     golden, pairs, on_cpu
 ):
     gradients(open_model(golden), pack_pairs(pairs[:2]), "selective")
-    assert counters["stats"]["unique_graphs"] == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
 def test_without_gradients_there_is_a_version_of_its_own(pairs, on_cpu):
@@ -82,7 +84,7 @@ def test_without_gradients_there_is_a_version_of_its_own(pairs, on_cpu):
     with torch.no_grad():
         for n in (2, 3, 5):
             model.features(pack_pairs(pairs[:n]))
-    assert counters["stats"]["unique_graphs"] == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_where_nothing_compiles_blocks_run_as_they_are_written(pairs, on_cpu, monkeypatch, capsys):

@@ -339,6 +339,7 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
     """
     options, steps = training.options, training.schedule.steps
     print_what_begins(training)
+    print_if_nothing_moves(training)
     saver = Saver(training.run, training.origin, training.digests, options.keep)
     with Log(training.run / "metrics.jsonl", is_written=is_first()) as log, saver:
         clock = Clock(training.first_step, steps)
@@ -446,6 +447,24 @@ def print_what_begins(training: Training) -> None:
         + (f", continuing after step {training.first_step - 1}" if is_continued else ""),
         flush=True,
     )
+
+
+def print_if_nothing_moves(training: Training) -> None:
+    """One line when steps are too small to change the weights.
+
+    A step of AdamW moves a number by about the learning rate. In fp32 the neighbours of p lie
+    |p| 2^-23 apart or a little less, and a step below half of that is rounded away. (Weights in
+    bf16 are computed in fp32 and rounded at random, so smaller steps arrive on average.)
+    """
+    rate = training.options.learning_rate
+    largest = max(training.model.parameters(), key=Tensor.numel).detach()
+    typical = largest.flatten()[:100_000].abs().float().median().item()
+    if rate < typical * 2**-24:
+        print(
+            f"--learning-rate {rate:g} is below the rounding of weights like {typical:.1g}:"
+            " the model stays as it is",
+            flush=True,
+        )
 
 
 # ---- finish --------------------------------------------------------------------------------------

@@ -175,6 +175,19 @@ def test_a_head_of_zeros_is_told_at_the_first_step(world, tmp_path, monkeypatch,
     assert len(said) == 1 and said[0].startswith("step 1: all margins are zero or rounding")
 
 
+def test_a_learning_rate_below_the_rounding_of_the_weights_is_told(world, tmp_path, capsys):
+    """Which is said where it is true, and only there: most of the numbers stay, or most move."""
+    start = load_file(world[0] / "model" / "model.safetensors")
+    for rate, is_frozen in ((1e-12, True), (1e-5, False)):
+        run = tmp_path / f"{rate}"
+        assert train(options(world, run, learning_rate=rate, schedule="constant")) == 0
+        assert ("the model stays as it is" in capsys.readouterr().out) == is_frozen
+        end = load_file(run / "model.safetensors")
+        matrices = [name for name in end if name in start and "layers.0.mlp" in name]
+        moved = [(start[n] != end[n]).float().mean() for n in matrices if end[n].ndim == 2]
+        assert moved and (max(moved) < 0.1 if is_frozen else min(moved) > 0.9)
+
+
 def test_a_gradient_of_zero_is_told():
     source = {"pairs": 2, "loss": 0.7, "gradient_norm": 0.0}
     absent = {"pairs": 0, "loss": None, "gradient_norm": None}

@@ -444,7 +444,7 @@ def test_the_gpu_benchmark_runs_its_lines_on_a_cpu(tmp_path):
         run_to_the_end(options, tmp_path, script, environment)
     records = json.loads(output.read_text())
     checks, steps = ([r for r in records if r["kind"] == kind] for kind in ("check", "step"))
-    assert len(checks) == 50 and all(check["passed"] for check in checks)
+    assert len(checks) == 55 and all(check["passed"] for check in checks)
     assert len(steps) == 18 and not any("skipped" in step for step in steps)
     assert len({r["stage"] for r in records}) == 15
     assert output.with_suffix(".md").read_text().count("\n| Pythia") == 17

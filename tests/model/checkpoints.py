@@ -11,12 +11,13 @@ NORM = "model.norm.weight"  # some tensor of the stored Llama, (24,)
 
 
 def assert_refused(directory, *words):
-    """Opening or loading ends in one line that holds every one of the words."""
+    """Opening or loading ends in one line that holds every one of the words: that line."""
     with pytest.raises(InputError) as caught:
         Checkpoint(str(directory)).load()
     message = str(caught.value)
     assert "\n" not in message and len(message) < 1000
     assert not [word for word in words if word not in message], message
+    return message
 
 
 def edit_tokenizer(directory, edit):

@@ -253,6 +253,20 @@ def test_a_damaged_file_is_refused(damaged, content):
     )
 
 
+def test_a_file_that_may_not_be_read_is_told_as_such(damaged, monkeypatch):
+    """As root every file may be read, so the system's refusal is played."""
+
+    def refuse(path, *arguments):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("minimore.model.tensors.open", refuse, raising=False)
+    directory = damaged()
+    message = assert_refused(
+        directory, str(directory / "model.safetensors"), "cannot be read (Permission denied)"
+    )
+    assert "not a whole" not in message
+
+
 def test_a_damaged_header_never_ends_in_anything_but_one_line(damaged):
     directory, generator = damaged(), torch.Generator().manual_seed(0)
     refused = 0

@@ -31,6 +31,7 @@ from .engine.distributed import (
     give_rows,
     is_first,
     most_of_all,
+    own,
     processes,
     round_rows,
 )
@@ -457,8 +458,8 @@ def print_if_nothing_moves(training: Training) -> None:
     bf16 are computed in fp32 and rounded at random, so smaller steps arrive on average.)
     """
     rate = training.options.learning_rate
-    largest = max(training.model.parameters(), key=Tensor.numel).detach()
-    typical = largest.flatten()[:100_000].abs().float().median().item()
+    largest = max(training.model.parameters(), key=Tensor.numel)
+    typical = own(largest.detach()).flatten()[:100_000].abs().float().median().item()
     if rate < typical * 2**-24:
         print(
             f"--learning-rate {rate:g} is below the rounding of weights like {typical:.1g}:"

@@ -172,6 +172,7 @@ def test_json_lists_and_directories(tmp_path):
 def test_a_list_is_decoded_item_by_item(tmp_path, monkeypatch, indent, count):
     """Whatever the part of it is that is looked at, it holds what json finds in it."""
     monkeypatch.setattr(records, "LONGEST_LINE", 150)
+    monkeypatch.setattr(records, "READ_AT_ONCE", 16)
     items = [{"a": "é\\ ]" * (i % 4), "b": [i, {"c": None}]} for i in range(count)]
     path = tmp_path / "list.json"
     path.write_text(json.dumps(items, indent=indent) + " \n")
@@ -181,19 +182,20 @@ def test_a_list_is_decoded_item_by_item(tmp_path, monkeypatch, indent, count):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ('[{"a": 1}, {"a": "' + "x" * 200 + '"}]', "list.json:2: not JSON .* or longer than"),
-        ('[{"a": 1}, {"a": ' + "[]," * 70 + "1}]", "list.json:2: not JSON"),
-        ('[{"a": 1}, {"a" 2}]', "list.json:2: not JSON .Expecting ':' delimiter.; expected a list"),
+        ('[{"a": 1}, {"a": "' + "x" * 200 + '"}]', "list.json:2: an item of more than"),
+        ('[{"a": 1}, {"a": ' + "[]," * 70 + "1}]", "list.json:2: an item of more than"),
+        ('[{"a": 1}, {"a" 2}]', "list.json:2: not JSON .Expecting ':' delimiter.; expected an"),
         ('[{"a": 1}, ]', "list.json:2: not JSON"),
-        ('[{"a": 1} {"a": 2}]', "list.json: not JSON behind item 1"),
-        ('[{"a": 1}]]', "list.json: not JSON behind item 1"),
-        ('[{"a": 1}', "list.json: not JSON behind item 1"),
+        ('[{"a": 1} {"a": 2}]', "list.json:2: not JSON .'{' instead of ','"),
+        ('[{"a": 1}]]', "list.json: goes on behind its list"),
+        ('[{"a": 1}', "list.json:2: not JSON .'' instead of ','"),
         ("[1]", "list.json:1: a JSON int"),
-        ("[" * 100_000, "list.json:1: not JSON"),
+        ("[" * 100_000, "list.json:1: an item of more than"),
     ],
 )
 def test_what_is_wrong_in_a_list_is_named(tmp_path, monkeypatch, content, words):
     monkeypatch.setattr(records, "LONGEST_LINE", 60)
+    monkeypatch.setattr(records, "READ_AT_ONCE", 16)
     (tmp_path / "list.json").write_text(content)
     with pytest.raises(InputError, match=words):
         list(read_records(str(tmp_path / "list.json")))

@@ -25,6 +25,7 @@ from .options import InputError
 
 Kind = TypeVar("Kind", dict, list)
 
+LARGEST_JSON = 500_000_000  # bytes; the largest tokenizer.json has a tenth of it
 POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins, which stands for a file
 
 
@@ -183,6 +184,8 @@ def read_json(path: str | Path, kind: type[Kind] = dict) -> Kind:  # type: ignor
     path = Path(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: not a plain file; expected a file of JSON")
+    if path.exists() and path.stat().st_size > LARGEST_JSON:
+        raise InputError(f"{path}: more than {LARGEST_JSON // 10**6} million bytes of JSON")
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:

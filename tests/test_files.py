@@ -179,3 +179,10 @@ def test_an_error_is_told_on_one_short_line():
 def test_json_is_indented_by_two(tmp_path):
     write_json(tmp_path / "a.json", {"a": {"b": 1}})
     assert (tmp_path / "a.json").read_text() == json.dumps({"a": {"b": 1}}, indent=2) + "\n"
+
+
+def test_a_json_file_of_many_gigabytes_is_not_read(tmp_path):
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(10**12)  # a hole: it takes no room on the disk
+    with pytest.raises(InputError, match="more than 500 million bytes of JSON"):
+        read_json(tmp_path / "config.json")

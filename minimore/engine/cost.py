@@ -260,16 +260,18 @@ def flash_activations(config: ModelConfig, items: Items, itemsize: int) -> int:
 
 
 def tile_activations(config: ModelConfig, items: Items, itemsize: int) -> int:
-    """As padded tiles of T segments with Q queries and L keys, and their masks."""
+    """As padded tiles of T segments with Q queries and L keys.
+
+    Their masks are made once a stream, for all blocks.
+    """
     query_width = config.heads * config.head_width
     key_width = config.kv_heads * config.head_width
     total = tokens_of(items) * query_width * itemsize  # the results in the order of the stream
     for T, Q, L in tile_shapes(segments_of(items)):
         queries_and_results = 2 * Q * query_width * itemsize
         keys_and_values = 2 * L * key_width * itemsize
-        mask = Q * L * itemsize
         logsumexp = Q * config.heads * max(4, itemsize)
-        total += T * (queries_and_results + keys_and_values + mask + logsumexp)
+        total += T * (queries_and_results + keys_and_values + logsumexp)
     return total
 
 

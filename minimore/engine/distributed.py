@@ -35,7 +35,7 @@ from ..files import one_line
 from ..model.tensors import Lazy, Named
 from ..options import InputError, require
 from ..reward import ModelOptions, device_of
-from .objective import Objective, largest
+from .objective import Objective, global_norm
 from .optim import AdamW, where_it_is
 from .plain import PlainEngine, computed_with, gradient_of
 from .recipe import Recipe
@@ -370,7 +370,7 @@ class DistributedEngine(PlainEngine):
     def _is_finite(self, gradients: Mapping[str, Tensor]) -> bool:
         """Whether all gradients of all processes are finite."""
         own_gradients = [own(g) for g in gradients.values() if own(g).numel()]
-        return not most_of_all(int(not largest(own_gradients).isfinite()))
+        return not most_of_all(int(not global_norm(own_gradients).isfinite()))
 
     def _clip(self, gradients: Mapping[str, Tensor], most: float) -> None:
         """Scale the gradients down to a global norm; the head's, which all have, counts once."""

@@ -208,9 +208,12 @@ class NonFiniteGradient(FloatingPointError):
     """
 
 
-def largest(gradients: Sequence[Tensor]) -> Tensor:
-    """The largest absolute value in all of these gradients, (); NaN where there is one."""
-    return torch.nn.utils.get_total_norm(gradients, torch.inf)
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm () of all gradients together: the root of the sum of their squares.
+
+    It is finite if they all are, unless a square overflows, which AdamW's second moment would, too.
+    """
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def require_finite(values: Tensor, source: Tensor) -> None:

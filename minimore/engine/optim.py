@@ -214,8 +214,8 @@ def update_slice(
 
     wide = torch.promote_types(p.dtype, torch.float32)
     value = join(p, state["low"]) if "low" in state else p.to(wide)
-    m, v = read_moments(state, len(p))
-    value, m, v = adamw(value, m, v, g.to(value.dtype), coefficients, betas, eps)
+    m, v = read_moments(state, len(p))  # what is stored in fp32 is value, m and v themselves
+    adamw_(value, m, v, g.to(value.dtype), coefficients, betas, eps)
     write_moments(state, m, v, bits)
     if "low" in state:
         high, low = split(value)
@@ -227,7 +227,7 @@ def update_slice(
         p.copy_(value)
 
 
-def adamw(
+def adamw_(
     value: Tensor,
     m: Tensor,
     v: Tensor,
@@ -235,8 +235,8 @@ def adamw(
     coefficients: Coefficients,
     betas: tuple[float, float],
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of AdamW on the gradient g: the new value and its new moments.
+) -> None:
+    """One step of AdamW on the gradient g: value and its moments are changed in place.
 
         m      <-  β₁ m + (1 - β₁) g
         v      <-  β₂ v + (1 - β₂) g²
@@ -245,10 +245,10 @@ def adamw(
     with the coefficients keep = 1 - η weight decay, rate = η / (1 - β₁ᵗ), root = sqrt(1 - β₂ᵗ) of
     step t at learning rate η.
     """
-    value = value * coefficients.keep
-    m = torch.lerp(m, g, 1 - betas[0])
-    v = torch.addcmul(v * betas[1], g, g, value=1 - betas[1])
-    return value - m * coefficients.rate / (v.sqrt() / coefficients.root + eps), m, v
+    value.mul_(coefficients.keep)
+    m.lerp_(g, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(g * (1 - betas[1]), g)
+    value.addcdiv_(m * -coefficients.rate, v.sqrt().div_(coefficients.root).add_(eps))
 
 
 # ---- one update as one kernel --------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .objective import Batch, NonFiniteGradient, Objective, largest
+from .objective import Batch, NonFiniteGradient, Objective, global_norm
 from .optim import AdamW
 from .recipe import Recipe
 
@@ -84,11 +84,11 @@ class PlainEngine:
 
     def _is_finite(self, gradients: Mapping[str, Tensor]) -> bool:
         """Whether all gradients are finite; by their names."""
-        return bool(largest(list(gradients.values())).isfinite())
+        return bool(global_norm(list(gradients.values())).isfinite())
 
     def _clip(self, gradients: Mapping[str, Tensor], most: float) -> None:
         """Scale the gradients down, in place, to a global norm of at most `most`."""
-        norm = torch.nn.utils.get_total_norm(gradients.values())
+        norm = global_norm(list(gradients.values()))
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), most, norm)
 
     def settle(self) -> None:

@@ -21,7 +21,7 @@ from ..model.rotation import at_least_fp32, rotations
 from ..model.trunk import Block
 from .distributed import DistributedEngine, ShardedAdamW, shard
 from .host import Host
-from .objective import Batch, NonFiniteGradient, Objective, largest
+from .objective import Batch, NonFiniteGradient, Objective, global_norm
 from .optim import AdamW
 from .plain import PlainEngine
 from .recipe import Recipe
@@ -365,7 +365,7 @@ class StreamedEngine:
 
     def _update(self, part: int, gradients: Gradients) -> Tensor:
         """Update a part and drop its gradients; returns whether all of them were finite, ()."""
-        is_finite = largest(list(gradients.values())).isfinite()
+        is_finite = global_norm(list(gradients.values())).isfinite()
         for name in self.parts[part]:
             self._update_parameter(name, gradients.pop(name))
         if self.host_of_states:

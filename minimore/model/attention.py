@@ -44,6 +44,11 @@ class Segment(NamedTuple):
     prefix_end: int
 
     @property
+    def has_prefix(self) -> bool:
+        """Whether its queries see keys that are not its own."""
+        return self.prefix_end > self.prefix
+
+    @property
     def queries(self) -> int:
         """How many queries the segment has."""
         return self.end - self.start
@@ -75,7 +80,7 @@ class Stream:
     positions: Tensor
     last: Tensor
     segments: list[Segment]
-    _tiles: dict[int | None, list["Tile"]] = field(default_factory=dict)
+    _tilings: dict[tuple[int | None, torch.dtype], "Tiling"] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "Stream":
         """The same stream on another device."""
@@ -93,24 +98,14 @@ class Stream:
         """Where queries and keys are cut into segments."""
         return cuts_of(self)
 
-    def tiles(self, window: int | None = None) -> list["Tile"]:
-        """The segments in tiles of similar length, made once for every window.
+    def tiling(self, window: int | None, dtype: torch.dtype) -> "Tiling":
+        """The segments in tiles of similar length, made once for every window and type of masks.
 
         window: a query sees its last so many positions only, itself included.
         """
-        if window not in self._tiles:
-            groups = group_by_length(self.segments)
-            self._tiles[window] = [tile_of(group, self.positions, window) for group in groups]
-        return self._tiles[window]
-
-    @cached_property
-    def row(self) -> Tensor:
-        """Where the result of each token (N,) is among the padded queries of all tiles."""
-        tiles = next(iter(self._tiles.values()))  # the queries are the same for every window
-        is_query = torch.cat([tile.is_query.flatten() for tile in tiles])
-        token = torch.cat([tile.queries.flatten() for tile in tiles])[is_query]  # of each row
-        rows = is_query.nonzero()[:, 0]
-        return torch.empty_like(self.tokens).index_copy_(0, token, rows)
+        if (window, dtype) not in self._tilings:
+            self._tilings[window, dtype] = tiling_of(self, window, dtype)
+        return self._tilings[window, dtype]
 
 
 def pack(items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Stream:
@@ -202,7 +197,7 @@ class Copies(NamedTuple):
 
     source: (M,) the token that a place is a copy of. first: (N,) the place of every token's first
     copy. others: (tokens, places) of every second copy, of every third copy, and so on. Only the
-    tokens of a shared prefix have them.
+    tokens of a shared prefix have them. A place that is padding is a copy in `source` alone.
     """
 
     source: Tensor
@@ -232,8 +227,8 @@ def cuts_of(stream: Stream) -> Cuts:
     keys = [segment.keys for segment in stream.segments]
     copies = None
     if sum(keys) != sum(queries):
-        places = [place for segment in stream.segments for place in segment.key_places]
-        copies = copies_of(np.array(places), device)
+        places = np.concatenate([segment.key_places for segment in stream.segments])
+        copies = copies_of(places, np.zeros(len(places), dtype=bool), device)
     query_cuts, key_cuts = (
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         for lengths in (queries, keys)
@@ -241,21 +236,24 @@ def cuts_of(stream: Stream) -> Cuts:
     return Cuts(copies, query_cuts, key_cuts, max(queries), max(keys))
 
 
-def copies_of(source: np.ndarray, device: torch.device) -> Copies:
+def copies_of(source: np.ndarray, is_padding: np.ndarray, device: torch.device) -> Copies:
     """The copies that `source` (M,) names; every token of 0 to N - 1 is named at least once.
 
-    >>> copies_of(np.array([0, 1, 0, 2]), torch.device("cpu")).others
+    is_padding: (M,) the places whose gradients are zero.
+
+    >>> copies_of(np.array([0, 1, 0, 2]), np.zeros(4, dtype=bool), torch.device("cpu")).others
     [(tensor([0]), tensor([2]))]
     """
 
     def on_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device)
 
-    places = np.argsort(source, kind="stable")  # those of token 0 in order, those of token 1, ...
+    real = np.flatnonzero(~is_padding)
+    places = real[np.argsort(source[real], kind="stable")]  # of token 0 in order, of token 1, ...
     tokens = source[places]  # the token of each of them: 0, 0, 1, 2, ...
-    counts = np.bincount(source)  # (N,) copies of each token
+    counts = np.bincount(tokens)  # (N,) copies of each token
     starts = np.cumsum(counts) - counts  # (N,) where the copies of each token start in `places`
-    number = np.arange(len(source)) - starts[tokens]  # 0 for a first copy, 1 for a second, ...
+    number = np.arange(len(places)) - starts[tokens]  # 0 for a first copy, 1 for a second, ...
     others = []
     for n in range(1, counts.max()):
         is_nth = number == n
@@ -326,75 +324,128 @@ def causal_argument(varlen: Callable) -> dict[str, Any]:
 
 
 class Tile(NamedTuple):
-    """T segments of similar length, padded to Q queries and L keys each.
+    """T segments of similar length, padded at their ends to Q queries and L keys each.
 
-    queries: (T, Q) and keys: (T, L), as indices into the stream. is_query: (T, Q), False where a
-    query is padding. visible: (T, 1, Q, L), whether a query sees a key, for every head.
+    mask: (T, 1, Q, L), 0 where a query sees a key and -inf where it does not, for every head. None
+    where no segment has a prefix: there query i sees keys 0 to i, which are never padding if it is
+    none itself.
     """
 
-    queries: Tensor
-    is_query: Tensor
-    keys: Tensor
-    visible: Tensor
+    segments: int
+    queries: int
+    keys: int
+    mask: Tensor | None
 
 
-def tile_of(segments: Sequence[Segment], positions: Tensor, window: int | None) -> Tile:
-    """The tile that these segments make in a stream with these positions (N,)."""
-    queries, is_query = padded([segment.query_places for segment in segments], positions.device)
-    keys, is_key = padded([segment.key_places for segment in segments], positions.device)
+class Tiling(NamedTuple):
+    """All tiles of a stream: its tokens are copied once, and every tile is a part of the copies.
+
+    queries: of P places, those of one tile after those of another; keys: of M places.
+    """
+
+    queries: Copies
+    keys: Copies
+    tiles: list[Tile]
+
+
+def tiling_of(stream: Stream, window: int | None, dtype: torch.dtype) -> Tiling:
+    """The tiles of a stream, on its device, with masks of this type."""
+    device, positions = stream.tokens.device, stream.positions.cpu().numpy()
+    query_rows, key_rows, tiles = [], [], []
+    for segments in group_by_length(stream.segments):
+        queries, query_is_padding = padded([segment.query_places for segment in segments])
+        keys, key_is_padding = padded([segment.key_places for segment in segments])
+        mask = None
+        if window is not None or segments[0].has_prefix:
+            visible = visible_keys(positions[queries], positions[keys], key_is_padding, window)
+            mask = torch.zeros(visible.shape, dtype=dtype)
+            mask.masked_fill_(torch.from_numpy(~visible), -torch.inf)
+            mask = mask[:, None].to(device)
+        tiles.append(Tile(len(segments), queries.shape[1], keys.shape[1], mask))
+        query_rows.append((queries.ravel(), query_is_padding.ravel()))
+        key_rows.append((keys.ravel(), key_is_padding.ravel()))
+    places, is_padding = map(np.concatenate, zip(*query_rows))
+    query_copies = copies_of(places, is_padding, device)
+    places, is_padding = map(np.concatenate, zip(*key_rows))
+    return Tiling(query_copies, copies_of(places, is_padding, device), tiles)
+
+
+def visible_keys(
+    queries: np.ndarray, keys: np.ndarray, key_is_padding: np.ndarray, window: int | None
+) -> np.ndarray:
+    """Which keys a query sees: (T, Q, L). queries (T, Q) and keys (T, L) are their positions."""
     # How far a key lies behind a query is counted in positions, not in places of the stream.
-    distance = positions[queries][:, :, None] - positions[keys][:, None, :]  # (T, Q, L)
-    visible = (distance >= 0) & is_key[:, None, :]
+    distance = queries[:, :, None] - keys[:, None, :]
+    visible = (distance >= 0) & ~key_is_padding[:, None, :]
     if window is not None:
         visible &= distance < window
         # A query that is padding may see no key at all, and the softmax of nothing is NaN.
         visible[..., -1] |= ~visible.any(-1)
-    return Tile(queries, is_query, keys, visible[:, None])
+    return visible
 
 
-def padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of places as one matrix, and where it is not padding, which repeats the first place.
+def padded(rows: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of places as one matrix, and where it is padding, which repeats the first place.
 
-    >>> padded([[4, 5, 6], [8]], torch.device("cpu"))[0].tolist()
+    >>> padded([[4, 5, 6], [8]])[0].tolist()
     [[4, 5, 6], [8, 8, 8]]
     """
     longest = max(len(row) for row in rows)
     places = [row + row[:1] * (longest - len(row)) for row in rows]
-    lengths = torch.tensor([[len(row)] for row in rows], device=device)
-    return torch.tensor(places, device=device), torch.arange(longest, device=device) < lengths
+    lengths = np.array([[len(row)] for row in rows])
+    return np.array(places), np.arange(longest) >= lengths
 
 
 def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None) -> Tensor:
     """Attention through `scaled_dot_product_attention`, tile by tile."""
+    tiling = stream.tiling(window, q.dtype)
+    query_sizes = [tile.segments * tile.queries for tile in tiling.tiles]
+    key_sizes = [tile.segments * tile.keys for tile in tiling.tiles]
     results = []
-    for queries, _, keys, visible in stream.tiles(window):
+    for tile, own_q, own_k, own_v in zip(
+        tiling.tiles,
+        CopyTokens.apply(q, tiling.queries).split(query_sizes),
+        CopyTokens.apply(k, tiling.keys).split(key_sizes),
+        CopyTokens.apply(v, tiling.keys).split(key_sizes),
+    ):
         result = F.scaled_dot_product_attention(
-            _heads_first(q, queries),
-            _heads_first(k, keys),
-            _heads_first(v, keys),
-            attn_mask=visible,
+            _heads_first(own_q, tile.segments),
+            _heads_first(own_k, tile.segments),
+            _heads_first(own_v, tile.segments),
+            attn_mask=tile.mask,
+            is_causal=tile.mask is None,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (T, H, Q, C)
         results.append(result.transpose(1, 2).flatten(0, 1))  # (T Q, H, C)
-    return torch.cat(results).index_select(0, stream.row)  # (N, H, C)
+    return torch.cat(results).index_select(0, tiling.queries.first)  # (N, H, C)
 
 
-def _heads_first(x: Tensor, places: Tensor) -> Tensor:
-    """The rows of x (N, H, C) at these places (T, Q), as (T, H, Q, C)."""
-    return x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+def _heads_first(x: Tensor, segments: int) -> Tensor:
+    """(T Q, H, C) of so many segments T, as (T, H, Q, C)."""
+    return x.unflatten(0, (segments, -1)).transpose(1, 2)
 
 
 def group_by_length(segments: Sequence[Segment]) -> list[list[Segment]]:
     """Segments of similar length together, each group within TILE_AREA and TILE_WASTE of a tile.
 
-    Greedy: from the shortest segment on, a group takes the next one as long as it fits.
+    Those with a prefix and those without are never together: these need no mask. Greedy: from the
+    shortest segment on, a group takes the next one as long as it fits.
     """
+
+    def order(segment: Segment) -> tuple[bool, int, int]:
+        return segment.has_prefix, segment.queries, segment.keys
+
     groups: list[list[Segment]] = []
     queries = keys = area = 0  # of the last group: the most queries, the most keys, the real area
-    for segment in sorted(segments, key=lambda segment: (segment.queries, segment.keys)):
+    for segment in sorted(segments, key=order):
         queries, keys = max(queries, segment.queries), max(keys, segment.keys)
         area += segment.queries * segment.keys
-        if not groups or (len(groups[-1]) + 1) * queries * keys > min(TILE_AREA, TILE_WASTE * area):
+        largest = min(TILE_AREA, TILE_WASTE * area)
+        if (
+            not groups
+            or segment.has_prefix != groups[-1][0].has_prefix
+            or (len(groups[-1]) + 1) * queries * keys > largest
+        ):
             groups.append([])
             queries, keys, area = segment.queries, segment.keys, segment.queries * segment.keys
         groups[-1].append(segment)

@@ -88,8 +88,10 @@ class SavedBytes:
 
     def __init__(self, block, stream, rotation, is_cast):
         self.sizes = {}  # address of a storage -> its bytes
-        tiles = [tensor for tile in stream.tiles() for tensor in tile]
-        others = (*block.parameters(), *rotation, stream.positions, *tiles, stream.row)
+        tiling = stream.tiling(None, rotation[0].dtype)
+        copies = [t for c in (tiling.queries, tiling.keys) for t in (c.source, c.first)]
+        masks = [tile.mask for tile in tiling.tiles if tile.mask is not None]
+        others = (*block.parameters(), *rotation, stream.positions, *copies, *masks)
         self.others = {tensor.untyped_storage().data_ptr() for tensor in others}
         self.casts = {p.numel() for p in block.parameters() if p.ndim > 1} if is_cast else set()
         self.tokens = len(stream.tokens)
@@ -147,7 +149,7 @@ def test_saved_activations_are_planned_to_one_percent(family, dtype, recompute, 
 def test_segments_and_tiles_are_those_of_the_stream():
     shapes = random_shapes(30)
     stream = pack_pairs(pairs_of(shapes)).stream
-    tiles = [(len(q), q.shape[1], k.shape[1]) for q, _, k, _ in stream.tiles()]
+    tiles = [tile[:3] for tile in stream.tiling(None, torch.float32).tiles]
     assert segments_of(shapes) == stream.segments
     assert tile_shapes(stream.segments) == tiles
 

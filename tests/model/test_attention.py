@@ -134,22 +134,26 @@ def test_tiles_of_any_size_are_the_same(monkeypatch, area, waste):
     expected = by_definition(q, k, v, visible(items))
     assert_same_with_gradients(attend(q, k, v, stream), expected, (q, k, v), 1e-12)
     if area == 1:  # one segment a tile: the limit is in force
-        assert len(stream.tiles()) == len(stream.segments)
-    if (area, waste) == (1 << 22, 1e9):
-        assert len(stream.tiles()) == 1
+        assert len(stream.tiling(None, q.dtype).tiles) == len(stream.segments)
+    if (area, waste) == (1 << 22, 1e9):  # one tile without prefixes, and one with them
+        assert len(stream.tiling(None, q.dtype).tiles) == 2
 
 
 def test_tiles_keep_within_their_area_and_waste(monkeypatch):
     monkeypatch.setattr(minimore.model.attention, "TILE_AREA", 2000)
     monkeypatch.setattr(minimore.model.attention, "TILE_WASTE", 1.3)
     stream = pack([item for seed in range(10) for item in random_items(seed)])
-    several = [tile for tile in stream.tiles() if len(tile.queries) > 1]
+    tiling = stream.tiling(None, torch.float32)
     area = {segment.start: segment.queries * segment.keys for segment in stream.segments}
-    assert several
-    for tile in several:
-        padded = tile.queries.numel() * tile.keys.shape[1]
-        real = sum(area[start] for start in tile.queries[:, 0].tolist())
-        assert padded <= 2000 and padded <= 1.3 * real
+    place, several = 0, 0
+    for segments, queries, keys, _ in tiling.tiles:
+        starts = tiling.queries.source[place : place + segments * queries : queries].tolist()
+        place += segments * queries
+        if segments > 1:
+            several += 1
+            assert segments * queries * keys <= 2000
+            assert segments * queries * keys <= 1.3 * sum(area[start] for start in starts)
+    assert several and place == len(tiling.queries.source)
 
 
 # ---- the other route: keys gathered by an index, both sides cut into segments --------------------

@@ -615,7 +615,7 @@ WRONG_STREAMS = {
 @pytest.mark.parametrize("mistake", WRONG_STREAMS)
 def test_wrong_positions_and_wrong_pooling_show(golden, mistake):
     stream = pack([([], [text]) for text in TEXTS])
-    wrong = dataclasses.replace(stream, **WRONG_STREAMS[mistake](stream), _tiles={})
+    wrong = dataclasses.replace(stream, **WRONG_STREAMS[mistake](stream), _tilings={})
     with torch.no_grad():
         rewards = open_model(golden).rewards(wrong)
     assert errors(rewards, expected_of(golden)).max() >= FAR

@@ -17,6 +17,7 @@ from .more import (
     pair_losses,
     weighted_loss,
 )
+from .opened import OpenedRewardModel, load
 from .report import evaluate_sources
 from .reward import (
     ModelOptions,
@@ -29,6 +30,8 @@ from .reward import (
 from .score import best_of, score_texts
 
 __all__ = [
+    "load",
+    "OpenedRewardModel",
     "bradley_terry_losses",
     "head_gradients",
     "min_norm_weights",

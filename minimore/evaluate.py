@@ -21,6 +21,7 @@ from .model.checkpoint import Checkpoint
 from .options import InputError, check_ranges, option, parse_sources, require
 from .report import Margins, report_of, source_margins, table
 from .reward import ReadingOptions, load_reward_model, run_of, run_options
+from .temperature import store_temperature
 
 Paths = Mapping[str, str]  # name of a source -> its file
 
@@ -40,6 +41,11 @@ class EvaluateOptions(ReadingOptions, LabelOptions):
         repeat=True,
         value="NAME=HELDOUT.jsonl",
         help="pairs, other than the test pairs, on which temperatures are fitted",
+    )
+    store_temperature: bool = option(
+        False,
+        help="keep the temperature that --calibrate fits to all held-out pairs in the run, where "
+        "`score` applies it to probabilities",
     )
     json: str | None = option(None, value="OUT.json", help="write the report here; must not exist")
     figures: str | None = option(
@@ -66,6 +72,10 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.calibrate:
         held_out_paths = parse_sources(options.calibrate, test_only=True, flag="--calibrate")
     check_outputs(options)
+    require(
+        options.calibrate or not options.store_temperature,
+        "--store-temperature: needs --calibrate NAME=HELDOUT.jsonl, on which it is fitted",
+    )
     check_held_out(held_out_paths, paths)
     check_baseline(options)
 
@@ -85,11 +95,25 @@ def evaluate(options: EvaluateOptions) -> None:
             measured.margins, measured.held_out, measured.shares, measured.held_out_shares
         )
         print(temperature_table(report["temperatures"]))
+    if options.store_temperature:
+        keep_temperature(options, report["temperatures"]["pooled"], measured, held_out_paths)
     if options.figures:
         figure = plots.draw_margins(measured.margins, Path(options.figures), measured.shares)
         print(f"figure: {figure}")
     if options.json:
         write_json(options.json, report)
+
+
+def keep_temperature(
+    options: EvaluateOptions, temperature: float | None, measured: "FileMargins", files: Paths
+) -> None:
+    """Store the temperature of all held-out pairs in the run."""
+    run = run_of(Checkpoint(options.model))
+    if temperature is None:
+        raise InputError("--store-temperature: the held-out pairs leave no temperature to store")
+    pairs = sum(len(margins) for margins in measured.held_out.values())
+    path = store_temperature(run, temperature, files, pairs)
+    print(f"temperature {temperature:.3f}, fitted on {pairs} pairs, is stored in {path}")
 
 
 # ---- what is refused before the work -------------------------------------------------------------

@@ -43,7 +43,9 @@ from .reward import (
     check_length,
     group_rewards,
     open_reward_model,
+    run_of,
 )
+from .temperature import stored_temperature
 
 RECORDS_AT_ONCE = 256
 
@@ -76,7 +78,8 @@ class ScoreOptions(ReadingOptions):
 def score(options: ScoreOptions) -> None:
     """Add rewards to every line of a file, as a stream, in input order.
 
-    A pair gets chosen_reward, rejected_reward and probability = sigmoid(their difference). A prompt
+    A pair gets chosen_reward, rejected_reward and probability = sigmoid(their difference / T), with
+    the temperature T that is stored in the run, else 1. A prompt
     with a response gets reward. A prompt with a list of responses, and a list of texts, gets the
     list rewards; with --best the best of the responses remains. A record of a foreign shape
     (data/foreign/shapes.py) is written as the house records that it becomes.
@@ -92,7 +95,8 @@ def score(options: ScoreOptions) -> None:
             raise InputError(f"{options.input}: {lack}; expected at least one line")
         model, checkpoint = open_reward_model(options)
         rules = options.rules(checkpoint)
-        scorer = Scorer(model, checkpoint, rules, options.micro_tokens)
+        temperature = stored_temperature(run_of(checkpoint))
+        scorer = Scorer(model, checkpoint, rules, options.micro_tokens, temperature)
         with (
             written_whole(options.output) as unfinished,
             open(unfinished, "x", encoding="utf-8") as file,
@@ -102,6 +106,8 @@ def score(options: ScoreOptions) -> None:
                     record = best_of_record(record, where)
                 file.write(json_line(record, where) + "\n")
     print(f"{options.output}: {scorer.counts.line(rules.max_length)}")
+    if temperature != 1:
+        print(f"probabilities are sigmoid(margin / {temperature:.3f}), the run's temperature")
     for reason, count in sorted(unlabelled.items()):
         print(f"{count} comparisons without a label are not scored: {reason}")
     if not checkpoint.has_head:
@@ -340,6 +346,7 @@ class Scorer:
     checkpoint: Checkpoint
     rules: TextRules
     micro_tokens: int
+    temperature: float = 1.0
     counts: Counts = field(default_factory=Counts)
 
     def scored(self, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
@@ -354,7 +361,7 @@ class Scorer:
             self.counts.truncated += truncated
             for (where, record, record_texts), values in zip(portion, rewards):
                 self._count(record, record_texts)
-                yield where, record | added(record_texts.kind, values.tolist())
+                yield where, record | added(record_texts.kind, values.tolist(), self.temperature)
 
     def _in_portions(
         self, records: Iterable[tuple[str, Record]]
@@ -381,11 +388,11 @@ class Scorer:
         self.counts.replaced += any(key in record for key in ADDED_KEYS[texts.kind])
 
 
-def added(kind: str, rewards: list[float]) -> Record:
+def added(kind: str, rewards: list[float], temperature: float) -> Record:
     """What a record of this kind gets."""
     if kind == "pair":
         chosen, rejected = rewards
-        values: list = [chosen, rejected, float(probability(chosen - rejected))]
+        values: list = [chosen, rejected, float(probability((chosen - rejected) / temperature))]
     elif kind == "response":
         values = rewards
     else:

@@ -23,7 +23,7 @@ data.inspection.near_duplicates data.inspection.signs data.inspection.word_rule
 data.inspection.survey data.inspection.findings data.inspection.between data.inspection.look
 data.public.sources data.public.download data.public.changes data.public.manifest data.public.parts
 data.public.get
-reward score report comparison evaluate
+reward temperature score opened report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain
 engine.distributed engine.host engine.streamed engine.workload engine.cost engine.choose engine.plan
 metrics resume run best training train

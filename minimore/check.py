@@ -32,7 +32,13 @@ from .model.families import LANGUAGE_HEADS
 from .model.tokenizer import Tokenizer
 from .model.trunk import Trunk
 from .options import InputError, check_ranges, option, require
-from .reward import ModelOptions, RewardModel, load_reward_model, text_rewards
+from .reward import (
+    ModelOptions,
+    RewardModel,
+    load_reward_model,
+    text_rewards,
+    was_trained_with_eos,
+)
 
 PARAGRAPH = (
     "When the ferry stopped running, the people of the island had to decide what to do with the "
@@ -296,9 +302,13 @@ def check_rewards(
     checkpoint: Checkpoint, model: RewardModel, texts: Mapping[str, list[int]]
 ) -> tuple[Figures, str]:
     """The reward of a helpful and of an unhelpful answer."""
-    rewards = text_rewards(model, [texts[name] for name in ANSWERS]).tolist()
+    eos = checkpoint.tokenizer.eos
+    end = [eos] if eos is not None and was_trained_with_eos(checkpoint) else []
+    rewards = text_rewards(model, [texts[name] + end for name in ANSWERS]).tolist()
     figures = dict(zip(ANSWERS, rewards))
     line = ", ".join(f"{name} answer {reward:.4f}" for name, reward in figures.items())
+    if end:
+        line += "; read at an EOS token behind them, as the model was trained"
     if not checkpoint.has_head:
         line += "; the head is untrained, so their order is chance"
     return figures, line

@@ -20,7 +20,13 @@ from .files import refuse_existing, write_json
 from .model.checkpoint import Checkpoint
 from .options import InputError, check_ranges, option, parse_sources, require
 from .report import Margins, report_of, source_margins, table
-from .reward import ReadingOptions, load_reward_model, run_of, run_options
+from .reward import (
+    ReadingOptions,
+    load_reward_model,
+    print_how_texts_end,
+    run_of,
+    run_options,
+)
 from .temperature import store_temperature
 
 Paths = Mapping[str, str]  # name of a source -> its file
@@ -199,6 +205,7 @@ def read(
     """Open a model and read the files with it. A line describes every source."""
     checkpoint = Checkpoint(model_name)
     rules = options.rules(checkpoint)
+    print_how_texts_end(checkpoint, rules)
     if not options.allow_overlap:
         refuse_training_files(run_options(checkpoint), paths)
 

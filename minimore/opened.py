@@ -26,8 +26,9 @@ def load(model: str, **options: Any) -> "OpenedRewardModel":
     """Open a reward model: the directory of a run or of a checkpoint, or a name on the hub.
 
     options: those of `minimore score`, with its defaults: device, compute_dtype, max_length,
-    truncate, chat, micro_tokens, seed (of the head, where there is none). Texts are read as the run
-    was trained. Raises InputError as the command does, and TypeError for an unknown option.
+    truncate, chat, append_eos, micro_tokens, seed (of the head, where there is none). Texts are
+    read as the run was trained. Raises InputError as the command does, and TypeError for an option
+    that is not there.
     """
     chosen = ReadingOptions(model=model, **options)
     opened, checkpoint = open_reward_model(chosen)
@@ -112,6 +113,7 @@ class OpenedRewardModel:
             self.rules.max_length,
             self.rules.chat,
             self.micro_tokens,
+            self.rules.append_eos,
         )
         return [each.tolist() for each in rewards]
 

@@ -187,6 +187,13 @@ class ReadingOptions(ModelOptions):
         help="read prompts and responses that are strings as messages (default: the run's own)",
     )
 
+    append_eos: str = option(
+        "auto",
+        choices=("auto", "yes", "no"),
+        help="end every text with the EOS token: as the run was trained; a model of TRL's reward "
+        "trainer, by its model card, was trained so",
+    )
+
     def rules(self, checkpoint: Checkpoint) -> TextRules:
         """How texts become token ids: as asked, else as the run was trained, else as by default."""
         check_ranges(self)
@@ -202,7 +209,10 @@ class ReadingOptions(ModelOptions):
         max_length = self.max_length or max_length
         check_length(checkpoint.config, max_length, Path(os.path.realpath(checkpoint.directory)))
         chat = self.chat or stored.get("chat") is True
-        return TextRules(max_length, self.truncate or truncate, chat)
+        append_eos = self.append_eos == "yes"
+        if self.append_eos == "auto":
+            append_eos = was_trained_with_eos(checkpoint)
+        return TextRules(max_length, self.truncate or truncate, chat, append_eos)
 
 
 def run_of(checkpoint: Checkpoint) -> Path:
@@ -218,6 +228,31 @@ def run_options(checkpoint: Checkpoint) -> dict[str, Any]:
     if CHECKSUM in stored:  # runs of before there were checksums have none
         stored = read_checked_json(path)
     return stored
+
+
+def was_trained_with_eos(checkpoint: Checkpoint) -> bool:
+    """Whether the texts of a model's training ended with the EOS token.
+
+    A run of ours says so itself. TRL's reward trainer appends it to every text, except to rendered
+    conversations; a model that comes from there has its tags in its model card.
+    """
+    stored = run_options(checkpoint)
+    if stored or not checkpoint.has_head:
+        return stored.get("append_eos") == "yes"
+    card = checkpoint.directory / "README.md"
+    if not card.is_file():
+        return False
+    with card.open("rb") as file:
+        beginning = file.read(10_000)
+    return b"- reward-trainer" in beginning and b"- trl" in beginning
+
+
+def print_how_texts_end(checkpoint: Checkpoint, rules: TextRules) -> None:
+    """Say that texts are read at an EOS token, where that is not how minimore trains by default."""
+    if not rules.append_eos:
+        return
+    by_card = "" if run_options(checkpoint) else ", as TRL trains; --append-eos no reads without it"
+    print(f"{checkpoint.directory}: texts are read at an EOS token behind them{by_card}")
 
 
 def check_length(

@@ -43,6 +43,7 @@ from .reward import (
     check_length,
     group_rewards,
     open_reward_model,
+    print_how_texts_end,
     run_of,
 )
 from .temperature import stored_temperature
@@ -96,6 +97,7 @@ def score(options: ScoreOptions) -> None:
         model, checkpoint = open_reward_model(options)
         rules = options.rules(checkpoint)
         temperature = stored_temperature(run_of(checkpoint))
+        print_how_texts_end(checkpoint, rules)
         scorer = Scorer(model, checkpoint, rules, options.micro_tokens, temperature)
         with (
             written_whole(options.output) as unfinished,
@@ -304,6 +306,7 @@ def rewards_of_texts(
             rules.max_length,
             [texts[i].is_rendered for i in places_of_ids],
             are_pairs and rules.truncate == "together",
+            rules.append_eos,
         )
         for i, text_ids in zip(places_of_ids, encoded):
             require(
@@ -411,12 +414,14 @@ def score_texts(
     max_length: int = DEFAULT_MAX_LENGTH,
     chat: bool = False,
     micro_tokens: int = 8192,
+    append_eos: bool = False,
 ) -> Tensor | list[Tensor]:
     """Rewards of responses to prompts: those that `minimore score` gives to the same texts.
 
     prompts: N, each a string or messages. responses: one to each prompt, a string or messages, or a
     list of responses to each prompt, which is then computed once. max_length: tokens of a text, cut
-    on the left, at best those of the training. chat: strings are messages, too.
+    on the left, at best those of the training. chat: strings are messages, too. append_eos: strings
+    end with the EOS token. `minimore.load` knows both of a run.
 
     Returns the rewards (N,), or for lists of responses N tensors (n,), all fp32 on the CPU. Without
     prompts they are empty, and so are those of an empty list of responses. Raises InputError for
@@ -437,7 +442,7 @@ def score_texts(
         record = {"prompt": prompt, key: list(response) if are_lists else response}
         wheres.append(f"prompts[{i}]")
         texts.append(texts_of_record(record, wheres[-1], tokenizer, chat))
-    rules = TextRules(max_length, chat=chat)
+    rules = TextRules(max_length, chat=chat, append_eos=append_eos)
     rewards: list[Tensor] = []
     for start in range(0, len(texts), RECORDS_AT_ONCE):
         part = slice(start, start + RECORDS_AT_ONCE)

@@ -482,6 +482,7 @@ def model_card(training: RewardTraining, results: str) -> str:
     for source, held_out in zip(training.sources, training.validation_sources):
         lines.append(f"- {source.name}: {held_out_line(source, held_out)}")
     counts = "\n".join(lines)
+    eos = ", an EOS token behind the text" if options.append_eos == "yes" else ""
     return f"""---
 tags: [reward-model, minimore]
 pipeline_tag: text-classification
@@ -490,7 +491,8 @@ pipeline_tag: text-classification
 # Reward model trained with minimore
 
 Made from `{options.model}`. \
-The reward is the one logit of `AutoModelForSequenceClassification`, read at the last token; \
+The reward is the one logit of `AutoModelForSequenceClassification`, read at the last token\
+{eos}; \
 sigmoid(difference of two rewards) is the probability that people prefer the first.
 
 ## Data

@@ -33,12 +33,14 @@ class TextRules(NamedTuple):
     """How texts become token ids, the same in training and afterwards.
 
     max_length: tokens of a text, cut on the left. truncate: "each" side of a pair on its own, or
-    both "together". chat: strings are messages, too.
+    both "together". chat: strings are messages, too. append_eos: texts that no chat template has
+    written end with the EOS token, at which they are then read.
     """
 
     max_length: int
     truncate: str = "each"
     chat: bool = False
+    append_eos: bool = False
 
 
 class TokenPair(NamedTuple):
@@ -288,13 +290,7 @@ class SourceReader:
 
     def tokenise(self) -> None:
         """Tokenise the pairs that wait."""
-        _tokenise(
-            self.source,
-            self.waiting,
-            self.tokenizer,
-            self.rules.max_length,
-            self.rules.truncate,
-        )
+        _tokenise(self.source, self.waiting, self.tokenizer, self.rules)
         self.waiting, self.characters = [], 0
 
 
@@ -309,13 +305,12 @@ def with_mean_weight(pairs: list[TokenPair]) -> list[TokenPair]:
     ]
 
 
-def _tokenise(
-    source: Source, pairs: list[Pair], tokenizer: Tokenizer, max_length: int, truncate: str
-) -> None:
+def _tokenise(source: Source, pairs: list[Pair], tokenizer: Tokenizer, rules: TextRules) -> None:
     """Add pairs to a source, or count why they are not added."""
     texts = [pair.prompt + text for pair in pairs for text in (pair.chosen, pair.rejected)]
     rendered = [pair.rendered for pair in pairs for _ in range(2)]
-    ids, was_cut = encode(texts, tokenizer, max_length, rendered, truncate == "together")
+    together = rules.truncate == "together"
+    ids, was_cut = encode(texts, tokenizer, rules.max_length, rendered, together, rules.append_eos)
     for i, pair in enumerate(pairs):
         source.read += 1
         sides = slice(2 * i, 2 * i + 2)
@@ -374,12 +369,14 @@ def encode(
     max_length: int,
     rendered: list[bool] | None = None,
     together: bool = False,
+    append_eos: bool = False,
 ) -> tuple[list[np.ndarray], list[bool]]:
     """Ids of each text, cut on the left to max_length tokens, BOS kept; and which texts were cut.
 
     rendered: which texts were written by the chat template; by default none. together: texts come
     two by two, and both of a pair lose as many tokens as the longer one must (the shorter keeps
-    one), so that what they share stays aligned. Differs from the authors' code, whose left
+    one), so that what they share stays aligned. append_eos: the EOS token follows every text that
+    is not rendered, once if the text ends with its name. Differs from the authors' code, whose left
     truncation drops the BOS.
     """
     bos = len(tokenizer.bos)
@@ -388,7 +385,11 @@ def encode(
             f"--max-length {max_length}: expected at least {bos + 1}, for what begins every text"
             " and one token more"
         )
-    encoded = _encode_each(texts, tokenizer, rendered or [False] * len(texts))
+    rendered = rendered or [False] * len(texts)
+    if append_eos:
+        encoded = _encode_with_eos(texts, tokenizer, rendered)
+    else:
+        encoded = _encode_each(texts, tokenizer, rendered)
     excess = [max(0, len(ids) - max_length) for ids in encoded]
     if together:
         for i in range(0, len(excess), 2):
@@ -397,6 +398,24 @@ def encode(
                 excess[side] = min(most, max(0, len(encoded[side]) - bos - 1))
     cut = [np.concatenate([ids[:bos], ids[bos + count :]]) for ids, count in zip(encoded, excess)]
     return cut, [count > 0 for count in excess]
+
+
+def _encode_with_eos(
+    texts: list[str], tokenizer: Tokenizer, rendered: list[bool]
+) -> list[np.ndarray]:
+    """The same with the EOS token behind every text that is not rendered."""
+    eos = tokenizer.eos
+    if eos is None:
+        raise InputError(
+            f"--append-eos yes: {tokenizer.directory} names no EOS token; expected an"
+            ' "eos_token" in tokenizer_config.json'
+        )
+    name = tokenizer.special["eos_token"]
+    bare = [t if is_rendered else t.removesuffix(name) for t, is_rendered in zip(texts, rendered)]
+    return [
+        ids if is_rendered else np.append(ids, np.int32(eos))
+        for ids, is_rendered in zip(_encode_each(bare, tokenizer, rendered), rendered)
+    ]
 
 
 def _encode_each(texts: list[str], tokenizer: Tokenizer, rendered: list[bool]) -> list[np.ndarray]:

@@ -44,6 +44,12 @@ class DataOptions(LabelOptions):
         False,
         help="read prompts and responses that are strings as messages of a conversation",
     )
+    append_eos: str = option(
+        "no",
+        choices=("no", "yes"),
+        help="end every text with the EOS token and read its reward there, as TRL does; the "
+        "paper's code does, too. Conversations end as their template writes them",
+    )
     epochs: int = option(1, within=COUNT, help="passes over the sampled pairs")
     batch_size: int | None = option(
         None,
@@ -54,7 +60,7 @@ class DataOptions(LabelOptions):
     @property
     def rules(self) -> TextRules:
         """How texts become token ids."""
-        return TextRules(self.max_length, self.truncate, self.chat)
+        return TextRules(self.max_length, self.truncate, self.chat, self.append_eos == "yes")
 
 
 def batch_size_of(options: DataOptions, sources: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checksums import read_checked_json, write_checked_json
 from ..data.labels import MAJORITY
 from ..data.overlap import print_overlap_of_files
-from ..data.pairs import Source, TokenPair, batches_by_length, load_source, pack_pairs
+from ..data.pairs import Source, TokenPair, batches_by_length, load_sources, pack_pairs
 from ..data.texts import Reading
 from ..files import make_directory, one_line, sweep
 from ..model.checkpoint import Checkpoint
@@ -75,7 +75,7 @@ def features(options: FeaturesOptions) -> None:
     for k, (name, files) in enumerate(paths.items()):
         sources[name] = {}
         for part, path in zip(PARTS, files):
-            source = load_source(name, path, checkpoint.tokenizer, *rules, labels=MAJORITY)
+            (source,) = load_sources(name, path, checkpoint.tokenizer, rules, MAJORITY)
             file = f"{k:02d}.{part}.safetensors"
             identity = store(output / file, source, model, checkpoint, options)
             sources[name][part] = {

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
@@ -65,6 +66,7 @@ class Tokenizer:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        self.lock = Lock()  # of a switch that `encode` sets for what it encodes
         self.files = {
             name: (directory / name).read_bytes()
             for name in TOKENIZER_FILES
@@ -184,6 +186,12 @@ class Tokenizer:
         return encoded.ids[: mask.index(0)] if 0 in mask else []
 
     @property
+    def eos(self) -> int | None:
+        """The id of the named EOS token; None if there is none."""
+        name = self.special.get("eos_token")
+        return None if name is None else self.file.token_to_id(name)
+
+    @property
     def bos_text(self) -> str | None:
         """The BOS that is added in front of every text, as text."""
         return self.file.id_to_token(self.bos[0]) if self.bos else None
@@ -219,9 +227,10 @@ class Tokenizer:
         rendered: the texts come from `render`. Markers in them are special tokens, and a BOS that
         the template wrote is not written again.
         """
-        self.file.encode_special_tokens = not rendered  # True: their names are read as text
         message = "cannot encode these texts ({}); use the model's own tokenizer"
-        with self._library_errors(message):  # a vocabulary without a token for unknown text, say
+        # The library may fail: on a vocabulary without a token for unknown text, say.
+        with self.lock, self._library_errors(message):
+            self.file.encode_special_tokens = not rendered  # True: their names are read as text
             encodings = self.file.encode_batch(list(texts), add_special_tokens=False)
         return [self._with_bos(encoding.ids, rendered) for encoding in encodings]
 

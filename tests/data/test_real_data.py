@@ -129,3 +129,18 @@ def test_rewards_of_real_pairs_do_not_depend_on_sharing_or_company(tokenizer, tm
         together, pair_rewards(model, pairs[::-1], micro_tokens=1).flip(0), rtol=0, atol=1e-5
     )
     assert together.std() > 0.1
+
+
+@pytest.mark.slow
+def test_a_step_takes_a_quarter_of_the_flops_of_a_padded_one(monkeypatch):
+    """16 pairs in one step, all blocks computed again; counted, so it is the same everywhere."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    import flops
+
+    pairs = flops.read_pairs(
+        DATA / "pairs" / "hh_helpful.train.jsonl.gz", DATA / "tokenizers" / "pythia"
+    )
+    longest = max(len(side) for pair in pairs for side in (pair.chosen, pair.rejected))
+    padded, ours = flops.padded_flops(pairs, longest), flops.our_flops(pairs)
+    assert padded / ours >= 4.0

@@ -567,19 +567,31 @@ def next_power_of_two(number: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def forward_flops(config: ModelConfig, items: Items) -> float:
+def forward_flops(config: ModelConfig, items: Items, at_ends: bool) -> float:
     """FLOPs of the blocks' matrices and attention: 2 for a multiplication with its addition.
 
-    Each token meets every matrix, and each query the keys that it sees. Embeddings are not counted.
+    Each token meets every matrix, and each query the keys that it sees. at_ends: in the last block
+    all tokens have queries, keys and values, and the rest is computed where texts end. Embeddings
+    are not counted.
     """
     weights = count(matrices(parameter_shapes(config).block))
-    visible = 0.0  # pairs of a query and a key
+    per_pair = 4.0 * config.heads * config.head_width  # FLOPs of a query and a key that it sees
+    seen = seen_at_ends = 0.0  # pairs of a query and a key
     for shared, *rests in items:
         within = sum(n * (n + 1) / 2 for n in (shared, *rests))  # each text's own, causally
-        visible += within + shared * sum(rests)
-    products = 2.0 * weights * tokens_of(items)
-    attention = 4.0 * config.heads * config.head_width * visible
-    return config.blocks * (products + attention)
+        seen += within + shared * sum(rests)
+        seen_at_ends += sum(shared + rest for rest in rests)
+    total = config.blocks * (2.0 * weights * tokens_of(items) + per_pair * seen)
+    if at_ends:
+        heads = config.width * (config.heads + 2 * config.kv_heads) * config.head_width
+        total -= 2.0 * (weights - heads) * (tokens_of(items) - texts_of(items))
+        total -= per_pair * (seen - seen_at_ends)
+    return total
+
+
+def texts_of(items: Items) -> int:
+    """How many texts the items hold."""
+    return sum(len(rests) for _, *rests in items)
 
 
 def step_flops(config: ModelConfig, work: Workload, recipe: Recipe) -> tuple[float, float]:
@@ -589,14 +601,17 @@ def step_flops(config: ModelConfig, work: Workload, recipe: Recipe) -> tuple[flo
     forward pass, less the last product of each block's MLP, whose value backward does not need but
     for a norm behind it. The logits of a language model are computed once, and their two gradients.
     """
-    forward = forward_flops(config, work.largest)
-    last_products = 2.0 * config.blocks * config.width * config.mlp_width * work.largest_tokens
+    at_ends = work.top == "head"
+    forward = forward_flops(config, work.largest, at_ends)
     logits = 3 * 2.0 * work.largest_targets * config.vocabulary * config.width
     useful = executed = 3 * forward + logits
     if recipe.recompute == "full":
+        in_last_block = texts_of(work.largest) if at_ends else work.largest_tokens
+        rows = (config.blocks - 1) * work.largest_tokens + in_last_block
+        last_products = 2.0 * config.width * config.mlp_width * rows
         executed += forward - (0 if config.norm_after else last_products)
     is_cut = work.largest_tokens > recipe.micro_tokens
-    if recipe.engine == "plain" and is_cut and work.top == "head":
+    if recipe.engine == "plain" and is_cut and at_ends:
         executed += forward  # whole-step weights over several micro-batches
     return useful, executed
 

@@ -62,7 +62,10 @@ class PlainEngine:
 
     def _states_of(self, batch: Batch) -> Tensor:
         device = self.model.top.device
-        return self.model.trunk.states_at(batch.stream.to(device), batch.reads.to(device))
+        stream = batch.stream.to(device)
+        if batch.reads is batch.stream.last:
+            return self.model.trunk(stream)
+        return self.model.trunk.states_at(stream, batch.reads.to(device))
 
     def _carry_on(self, part: Sequence[Batch], d_states: Tensor) -> None:
         """Carry the gradient of the states on to the parameters, one micro-batch at a time."""

@@ -91,19 +91,22 @@ class StreamedStep:
             activations = [self.trunk.embed(part.stream) for part in self.micro_batches]  # (N, D)
         for number in range(len(self.blocks)):
             self._block_forward(number, activations)
-        read = [x.index_select(0, part.reads) for x, part in zip(activations, self.micro_batches)]
+        read = [part.read(x) for x, part in zip(activations, self.micro_batches)]
         return self._top_forward(torch.cat(read))
 
     def _micro_batch(self, batch: Batch) -> "MicroBatch":
         device = self.model.top.device
-        stream = batch.stream.to(device)
-        return MicroBatch(stream, rotations(self.trunk.c, stream.positions), batch.reads.to(device))
+        stream, reads = batch.stream.to(device), batch.reads.to(device)
+        is_at_ends = batch.reads is batch.stream.last
+        last_stream = stream.at_ends if is_at_ends else stream
+        streams = [stream] * (len(self.blocks) - 1) + [last_stream]
+        return MicroBatch(streams, rotations(self.trunk.c, stream.positions), reads)
 
     def _block_forward(self, number: int, activations: list[Tensor]) -> None:
         """Replace the input of a block by its output, for every micro-batch."""
         block = compute_copy(self.blocks[number], self.trunk.compute_dtype)
-        for i, (stream, rotations_by_block, _) in enumerate(self.micro_batches):
-            x, rotation = activations[i], rotations_by_block[number]
+        for i, (streams, rotations_by_block, _) in enumerate(self.micro_batches):
+            x, rotation, stream = activations[i], rotations_by_block[number], streams[number]
             if self.recompute == "full":
                 self.inputs.push(x)
                 with torch.no_grad():
@@ -155,12 +158,9 @@ class StreamedStep:
         return gradients
 
     def _gradient_of_output(self) -> list[Tensor]:
-        """The gradient of what the last block returned, (N, D) each: zero but at tokens read."""
+        """The gradient of what the last block returned, of every micro-batch."""
         d_read = self.d_read.split([len(part.reads) for part in self.micro_batches])
-        return [
-            d.new_zeros(len(part.stream.tokens), d.shape[1]).index_add_(0, part.reads, d)
-            for d, part in zip(d_read, self.micro_batches)
-        ]
+        return [part.unread(d) for d, part in zip(d_read, self.micro_batches)]
 
     def _block_backward(self, number: int, d_activations: list[Tensor]) -> Gradients:
         """The gradients of a block's parameters, summed over the micro-batches.
@@ -172,9 +172,10 @@ class StreamedStep:
         total: Gradients = {}
         for i in reversed(range(len(d_activations))):
             if self.recompute == "full":
-                stream, rotations_by_block, _ = self.micro_batches[i]
+                streams, rotations_by_block, _ = self.micro_batches[i]
+                rotation, stream = rotations_by_block[number], streams[number]
                 d_activations[i], gradients = recomputed_gradients(
-                    block, self.inputs.pop(), d_activations[i], rotations_by_block[number], stream
+                    block, self.inputs.pop(), d_activations[i], rotation, stream
                 )
             else:
                 d_activations[i], gradients = self.graphs.pop().gradients(d_activations[i])
@@ -209,11 +210,32 @@ class StreamedStep:
 
 
 class MicroBatch(NamedTuple):
-    """What a block needs to know of a micro-batch besides its input; what is read of its output."""
+    """What every block needs to know of a micro-batch besides its input, and what is read at last.
 
-    stream: Stream
+    reads: (M,) the places that are read. Where these are the ends of the texts, the last block has
+    a stream in which nothing else asks, so that its output is what is read.
+    """
+
+    streams: list[Stream]  # of every block
     rotations: list[tuple[Tensor, Tensor]]  # of every block
-    reads: Tensor  # (M,)
+    reads: Tensor
+
+    @property
+    def stream(self) -> Stream:
+        """The tokens and their positions."""
+        return self.streams[0]
+
+    def read(self, output: Tensor) -> Tensor:
+        """What is read (M, D) of the last block's output."""
+        is_all = self.streams[-1].asked is not None
+        return output if is_all else output.index_select(0, self.reads)
+
+    def unread(self, d_read: Tensor) -> Tensor:
+        """The gradient of the last block's output from that of what is read, zero elsewhere."""
+        if self.streams[-1].asked is not None:
+            return d_read
+        d_output = d_read.new_zeros(len(self.streams[-1].tokens), d_read.shape[1])
+        return d_output.index_add_(0, self.reads, d_read)
 
 
 class BlockInputs:

@@ -33,7 +33,7 @@ TILE_WASTE = 1.3  # padded / real score area that a tile may reach
 
 
 class Segment(NamedTuple):
-    """Queries [start, end) of the stream.
+    """Tokens [start, end) of the stream, which ask; of the first `silent` ones no result is needed.
 
     They see keys [prefix, prefix_end), and then themselves, causally.
     """
@@ -42,26 +42,27 @@ class Segment(NamedTuple):
     end: int
     prefix: int
     prefix_end: int
+    silent: int = 0
 
     @property
-    def has_prefix(self) -> bool:
-        """Whether its queries see keys that are not its own."""
-        return self.prefix_end > self.prefix
+    def is_square(self) -> bool:
+        """Whether there is a query for every key, so that query i sees keys 0 to i."""
+        return self.queries == self.keys
 
     @property
     def queries(self) -> int:
         """How many queries the segment has."""
-        return self.end - self.start
+        return self.end - self.start - self.silent
 
     @property
     def keys(self) -> int:
         """How many keys its last query sees."""
-        return self.prefix_end - self.prefix + self.queries
+        return self.prefix_end - self.prefix + self.end - self.start
 
     @property
     def query_places(self) -> list[int]:
         """Where its queries are in the stream."""
-        return list(range(self.start, self.end))
+        return list(range(self.start + self.silent, self.end))
 
     @property
     def key_places(self) -> list[int]:
@@ -74,19 +75,35 @@ class Stream:
     """Texts in one line, and the segments that attention sees.
 
     tokens: (N,) int64; positions: (N,) int64; last: (S,) the index of each text's last token.
+    asked: (Q,) the places of all queries, where not every token asks; else None.
     """
 
     tokens: Tensor
     positions: Tensor
     last: Tensor
     segments: list[Segment]
+    asked: Tensor | None = None
     _tilings: dict[tuple[int | None, torch.dtype], "Tiling"] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "Stream":
         """The same stream on another device."""
         return Stream(
-            self.tokens.to(device), self.positions.to(device), self.last.to(device), self.segments
+            self.tokens.to(device),
+            self.positions.to(device),
+            self.last.to(device),
+            self.segments,
+            None if self.asked is None else self.asked.to(device),
         )
+
+    @cached_property
+    def at_ends(self) -> "Stream":
+        """The same tokens, of which only the last of each text asks: enough for a last block.
+
+        Every text ends where its segment ends.
+        """
+        silent = [segment.end - segment.start - 1 for segment in self.segments]
+        segments = [segment._replace(silent=n) for segment, n in zip(self.segments, silent)]
+        return Stream(self.tokens, self.positions, self.last, segments, self.last)
 
     @cached_property
     def longest(self) -> int:
@@ -151,8 +168,8 @@ def pack(items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Stre
 def attend(q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None = None) -> Tensor:
     """Causal attention of every segment over its keys: softmax(q kᵀ / sqrt(C)) v.
 
-    q: (N, H, C); k, v: (N, G, C), where G divides H. window: a query sees its last so many
-    positions only, itself included. Returns (N, H, C).
+    q: (N, H, C), or (Q, H, C) where not every token asks; k, v: (N, G, C), where G divides H.
+    window: a query sees its last so many positions only, itself included. Returns the shape of q.
 
     bf16 and fp16 on CUDA (sm80 or newer) take flash attention over segments. Everything else, and
     a window shorter than the longest segment, takes `scaled_dot_product_attention` over masked
@@ -226,7 +243,7 @@ def cuts_of(stream: Stream) -> Cuts:
     queries = [segment.queries for segment in stream.segments]
     keys = [segment.keys for segment in stream.segments]
     copies = None
-    if sum(keys) != sum(queries):
+    if sum(keys) != len(stream.tokens):
         places = np.concatenate([segment.key_places for segment in stream.segments])
         copies = copies_of(places, np.zeros(len(places), dtype=bool), device)
     query_cuts, key_cuts = (
@@ -327,7 +344,7 @@ class Tile(NamedTuple):
     """T segments of similar length, padded at their ends to Q queries and L keys each.
 
     mask: (T, 1, Q, L), 0 where a query sees a key and -inf where it does not, for every head. None
-    where no segment has a prefix: there query i sees keys 0 to i, which are never padding if it is
+    where segments are square: there query i sees keys 0 to i, which are never padding if it is
     none itself.
     """
 
@@ -356,7 +373,7 @@ def tiling_of(stream: Stream, window: int | None, dtype: torch.dtype) -> Tiling:
         queries, query_is_padding = padded([segment.query_places for segment in segments])
         keys, key_is_padding = padded([segment.key_places for segment in segments])
         mask = None
-        if window is not None or segments[0].has_prefix:
+        if window is not None or not segments[0].is_square:
             visible = visible_keys(positions[queries], positions[keys], key_is_padding, window)
             mask = torch.zeros(visible.shape, dtype=dtype)
             mask.masked_fill_(torch.from_numpy(~visible), -torch.inf)
@@ -365,9 +382,18 @@ def tiling_of(stream: Stream, window: int | None, dtype: torch.dtype) -> Tiling:
         query_rows.append((queries.ravel(), query_is_padding.ravel()))
         key_rows.append((keys.ravel(), key_is_padding.ravel()))
     places, is_padding = map(np.concatenate, zip(*query_rows))
-    query_copies = copies_of(places, is_padding, device)
+    query_copies = copies_of(numbered(places), is_padding, device)
     places, is_padding = map(np.concatenate, zip(*key_rows))
     return Tiling(query_copies, copies_of(places, is_padding, device), tiles)
+
+
+def numbered(places: np.ndarray) -> np.ndarray:
+    """The number of each place among all different ones: which row of the queries it is.
+
+    >>> numbered(np.array([3, 3, 8, 5])).tolist()
+    [0, 0, 2, 1]
+    """
+    return np.unique(places, return_inverse=True)[1].reshape(-1)
 
 
 def visible_keys(
@@ -428,12 +454,12 @@ def _heads_first(x: Tensor, segments: int) -> Tensor:
 def group_by_length(segments: Sequence[Segment]) -> list[list[Segment]]:
     """Segments of similar length together, each group within TILE_AREA and TILE_WASTE of a tile.
 
-    Those with a prefix and those without are never together: these need no mask. Greedy: from the
+    Square segments and others are never together: the square ones need no mask. Greedy: from the
     shortest segment on, a group takes the next one as long as it fits.
     """
 
     def order(segment: Segment) -> tuple[bool, int, int]:
-        return segment.has_prefix, segment.queries, segment.keys
+        return not segment.is_square, segment.queries, segment.keys
 
     groups: list[list[Segment]] = []
     queries = keys = area = 0  # of the last group: the most queries, the most keys, the real area
@@ -443,7 +469,7 @@ def group_by_length(segments: Sequence[Segment]) -> list[list[Segment]]:
         largest = min(TILE_AREA, TILE_WASTE * area)
         if (
             not groups
-            or segment.has_prefix != groups[-1][0].has_prefix
+            or segment.is_square != groups[-1][0].is_square
             or (len(groups[-1]) + 1) * queries * keys > largest
         ):
             groups.append([])

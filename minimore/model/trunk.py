@@ -173,7 +173,7 @@ class Block(nn.Module):
         self.mlp_output_norm = residual_norm(c, c.norm_after)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream) -> Tensor:
-        """x: (N, D) -> (N, D)."""
+        """x: (N, D) -> (N, D), or (Q, D) if not every token of the stream asks."""
         return self.last_product(*self.before_last_product(x, rotation, stream))
 
     def before_last_product(
@@ -181,10 +181,14 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The residual (N, D), and the hidden layer of the MLP that is still to be added to it.
 
+        Where not every token asks, keys and values are those of all, and the rest of those that do.
+
         Whoever wants gradients alone may stop here, since they do not need the block's output,
         unless a norm stands behind the MLP.
         """
         q, k, v = self.before_attention(x, *rotation)
+        if stream.asked is not None:
+            x, q = x.index_select(0, stream.asked), q.index_select(0, stream.asked)
         attended = attend(q, k, v, stream, self.attention.window)
         return self.after_attention(x, attended)
 
@@ -242,7 +246,7 @@ class Trunk(nn.Module):
 
         fp32, or float64 if computing in float64.
         """
-        return self.states_at(stream, stream.last)
+        return self.final_norm(at_least_fp32(self._through_blocks(stream, stream.at_ends)))
 
     def states_at(self, stream: Stream, places: Tensor) -> Tensor:
         """The final hidden state at some tokens (M,) of a stream: (M, D), in the same type."""
@@ -257,9 +261,17 @@ class Trunk(nn.Module):
 
         (N, D) in the compute type.
         """
+        return self._through_blocks(stream, stream)
+
+    def _through_blocks(self, stream: Stream, last_stream: Stream) -> Tensor:
+        """The residual at those tokens of last_stream that ask: the last block computes no others.
+
+        Of all other tokens the last block makes keys and values alone.
+        """
         x = self.embed(stream)
-        for block, rotation in zip(self.blocks, rotations(self.c, stream.positions)):
-            x = run_block(block, x, rotation, stream, self.recompute)
+        streams = [stream] * (len(self.blocks) - 1) + [last_stream]
+        for block, rotation, own in zip(self.blocks, rotations(self.c, stream.positions), streams):
+            x = run_block(block, x, rotation, own, self.recompute)
         return x
 
     def embed(self, stream: Stream) -> Tensor:

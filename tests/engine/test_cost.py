@@ -17,9 +17,7 @@ from minimore.engine.choose import is_exact
 from minimore.engine.cost import (
     block_activations,
     bytes_held,
-    count,
     forward_flops,
-    matrices,
     memory_of,
     parameter_bytes,
     parameter_shapes,
@@ -204,19 +202,22 @@ def test_a_short_window_leaves_flash_attention():
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("at_ends", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flops_are_what_torch_counts(family):
+def test_flops_are_what_torch_counts(family, at_ends):
     """Of all matrix products; attention, which torch does not count on a CPU, by hand."""
     config, shapes = FAMILIES[family], random_shapes(7)
     trunk, stream = small_model(config).trunk, pack_pairs(pairs_of(shapes)).stream
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        trunk.residual(stream)
-    seen = 0
+        (trunk if at_ends else trunk.residual)(stream)
+    seen = seen_at_ends = 0
     for segment in stream.segments:
         prefix = segment.keys - segment.queries
         seen += sum(prefix + i + 1 for i in range(segment.queries))
-    attention = config.blocks * 4 * config.heads * config.head_width * seen
-    assert forward_flops(config, shapes) == counter.get_total_flops() + attention
+        seen_at_ends += segment.keys
+    all_seen = (config.blocks - 1) * seen + (seen_at_ends if at_ends else seen)
+    attention = 4 * config.heads * config.head_width * all_seen
+    assert forward_flops(config, shapes, at_ends) == counter.get_total_flops() + attention
 
 
 class Products(TorchDispatchMode):
@@ -242,8 +243,10 @@ def test_recomputation_costs_what_is_planned(family):
     """
     config, shapes = FAMILIES[family], random_shapes(6)
     work = Workload(shapes, 1, tokens_of(shapes))
-    products = 2 * config.blocks * count(matrices(parameter_shapes(config).block)) * work.tokens
-    attention = forward_flops(config, shapes) - products
+    stream = pack_pairs(pairs_of(shapes)).stream
+    with Products() as products, torch.no_grad():
+        small_model(config).trunk(stream)
+    attention = forward_flops(config, shapes, at_ends=True) - products.total
     for recompute, forwards in (("none", 3), ("selective", 3), ("full", 4)):
         recipe = Recipe("streamed", recompute=recompute)
         model, optimizer = small_model(config), AdamW()

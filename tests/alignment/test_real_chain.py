@@ -47,7 +47,7 @@ def test_a_policy_learns_to_let_people_speak(tmp_path):
             input=path,
             output=str(tmp_path / output),
             samples=count,
-            max_new_tokens=64,
+            max_new_tokens=100,
             max_length=32,
             batch_size=96,
         )

@@ -197,9 +197,8 @@ def test_impossible_worlds_are_refused(wrong):
 def test_demo_reaches_what_one_shared_reward_can_reach(tmp_path, capsys, monkeypatch):
     """Both methods close at least 70% of the gap between 50% and the best single rule.
 
-    XXX
+    That is a mean over annotators: the standard error of 5 x 285 test pairs is 5% of the gap.
     """
-
     of_demo = demo.training
 
     def training(*arguments):

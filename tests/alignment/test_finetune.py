@@ -94,8 +94,14 @@ def test_steps_are_those_of_torch(transformers, tmp_path):
     assert [line["loss"] for line in log] == pytest.approx(losses, rel=1e-4)
 
 
-@pytest.mark.parametrize("tied", slow_but([True], [True, False]))
-@pytest.mark.parametrize("family", slow_but(["gpt_neox", "gemma3_text"], SIZES))
+@pytest.mark.parametrize(
+    "family, tied",
+    [
+        ("gpt_neox", True),
+        ("gemma3_text", True),
+        *(pytest.param(family, False, marks=pytest.mark.slow) for family in SIZES),
+    ],
+)
 def test_transformers_opens_it_with_equal_logits(transformers, tmp_path, family, tied):
     theirs = reference_model(family, head="ForCausalLM", tie_word_embeddings=tied)
     write_checkpoint(theirs, tmp_path / "model")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from minimore.data.world import World
 from minimore.model.tensors import write_tensors
 
-KILLS = int(os.environ.get("MINIMORE_KILLS", 3))
+KILLS = int(os.environ.get("MINIMORE_KILLS", 2))
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,23 @@ from minimore.train import train
 
 torch.set_num_threads(1)
 
+# The files that take longest, of about 10 to 90 seconds each.
+LONGEST = (
+    *("test_tutorials.py", "test_engine.py", "test_resume.py", "test_figure7.py"),
+    *("test_reproduce.py", "test_trunk.py", "test_look.py", "test_distributed.py"),
+    *("test_best.py", "test_world.py", "test_policies.py", "test_language.py"),
+    *("test_finetune.py", "test_power_cut.py", "test_flips.py", "test_uncertainty.py"),
+    *("test_cli.py", "test_get.py", "test_generate.py", "test_endpoint.py", "test_run.py"),
+)
+
 ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that none of them is left alone in the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,10 @@ import warnings
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["minimore.cli"])
+# Several processes that train as one import the other two, each of them for a second.
+FORKS.set_forkserver_preload(
+    ["minimore.cli", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+)
 
 
 class Command:

@@ -1,10 +1,13 @@
 """What several tests share: small trainings and what must be equal of two, marks of parameters."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from processes import run_to_the_end
 
+from minimore.lab import grid
+from minimore.lab.policies import QUICK, Fitting
 from minimore.train import TrainOptions
 
 
@@ -43,6 +46,24 @@ def content(run):
             for name in ("config.json", "tokenizer_config.json", "checksums.json")
         ],
     )
+
+
+# The quick cut of figure7 and table1, smaller: policies that have barely learned the world's words.
+SMALL_DESIGN = replace(
+    QUICK,
+    base=Fitting(40, 8, 1e-2),
+    tuning=Fitting(4, 10, 2e-3),
+    prompts=40,
+    curve_prompts=8,
+    curve_samples=8,
+    test_prompts=20,
+    preferred=4,
+)
+
+
+def use_small_design(patch=None):
+    """Let --quick mean the small design, in this process or as long as a patch lasts."""
+    (patch or pytest.MonkeyPatch()).setattr(grid, "QUICK", SMALL_DESIGN)
 
 
 RECIPES = {

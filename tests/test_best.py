@@ -126,6 +126,7 @@ def test_what_a_run_says_of_its_best(whole):
     ]
 
 
+@pytest.mark.slow
 def test_a_moved_best_is_evaluated_and_scored_as_the_run_would_be(world, whole, tmp_path, capsys):
     moved = Path(shutil.copytree(whole / "best", tmp_path / "moved"))
     assert ReadingOptions(model=str(moved)).rules(Checkpoint(str(moved))).max_length == 100
@@ -140,6 +141,7 @@ def test_a_moved_best_is_evaluated_and_scored_as_the_run_would_be(world, whole, 
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_where_the_last_step_is_the_best_both_are_the_same_model(
     world, tmp_path, monkeypatch, capsys, dtype
@@ -193,6 +195,7 @@ def resumed(world, run):
     return train(options(world, run, resume=True, **OVERFITTING))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_best_of_the_whole_run(world, whole, cut, tmp_path, monkeypatch):
     """Its mutant: a resume that forgets the best so far ends with another one."""
     run, _ = cut
@@ -234,6 +237,7 @@ def test_the_best_of_every_kept_checkpoint_is_kept(world, tmp_path, monkeypatch)
     assert bests == [best_named_by(before_last)] == [best_named_by(last)]
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_that_was_removed_is_said(world, cut, capsys):
     run, best = cut
     shutil.rmtree(run / f"checkpoint-{best}")
@@ -249,6 +253,7 @@ ODD = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ODD)
 def test_a_state_with_an_odd_best_is_refused(world, cut, value):
     run, _ = cut
@@ -260,6 +265,7 @@ def test_a_state_with_an_odd_best_is_refused(world, cut, value):
         resumed(world, run)
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_that_is_damaged_is_refused_in_the_end(world, cut, capsys):
     run, best = cut
     path = run / f"checkpoint-{best}" / "model.safetensors"
@@ -296,7 +302,7 @@ def test_a_power_cut_at_any_moment_loses_no_best(world, tmp_path, monkeypatch):
                 step = json.loads(data)["best"]["step"]
                 assert f"run/checkpoint-{step}/state.json" in state
     is_all = os.environ.get("MINIMORE_POWER_CUTS") == "all"
-    for count, state in enumerate(disk.states[:: 1 if is_all else -len(disk.states) // 5]):
+    for count, state in enumerate(disk.states[:: 1 if is_all else -len(disk.states) // 3]):
         after = restore(state, tmp_path / f"after-{count}")
         assert train(options(world, after / "run", resume=True, **SHORT)) == 0
         assert everything(after / "run") == expected
@@ -310,7 +316,7 @@ KILLS = int(os.environ.get("MINIMORE_KILLS", 2))
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_has_the_same_best(world, tmp_path):
     """SIGKILL, whatever is going on. MINIMORE_KILLS=50 makes it longer."""
-    changes = OVERFITTING | {"eval_steps": 1, "save_steps": 1}
+    changes = SHORT | {"eval_steps": 1, "save_steps": 1}
     random, run, killed = np.random.default_rng(0), tmp_path / "run", 0
     began = time.monotonic()
     run_command(options(world, tmp_path / "whole", **changes))
@@ -347,6 +353,7 @@ def test_what_cannot_be_validated_is_refused(world, tmp_path, said):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_other_held_out_pairs_are_other_data(world, cut, tmp_path):
     """A change of what is held out only is noticed, since it changes what the best is."""
     run, _ = cut
@@ -366,6 +373,7 @@ def test_other_held_out_pairs_are_other_data(world, cut, tmp_path):
         path.write_text(original)
 
 
+@pytest.mark.slow
 def test_without_validation_nothing_changes(world, tmp_path):
     """A run without the new options writes none of the new files."""
     assert train(all_options(world, tmp_path / "run", eval_steps=5)) == 0

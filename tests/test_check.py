@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import edit_json, write_checkpoint
 from reference import SIZES, reference_model
+from runs import slow_but
 from safetensors.torch import load_file, save_file
 
 import minimore.check
@@ -42,7 +43,7 @@ def learned(tmp_path_factory):
         example_ids(checkpoint)["paragraph"],
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(150):
+    for _ in range(90):
         token_losses(model, ids).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -81,6 +82,7 @@ def test_what_has_learned_the_paragraph_reads_it_and_is_lost_in_its_words(
     assert found["language"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -117,7 +119,7 @@ def test_an_untrained_model_is_said_to_be_one(transformers, tmp_path, capsys):
 # ---- figures -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("family", slow_but(["gpt_neox", "gemma3_text"], SIZES))
 def test_hidden_states_agree_with_transformers(transformers, tmp_path, family, capsys):
     theirs = reference_model(family, head="ForCausalLM", max_position_embeddings=900)
     write_checkpoint(theirs, tmp_path / "model")
@@ -144,6 +146,7 @@ def test_a_difference_is_an_error(transformers, golden, tmp_path, monkeypatch, c
     assert "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_token_ids_are_said(transformers, golden, tmp_path, monkeypatch, capsys):
     theirs = minimore.check.transformers_states
     other_ids = {}

@@ -412,6 +412,7 @@ def test_a_disk_that_fills_ends_in_one_line_and_leaves_nothing(run, tmp_path, ca
     assert [p.name for p in tmp_path.iterdir()] == ["good.jsonl"]
 
 
+@pytest.mark.slow
 def test_the_kernel_refuses_to_write_and_nothing_is_left(run, tmp_path, capsys):
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

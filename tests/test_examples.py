@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDENS, ROOT, edit_json
+from conftest import GOLDENS, edit_json
+from processes import Command
 
 from minimore.cli import main
 
@@ -45,13 +44,13 @@ def test_messages_show_other_scripts_as_they_are(tmp_path, capsys):
     assert '"prompt" is ["你好"]' in line
 
 
+def print_to_full():
+    """Let this process print to a full device."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_device_behind_stdout_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "minimore", "plan", "--model", str(GOLDENS / "llama")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment
-        )
-    assert ended.returncode == 2
-    assert ended.stderr.count("\n") == 1 and "No space left on device" in ended.stderr
+    command = Command(["plan", "--model", GOLDENS / "llama"], tmp_path, before=print_to_full)
+    assert command.wait() == 2
+    assert command.error.count("\n") == 1 and "No space left on device" in command.error

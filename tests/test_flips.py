@@ -9,16 +9,17 @@ import random
 import shutil
 
 import pytest
-from runs import content, options
+from runs import content, options, use_small_design
 
 import minimore.training as training
 from minimore.cli import main
+from minimore.figures import plots
 from minimore.lab import testbed
 from minimore.lab.features import load_features
 from minimore.options import InputError
 from minimore.train import train
 
-FLIPS = int(os.environ.get("MINIMORE_FLIPS", 24))
+FLIPS = int(os.environ.get("MINIMORE_FLIPS", 16))
 # What nobody reads again: a log of a finished run, a model card, what the machine was.
 NOT_READ = {"metrics.jsonl", "README.md", "environment.json", "evaluation.json"}
 
@@ -118,8 +119,10 @@ GRIDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GRIDS)
-def test_a_grid(tmp_path, name, capsys):
+def test_a_grid(tmp_path, name, capsys, monkeypatch):
     """The same command makes the same report again, or refuses; it trains again what is lost."""
+    use_small_design(monkeypatch)
+    monkeypatch.setattr(plots, "available", lambda: False)
     grid, whole = tmp_path / "grid", tmp_path / "whole"
 
     def report():

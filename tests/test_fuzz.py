@@ -1,6 +1,6 @@
 """Thousands of damaged inputs: never a traceback, never a leftover.
 
-MINIMORE_FUZZ=10000 sets their number (default 400).
+MINIMORE_FUZZ=10000 sets their number (default 200).
 """
 
 import json
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from minimore.cli import main
 from minimore.model.sandbox import peak_memory
 
-COUNT = int(os.environ.get("MINIMORE_FUZZ", 400))
+COUNT = int(os.environ.get("MINIMORE_FUZZ", 200))
 PAIRS = [
     {"prompt": "\n\nHuman: What is 1 + 1?\n\nAssistant:", "chosen": " 2", "rejected": " three"},
     {"text": ["a", "b", "c"], "score": [1, 2.5, 1]},
@@ -198,10 +198,10 @@ VERBS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_damaged_inputs_end_in_one_line(part, models, tmp_path, capsys):
     chance, codes, model, damaged = random.Random(part), {}, tmp_path / "model", set()
-    for case in range(COUNT // 4):
+    for case in range(COUNT // 2):
         shutil.rmtree(model, ignore_errors=True)
         shutil.copytree(models[case % len(models)], model)
         pairs = tmp_path / "pairs.jsonl"

@@ -176,6 +176,7 @@ def test_special_rows():
             min_norm_weights(bad)
 
 
+@pytest.mark.slow
 def test_frank_wolfe_approaches_the_solution():
     plain = [G for kind, G in zoo() if kind == "plain"]
     for G in plain[::2]:  # every K and every D, but not every two of them

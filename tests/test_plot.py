@@ -163,6 +163,7 @@ def test_a_damaged_log_is_refused_in_one_line(run, capsys, said):
     assert not list(run.glob("training.*"))
 
 
+@pytest.mark.slow
 def test_no_mutated_log_is_a_traceback(run):
     chance, log = random.Random(0), run / "metrics.jsonl"
     whole = b"".join(log.read_bytes().splitlines(keepends=True)[8:11])
@@ -189,11 +190,12 @@ def test_no_mutated_log_is_a_traceback(run):
 @pytest.mark.slow
 def test_a_page_has_the_same_bytes_again_and_no_date(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    run = write_run(tmp_path / "run", some_records(40, names=("ana",)))
+    run = write_run(tmp_path / "run", map(policy_record, range(1, 5)))
+    for suffix in ("png", "svg"):
+        (run / f"training.{suffix}").write_text("an older page, which is drawn anew")
     assert main(["plot", str(run)]) == 0
     assert capsys.readouterr().out == f"figure: {run}/training.png and {run}/training.svg\n"
     assert main(["plot", str(run), "--output", str(tmp_path / "page.1")]) == 0
-    assert main(["plot", str(run)]) == 0  # anew
     for suffix in ("png", "svg"):
         first = (run / f"training.{suffix}").read_bytes()
         assert first == (tmp_path / f"page.1.{suffix}").read_bytes()
@@ -213,6 +215,7 @@ def words_of(runs, output):
     return ["".join(node.itertext()) for node in tree.iter() if node.tag.endswith("}text")]
 
 
+@pytest.mark.slow
 def test_the_page_of_one_run_says_what_is_what(run, tmp_path):
     words = words_of([run], tmp_path / "page")
     for said in (
@@ -226,14 +229,15 @@ def test_the_page_of_one_run_says_what_is_what(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_of_several_runs_names_each_and_what_one_lacks(run, tmp_path, capsys):
+def test_the_page_of_several_runs_names_each_and_what_one_lacks(tmp_path, capsys):
+    run = write_run(tmp_path / "run", some_records(20, ("ana", "ben")))
     other = write_run(tmp_path / "o$t_h$er", (record_of(s, ("ana", "dov")) for s in range(1, 9)))
     words = words_of([run, other], tmp_path / "page")
     assert f"{other}"[-8:] in "".join(words) and "best step by validation" in words
-    assert {"ana", "ben", "cleo", "dov"} <= set(words)
+    assert {"ana", "ben", "dov"} <= set(words)
     said = capsys.readouterr().out
     assert f"{run}: has no source dov, which other runs have" in said
-    assert f"{other}: has no source ben, cleo, which other runs have" in said
+    assert f"{other}: has no source ben, which other runs have" in said
 
 
 def test_what_nobody_logged_has_no_panel(tmp_path):

@@ -62,7 +62,7 @@ def test_a_training(world, tmp_path, monkeypatch, name, recipe):
     expected, files = content(whole), files_of(whole)
     assert len(disk.states) > 100
     assert lasting(disk) == files
-    for number, state in enumerate(some_of(disk.states, 12)):
+    for number, state in enumerate(some_of(disk.states, 6)):
         after = restore(state, tmp_path / f"after-{number}")
         run = run_in(after, resume=True)
         assert content(run) == expected
@@ -73,6 +73,7 @@ def test_a_training(world, tmp_path, monkeypatch, name, recipe):
         shutil.rmtree(after)
 
 
+@pytest.mark.slow
 def test_features(world, tmp_path, monkeypatch):
     directory, paths = world
 
@@ -92,7 +93,7 @@ def test_features(world, tmp_path, monkeypatch):
         disk = Disk(root, patch)
         expected = run_in(root)
     assert lasting(disk) == expected
-    for number, state in enumerate(some_of(disk.states, 8)):
+    for number, state in enumerate(some_of(disk.states, 5)):
         after = restore(state, tmp_path / f"after-{number}")
         if "states/features.json" in state:
             assert files_of(after / "states") == expected
@@ -114,7 +115,7 @@ def test_a_grid(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         disk = Disk(root, patch)
         expected = run_in(root)
-    for number, state in enumerate(some_of(disk.states, 5)):
+    for number, state in enumerate(some_of(disk.states, 3)):
         # A grid knows its own place, so it continues there.
         root.rename(tmp_path / f"before-{number}")
         assert run_in(restore(state, root)) == expected

@@ -11,14 +11,24 @@ from runs import command, content, options, unfinished
 import minimore.training as training
 from minimore.checksums import read_checked_json, write_checked_json
 from minimore.cli import main
+from minimore.data.world import World
 from minimore.options import InputError
 from minimore.run import Lock
 from minimore.train import train
 
+SHORT = {"batch_size": 4, "save_steps": 1}  # two steps in the small world
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A world of two annotators with four pairs each."""
+    directory = tmp_path_factory.mktemp("small")
+    small_world = World(annotators=("ana", "ben"), train_pairs=(4,), test_pairs=4)
+    return directory, small_world.write(directory)
+
 
 @pytest.mark.slow
-def test_every_rename_that_fails_is_survived(world, tmp_path, monkeypatch, capsys):
-    short = dict(pairs_per_source=4, save_steps=1)
+def test_every_rename_that_fails_is_survived(small, tmp_path, monkeypatch, capsys):
     real, calls, broken = os.replace, [], None
 
     def replace(*arguments):
@@ -28,31 +38,30 @@ def test_every_rename_that_fails_is_survived(world, tmp_path, monkeypatch, capsy
         return real(*arguments)
 
     monkeypatch.setattr("os.replace", replace)
-    assert train(options(world, tmp_path / "whole", **short)) == 0
+    assert train(options(small, tmp_path / "whole", **SHORT)) == 0
     most = len(calls)
     assert most > 15
     for broken in range(1, most + 1):
         run = tmp_path / str(broken)
         calls.clear()
         with pytest.raises(OSError, match="No space left"):
-            train(options(world, run, **short))
+            train(options(small, run, **SHORT))
         assert (unfinished(run) or broken == most) and all(
             {"state.json", "config.json", "model.safetensors"} <= {p.name for p in c.iterdir()}
             for c in training.checkpoints(run)
         )
-        assert train(options(world, run, resume=True, **short)) == 0
+        assert train(options(small, run, resume=True, **SHORT)) == 0
         assert content(run) == content(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_leaves_nothing_that_looks_finished(world, tmp_path, capsys):
+def test_a_disk_that_fills_leaves_nothing_that_looks_finished(small, tmp_path, capsys):
     """The kernel refuses to write past a limit, as a full disk does, to every file in turn."""
     resource = pytest.importorskip("resource")
-    short = {"pairs_per_source": 4, "save_steps": 1}
     limits_before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert train(options(world, tmp_path / "whole", **short)) == 0
+    assert train(options(small, tmp_path / "whole", **SHORT)) == 0
     sizes = sorted({path.stat().st_size for path in (tmp_path / "whole").iterdir()})
-    words = command(options(world, tmp_path / "run", **short))
+    words = command(options(small, tmp_path / "run", **SHORT))
     capsys.readouterr()
     for limit in sorted({0, 100, *(size - 1 for size in sizes), sizes[-1] + 5000}):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)

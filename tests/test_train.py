@@ -162,7 +162,7 @@ def test_metrics_say_what_happened(world, tmp_path):
 
 @pytest.mark.slow
 def test_loss_falls_on_the_training_pairs(world, tmp_path):
-    train(options(world, tmp_path / "run", epochs=20, learning_rate=3e-3, schedule="constant"))
+    train(options(world, tmp_path / "run", epochs=12, learning_rate=4e-3, schedule="constant"))
     losses = [s["loss"] for s in content(tmp_path / "run")[2]]
     assert np.mean(losses[-10:]) < 0.3 < 0.6 < np.mean(losses[:3])
 

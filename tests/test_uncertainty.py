@@ -9,6 +9,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
+from runs import slow_but
 
 from minimore.calibration import (
     accuracy,
@@ -68,7 +69,7 @@ def test_the_floor_of_certain_margins_is_zero_and_of_none_a_coin():
     )
 
 
-@pytest.mark.parametrize("count", [133, 500])
+@pytest.mark.parametrize("count", slow_but([133], [133, 500]))
 def test_calibrated_models_are_seldom_called_miscalibrated(count):
     random = np.random.default_rng(1)
     alarms = [
@@ -88,7 +89,6 @@ def test_calibrated_models_are_seldom_called_miscalibrated(count):
         (133, 3.0),
         pytest.param(500, 0.4, marks=pytest.mark.slow),
         pytest.param(500, 2.0, marks=pytest.mark.slow),
-        pytest.param(1000, 2.0, marks=pytest.mark.slow),
     ],
 )
 def test_intervals_cover(count, confidence):
@@ -128,7 +128,7 @@ def test_intervals_by_prompt_cover_where_intervals_by_pair_do_not():
     assert covered["prompt"] > 0.90 and covered["pair"] < 0.80, covered
 
 
-@pytest.mark.parametrize("prompts, each", [(20, 36), (6, 100)])
+@pytest.mark.parametrize("prompts, each", [(20, 36), pytest.param(6, 100, marks=pytest.mark.slow)])
 def test_prompts_whose_pairs_go_together_do_not_raise_false_alarms(prompts, each):
     """Calibrated on the whole, but the outcomes of one prompt's pairs are drawn together.
 
@@ -146,6 +146,7 @@ def test_prompts_whose_pairs_go_together_do_not_raise_false_alarms(prompts, each
     assert alarms["prompt"] <= 12 and alarms["pair"] > 2 * alarms["prompt"]
 
 
+@pytest.mark.slow
 def test_debiasing_takes_off_what_noise_adds():
     random = np.random.default_rng(4)
     for confidence in (2.0, 0.4):
@@ -175,6 +176,7 @@ def test_paired_differences():
         difference_intervals(m, m[1:])
 
 
+@pytest.mark.slow
 def test_eces_within_the_floor_are_not_ranked():
     floor = Floor(0.06, 0.1)
     assert not may_rank(Interval(0.05, 0.01, 0.09), (0.11, 0.05), (floor, floor))

@@ -129,6 +129,7 @@ def after_steps(recipe, method, scope, smoothing):
     return torch.cat(values), result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, scope",
     [("more", "step"), ("more", "group"), ("proportional", "step"), ("uniform", "step")],
@@ -193,6 +194,7 @@ def fitted(counts, targets):
     return (counts @ head).detach().numpy()
 
 
+@pytest.mark.slow
 def test_soft_targets_recover_known_shares(crowd):
     """Exactly from exact shares; within noise from four votes, where majorities exaggerate."""
     counts, shares, true = crowd
@@ -206,6 +208,7 @@ def test_soft_targets_recover_known_shares(crowd):
     assert 0.9 < slope[0] < 1.1 and slope[1] > 1.4
 
 
+@pytest.mark.slow
 def test_four_votes_halve_the_interval_of_the_calibration_error(crowd):
     """Half is the limit: what differs from pair to pair stays, where a model is not calibrated."""
     _, _, true = crowd
@@ -272,6 +275,7 @@ def test_training_and_evaluation_use_votes(voted, tmp_path, capsys):
     assert len(set(losses.values())) == 5
 
 
+@pytest.mark.slow
 def test_a_run_on_votes_continues_to_the_same_bytes(voted, tmp_path, monkeypatch):
     run = partial(options, voted, save_steps=2, pair_weights=True, pair_margins=True)
     assert train(run(tmp_path / "whole")) == 0
@@ -282,6 +286,7 @@ def test_a_run_on_votes_continues_to_the_same_bytes(voted, tmp_path, monkeypatch
     assert content(tmp_path / "whole") == content(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_a_field_makes_sources_of_training_plan_and_evaluation(voted, tmp_path, capsys):
     home, paths = voted
     run = options(voted, tmp_path / "run", source_field="rater", batch_size=8)

@@ -96,7 +96,7 @@ def shares(parts):
 # of capacity. Train one on Ana's pairs alone. Eq. 4 says r = r* + drift, so both slopes should be
 # near her decisiveness, 2, and the shares should be near a half each.
 
-options = ProbeOptions(features="", epochs=6, batch_size=80, learning_rate=0.1)
+options = ProbeOptions(features="", epochs=6, batch_size=200, learning_rate=0.25)
 head_of_ana, _ = train_head(train[:1], "uniform", options, seed=0)
 ana = world.decompose(test @ head_of_ana.numpy(), test_pairs)
 print(f"\nAna's model:      slope of r* {ana.shared:.2f}, of her drift {ana.drift[0]:.2f}")

@@ -53,7 +53,7 @@ def labelled_differences(random, world, k, count):
 def options(epochs):
     """How a head is trained."""
     return ProbeOptions(
-        features="", epochs=epochs, batch_size=80, pairs_per_source=1500, learning_rate=0.03
+        features="", epochs=epochs, batch_size=240, pairs_per_source=1500, learning_rate=0.06
     )
 
 

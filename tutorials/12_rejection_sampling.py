@@ -7,7 +7,7 @@ You will see  the paper's second half on a laptop: a policy, its samples, a rewa
               selects, fine-tuning on what was selected, and a judge who knows the truth; the same
               with a random choice; and the same reward model made four times as confident, which
               changes its ECE a lot, and not one byte of what comes out.
-Takes         about 50 seconds on a laptop CPU.
+Takes         about 15 seconds on a laptop CPU.
 
 Every step is a command of `minimore`, called from Python here; each is shown above its cell.
 """
@@ -46,14 +46,14 @@ def lines_of(path):
 
 
 # %% A world, and a policy that writes like its people
-# Three annotators share most of their taste. Each has labelled 600 pairs of responses, and every
+# Three annotators share most of their taste. Each has labelled 300 pairs of responses, and every
 # response is 14 words. The policy first learns all responses, chosen and rejected alike, so that
 # it writes the way the people of this world write: well and badly.
 #
 #     minimore align finetune --model world/model --responses all --output base \
-#       --input world/data/ana.train.jsonl --input ... --learning-rate 3e-3 --epochs 4
+#       --input world/data/ana.train.jsonl --input ... --learning-rate 3e-3 --epochs 3
 
-world = World(annotators=("ana", "ben", "cleo"), train_pairs=(600,), test_pairs=300)
+world = World(annotators=("ana", "ben", "cleo"), train_pairs=(300,), test_pairs=150)
 paths = world.write(home / "world")
 train_files = tuple(str(train_path) for train_path, _ in paths.values())
 
@@ -65,7 +65,7 @@ def tune(policy, files, output, **options):
     quietly(lambda **all_options: finetune(FinetuneOptions(**all_options)), **settings | options)
 
 
-tune("world/model", train_files, "base", responses="all", learning_rate=3e-3, epochs=4)
+tune("world/model", train_files, "base", responses="all", learning_rate=3e-3, epochs=3)
 first, *_, last = lines_of(home / "base" / "metrics.jsonl")
 # A word is one of 40, all equally likely, and the end is sure: a loss of 14/15 log 40 = 3.44.
 print(f"loss of a token: {first['loss']:.2f} at first, {last['loss']:.2f} at last")
@@ -79,7 +79,8 @@ train_options = TrainOptions(
     output=str(home / "reward"),
     method="uniform",
     learning_rate=3e-3,
-    epochs=5,
+    batch_size=45,
+    epochs=3,
     max_length=64,
     log_steps=1000,
 )
@@ -127,14 +128,14 @@ print(f"\n{table}")
 # %% The policy learns what was selected
 #     minimore align finetune --model base --input best.jsonl --output tuned
 #
-# 600 responses, seen twice. The control learns the randomly chosen ones, with the same steps: what
+# 300 responses, seen twice. The control learns the randomly chosen ones, with the same steps: what
 # it gains is what fine-tuning alone gains.
 
 for name in ("best", "random"):
     tune("base", (str(home / f"{name}.jsonl"),), f"on-{name}", learning_rate=1e-3, epochs=2)
 
 # %% A judge who knows
-# Both policies answer 300 prompts that nobody has seen.
+# Both policies answer 150 prompts that nobody has seen.
 #
 #     minimore align compare --judge world:world --input best.jsonl --other random.jsonl
 

@@ -1,17 +1,15 @@
 """An endpoint as a judge, against a local server that speaks the chat completions protocol."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from processes import Command
 
 import minimore.alignment.endpoint as endpoint
 from minimore.alignment.answers import Answers, question_hash
@@ -417,15 +415,14 @@ def test_a_killed_command_goes_on(serve, deadly):
 
     def reply(texts, n):
         if n == deadly:
-            os.kill(process[0].pid, signal.SIGKILL)
+            process[0].signal(signal.SIGKILL)
             died.set()
         return longest(texts, n)
 
     server = serve(reply)
-    words = [sys.executable, "-m", "minimore", *command(server.url)]
-    process.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    process[0].communicate(timeout=60)
-    assert died.is_set() and process[0].returncode == -signal.SIGKILL
+    key = {"MINIMORE_API_KEY": KEY, "no_proxy": "*"}
+    process.append(Command(command(server.url), Path.cwd(), variables=key))
+    assert process[0].wait(60) == -signal.SIGKILL and died.is_set()
     report = compared(server.url)
     assert report["counts"]["stored_answers"] == deadly - 1
     assert len(server.requests) == 12 + 1

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import edit_json, write_checkpoint
 from power_cut import Disk, restore
 from reference import SIZES, reference_model
-from runs import RECIPES
+from runs import RECIPES, slow_but
 from safetensors.torch import load_file, save_file
 
 import minimore.training as training
@@ -94,8 +94,14 @@ def test_steps_are_those_of_torch(transformers, tmp_path):
     assert [line["loss"] for line in log] == pytest.approx(losses, rel=1e-4)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize(
+    "family, tied",
+    [
+        ("gpt_neox", True),
+        ("gemma3_text", True),
+        *(pytest.param(family, False, marks=pytest.mark.slow) for family in SIZES),
+    ],
+)
 def test_transformers_opens_it_with_equal_logits(transformers, tmp_path, family, tied):
     theirs = reference_model(family, head="ForCausalLM", tie_word_embeddings=tied)
     write_checkpoint(theirs, tmp_path / "model")
@@ -118,6 +124,7 @@ def test_transformers_opens_it_with_equal_logits(transformers, tmp_path, family,
     assert (logits - before).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored, saved", [(None, 2), (2, 2), ([5, 2], [5, 2]), (5, [2, 5])])
 def test_transformers_stops_at_the_end_that_is_learned(transformers, tmp_path, stored, saved):
     """The tokenizer names </s>, which has the id 2; config.json may name another, or none."""
@@ -181,9 +188,7 @@ def test_the_work_of_many_epochs_is_that_of_some(home):
 # ---- what survives a kill ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES)]
-)
+@pytest.mark.parametrize("name", slow_but(["plain"], ["plain", "offloaded", "lossy"]))
 def test_a_crashed_run_resumes_bitwise(home, tmp_path, name, monkeypatch):
     changes = RECIPES.get(name, {}) | {"save_steps": 3}
     assert finetune(options(home, tmp_path / "whole", **changes)) == 0
@@ -216,7 +221,7 @@ def test_a_power_cut_loses_nothing(home, tmp_path, monkeypatch):
         disk = Disk(root, patch)
         assert finetune(options(home, root / "run", save_steps=4)) == 0
     expected = content(root / "run")
-    for number, state in enumerate(disk.states[:: -(-len(disk.states) // 10)]):
+    for number, state in enumerate(disk.states[:: -(-len(disk.states) // 4)]):
         after = restore(state, tmp_path / f"after-{number}")
         assert finetune(options(home, after / "run", save_steps=4, resume=True)) == 0
         assert content(after / "run") == expected

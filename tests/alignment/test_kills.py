@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from minimore.data.world import World
 from minimore.model.tensors import write_tensors
 
-KILLS = int(os.environ.get("MINIMORE_KILLS", 4))
+KILLS = int(os.environ.get("MINIMORE_KILLS", 2))
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A policy and a reward model with random weights, pairs, and samples to select from."""
     home = tmp_path_factory.mktemp("home")
-    World(annotators=("ana", "ben"), train_pairs=(240,), test_pairs=5).write(home)
+    World(annotators=("ana", "ben"), train_pairs=(90,), test_pairs=5).write(home)
     (home / "reward").mkdir()
     for path in (home / "model").iterdir():
         shutil.copy(path, home / "reward")

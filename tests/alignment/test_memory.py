@@ -47,6 +47,7 @@ def perplexity(model, targets):
     response_losses(model, items(targets))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("work", [*map(step, ENGINES), perplexity], ids=[*ENGINES, "perplexity"])
 def test_more_targets_take_no_more_memory_for_the_vocabulary(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import edit_json, write_checkpoint
 from reference import SIZES, reference_model, reference_texts
+from runs import slow_but
 from safetensors.torch import load_file, save_file
 
 from minimore.alignment.policy import LanguageModel, require_language_model, token_losses
@@ -20,7 +21,7 @@ def language_model(checkpoint):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("family", slow_but(["gpt_neox", "gemma3_text"], SIZES))
 @torch.no_grad()
 def test_logits_and_losses_are_those_of_transformers(transformers, tmp_path, family, tied):
     theirs = reference_model(family, head="ForCausalLM", tie_word_embeddings=tied)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from runs import slow_but
 
 from minimore.alignment.portions import alone, begin_or_continue
 from minimore.checksums import checksum
@@ -32,7 +33,7 @@ def test_every_line_holds_the_checksum_of_all_before_it(path):
         assert line.startswith(so_far.encode()) and json.loads(text) == value
 
 
-@pytest.mark.parametrize("portion", [1, 3])
+@pytest.mark.parametrize("portion", slow_but([3], [1, 3]))
 def test_a_file_cut_at_every_byte_is_continued_to_the_same_bytes(path, portion):
     whole = write(path)
     for end in range(len(whole)):

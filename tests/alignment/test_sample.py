@@ -107,6 +107,7 @@ def test_prompts_of_pairs_and_messages(policy, tmp_path):
     assert prompts == ["\n\nHuman: q\n\nAssistant:", "r"]  # the first three are one prompt
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_and_ends_the_same(policy, tmp_path, monkeypatch, capsys):
     assert main(command(policy, tmp_path / "whole")) == 0
     real, calls = sampling.generate, []
@@ -135,6 +136,7 @@ def test_a_killed_command_goes_on_and_ends_the_same(policy, tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "edit",
     [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import GOLDENS
 from power_cut import Disk, restore
+from runs import slow_but
 
 import minimore.alignment.selection as selection
 from minimore.alignment.selection import combined, on_one_scale, random_place
@@ -98,6 +99,7 @@ def test_best_is_what_score_best_keeps(tmp_path):
     assert chosen == read(tmp_path / "scored")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pessimism", [0, 0.7, 1])
 def test_two_models_choose_as_a_naive_loop_does(tmp_path, pessimism):
     records = samples()
@@ -210,7 +212,7 @@ def uniform():
     ]
 
 
-@pytest.mark.parametrize("n", [1, 4, 16])
+@pytest.mark.parametrize("n", slow_but([4], [1, 4, 16]))
 def test_best_of_n_is_the_order_statistic(tmp_path, monkeypatch, uniform, n):
     """Of n uniform rewards the i-th highest has the mean (n + 1 - i) / (n + 1)."""
     monkeypatch.setattr(selection, "Scorer", KnownRewards)

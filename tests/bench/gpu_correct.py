@@ -149,7 +149,11 @@ def model_checks():
     """Features and gradients in every type against float64 on the CPU."""
     tiny = {"gpt_neox": TINY_NEOX, "llama": TINY_LLAMA, "gemma3": TINY_GEMMA3}
     for family, config in tiny.items():
-        pairs = random_pairs(20, config.vocabulary, 60 if CUDA else 30)
+        pairs = (
+            random_pairs(20, config.vocabulary, 60)
+            if CUDA
+            else random_pairs(5, config.vocabulary, 30)
+        )
         exact = small_model(config, torch.float64, "cpu")
         features, gradients = (
             features_of(exact, pairs, True),
@@ -184,7 +188,11 @@ def after_steps(config, recipe, pairs, dtype=torch.float32):
 
 def engine_checks():
     """Streamed steps against plain ones in fp32; what is offloaded against what is not."""
-    pairs = random_pairs(20, TINY_NEOX.vocabulary, 60 if CUDA else 30)
+    pairs = (
+        random_pairs(20, TINY_NEOX.vocabulary, 60)
+        if CUDA
+        else random_pairs(5, TINY_NEOX.vocabulary, 30)
+    )
     before = torch.cat([p.detach().flatten().cpu() for p in small_model(TINY_NEOX).parameters()])
     plain = after_steps(TINY_NEOX, Recipe(), pairs)
     for recompute in RECOMPUTE:

@@ -86,12 +86,13 @@ def gradients_of(model, items, recipe):
 def gradient_checks():
     """Gradients of the language loss in every engine against float64 on the CPU."""
     for family, config in {"gpt_neox": TINY_NEOX, "llama": TINY_LLAMA}.items():
-        items = random_items(12, config.vocabulary, 20, 30)
+        items = random_items(12 if CUDA else 5, config.vocabulary, 20, 30)
         for tied in (False, True):
             exact = small_policy(config, tied, torch.float64, "cpu")
             expected = gradients_of(exact, items, Recipe())
             for recipe in (Recipe(), Recipe("streamed", recompute="full", micro_tokens=300)):
-                for dtype, allowed in ((torch.float32, 1e-4), (DTYPE, 5e-2)):
+                for dtype in dict.fromkeys((torch.float32, DTYPE)):
+                    allowed = 1e-4 if dtype == torch.float32 else 5e-2
                     model = small_policy(config, tied, dtype)
                     error = relative(gradients_of(model, items, recipe), expected)
                     words = f"{family}, {'tied' if tied else 'untied'}, {recipe.engine}, {dtype}"
@@ -101,8 +102,9 @@ def gradient_checks():
 def writing_checks():
     """What is written on the GPU is what is written on the CPU, alone and in company."""
     for family, config in {"gpt_neox": TINY_NEOX, "llama": TINY_LLAMA}.items():
-        prompts = [item.prompt for item in random_items(9, config.vocabulary, 20, 2)]
-        greedy = Sampling(temperature=0, max_new_tokens=24)
+        count, tokens = (9, 24) if CUDA else (4, 8)
+        prompts = [item.prompt for item in random_items(count, config.vocabulary, 20, 2)]
+        greedy = Sampling(temperature=0, max_new_tokens=tokens)
         seeds = [[number, 100 + number] for number in range(len(prompts))]
         written = []
         for device in ("cpu", DEVICE):
@@ -111,7 +113,7 @@ def writing_checks():
             written.append([sample.tokens for sample in samples])
         different = sum(a != b for a, b in zip(*written))
         yield check(f"{family}: greedy texts that differ from the CPU's", different, 0)
-        sampling = Sampling(top_p=0.9, max_new_tokens=24)
+        sampling = Sampling(top_p=0.9, max_new_tokens=tokens)
         together = generate(model, prompts, seeds, sampling)
         alone = [
             sample.tokens
@@ -142,7 +144,8 @@ def large_policy(config, optimizer):
 def tuning(recipe):
     """A step of fine-tuning: tokens a second, share of the peak, memory against the plan."""
     config = config_of("Pythia-1.4B")
-    items = random_items(64 if CUDA else 8, config.vocabulary, 100 if CUDA else 8, 150)
+    count, prompt, response = (64, 100, 150) if CUDA else (5, 8, 12)
+    items = random_items(count, config.vocabulary, prompt, response)
     shapes = tuple((len(prompt), *map(len, responses)) for prompt, responses in items)
     work = Workload(shapes, 1, tokens_of(shapes), "untied")
     planned = memory_of(config, work, recipe, DTYPE.itemsize, CUDA)

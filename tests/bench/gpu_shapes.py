@@ -99,7 +99,7 @@ def random_pairs(count, vocabulary, unique=342):
 
 def step_pairs(vocabulary):
     """The pairs of one step that is measured: 80, of the mean length of five public sets."""
-    return random_pairs(80, vocabulary) if CUDA else random_pairs(10, vocabulary, 30)
+    return random_pairs(80, vocabulary) if CUDA else random_pairs(5, vocabulary, 30)
 
 
 def objective():

@@ -1,6 +1,6 @@
 """Damaged public files: refused in one line, or counts that add up; never a traceback.
 
-MINIMORE_FUZZ=20000 sets their number (default 400).
+MINIMORE_FUZZ=20000 sets their number (default 200).
 """
 
 import copy
@@ -10,7 +10,6 @@ import random
 
 import pytest
 from foreign import HELPSTEER, MESSAGES, ROWS, UKP
-from runs import slow_but
 from test_fuzz import damage_bytes, damage_value
 
 from minimore.cli import main
@@ -18,7 +17,7 @@ from minimore.data.foreign.shapes import shape_of
 from minimore.data.forms import record_pairs
 from minimore.data.records import read_records
 
-COUNT = int(os.environ.get("MINIMORE_FUZZ", 400))
+COUNT = int(os.environ.get("MINIMORE_FUZZ", 200))
 FILES = {
     **{f"{name}.jsonl": [row.record for row in rows] for name, rows in ROWS.items()},
     "oasst-messages.jsonl": MESSAGES,
@@ -85,10 +84,11 @@ def written(directory):
     return pairs, ties
 
 
-@pytest.mark.parametrize("part", slow_but([0], range(4)))
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(2))
 def test_damaged_files_are_refused_in_one_line_or_counted(part, tmp_path, capsys):
     chance, codes = random.Random(part), {0: 0, 2: 0}
-    for case in range(COUNT // 4):
+    for case in range(COUNT // 2):
         name = chance.choice(list(FILES))
         data = damaged(FILES[name], chance)
         path, output = tmp_path / name, tmp_path / f"out{case}"

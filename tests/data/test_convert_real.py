@@ -39,6 +39,7 @@ def normalised(name):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path, name, records, pairs, ties, left_out",
     [
@@ -56,6 +57,7 @@ def test_the_published_counts_and_pairs(path, name, records, pairs, ties, left_o
     assert len(by_taste[None]) == pairs and set(by_taste[None]) == normalised(name)
 
 
+@pytest.mark.slow
 def test_the_four_tastes_of_dsp():
     by_taste, tally = read("text-score/domain_specific_preference.test.json.gz")
     counts = dict(academy=2599, business=2600, entertainment=2614, literature=2615)
@@ -84,6 +86,7 @@ def ranked_pairs(message):
     return here.union(*map(ranked_pairs, replies))
 
 
+@pytest.mark.slow
 def test_trees_of_many_languages():
     by_taste, tally = read("oasst2/trees.jsonl.gz")
     total = tally.total()

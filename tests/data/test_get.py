@@ -21,6 +21,7 @@ import pytest
 from conftest import ROOT
 from foreign import ROWS
 from hub import COMMIT, Hub, git_name
+from runs import slow_but
 
 import minimore.data.public.get as get_module
 from minimore.checksums import read_checked_json
@@ -277,7 +278,7 @@ STEPS = ("fetch", "sha256_of", "put_in_place", "to_disk", "write_checked_json")
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("is_after", [False, True])
+@pytest.mark.parametrize("is_after", slow_but([False], [False, True]))
 def test_a_kill_at_any_step_leaves_nothing_that_looks_finished(serve, monkeypatch, step, is_after):
     """And the same command gives the bytes of a command that was not killed."""
     serve()
@@ -490,6 +491,7 @@ def test_training_pairs_of_test_prompts_are_left_out_and_counted(capsys, monkeyp
     assert left_out == {"training pairs whose prompt is a test prompt": 6}
 
 
+@pytest.mark.slow
 def test_a_set_without_a_split_is_split_by_opening(monkeypatch):
     """About one opening in twenty, with every later turn of its dialogue."""
     first = [{s: dialogue(i, s) for s in ("chosen", "rejected")} for i in range(900)]
@@ -800,6 +802,7 @@ def test_the_official_harmless_test_file(monkeypatch):
     assert pairs == pairs_of_shared("hh_harmless")
 
 
+@pytest.mark.slow
 @real
 def test_oasst_english_validation(tmp_path):
     """1,025 pairs, in two parts that share no opening."""

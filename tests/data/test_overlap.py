@@ -74,6 +74,7 @@ def test_the_hashes_in_a_run_are_those_of_its_prompts(tmp_path):
     assert hashes_of([source_of(f"{NO_PROMPT}3")]) == set()
 
 
+@pytest.mark.slow
 def test_training_warns_of_a_leak_and_says_nothing_of_clean_files(world, leak, tmp_path, capsys):
     changes = {"source": (f"ana={leak[0]},{leak[1]}",), "batch_size": 8}
     train(train_options(world, tmp_path / "a", **changes))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from runs import slow_but
 
 from minimore.data.forms import record_pairs
 from minimore.data.pairs import load_source
@@ -67,7 +68,7 @@ def test_text_and_score_records_become_pairs_and_ties(name, ties):
     )
 
 
-@pytest.mark.parametrize("name", ["pythia", "gpt2"])
+@pytest.mark.parametrize("name", slow_but(["pythia"], ["pythia", "gpt2"]))
 def test_tokenizers_give_the_published_ids(name):
     tokenizer, vectors = Tokenizer(DATA / "tokenizers" / name), DATA / "tokenizers" / "vectors"
     stem = {"pythia": "mpt", "gpt2": "gpt-2"}[name]
@@ -78,6 +79,7 @@ def test_tokenizers_give_the_published_ids(name):
     assert tokenizer.encode(texts) == expected[: len(texts)]
 
 
+@pytest.mark.slow
 def test_opt_in_two_files_reads_as_gpt2_does():
     """The same merges in the same order: the tokens have the same texts under other ids."""
     opt, gpt2 = (Tokenizer(DATA / "tokenizers" / name) for name in ("opt", "gpt2"))
@@ -121,7 +123,7 @@ def test_rewards_of_real_pairs_do_not_depend_on_sharing_or_company(tokenizer, tm
         for name in SOURCES
         for p in load_source(
             name, str(DATA / "pairs" / f"{name}.test.jsonl.gz"), tokenizer, 512
-        ).pairs[:12]
+        ).pairs[:5]
     ]
     together = pair_rewards(model, pairs)
     assert torch.allclose(together, pair_rewards(model, pairs, share=False), rtol=0, atol=1e-5)

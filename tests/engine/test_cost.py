@@ -53,7 +53,7 @@ TABLE = {
 
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("parameters", PARAMETERS)
-@pytest.mark.parametrize("family", [*FAMILIES, "odd"])
+@pytest.mark.parametrize("family", slow_but(["llama", "odd"], [*FAMILIES, "odd"]))
 def test_states_are_planned_to_the_byte(family, parameters, moments):
     config = (FAMILIES | {"odd": ODD})[family]
     recipe = Recipe("streamed", parameters, moments)
@@ -134,7 +134,7 @@ def bytes_saved_of_a_block(trunk, stream, dtype, recompute, monkeypatch):
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["gpt_neox", "llama"], FAMILIES))
 def test_saved_activations_are_planned_to_one_percent(family, dtype, recompute, monkeypatch):
     config, shapes = FAMILIES[family], random_shapes(20)
     trunk, stream = small_model(config).trunk, pack_pairs(pairs_of(shapes)).stream

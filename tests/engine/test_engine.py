@@ -1,9 +1,6 @@
 """The streamed engine against the plain one, however a step is cut, kept or offloaded."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -92,15 +89,18 @@ STREAMED = [
 
 
 @pytest.mark.parametrize("scope", ["step", "group"])
-@pytest.mark.parametrize("sources", slow_but([3], range(1, 6)))
+@pytest.mark.parametrize("sources", slow_but([3], (1, 3, 5)))
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_streamed_steps_are_plain_steps(family, sources, scope):
     """A fourth of the recipes each time; each meets every family, scope and number of sources."""
     first = (sources + (family == "llama") + 2 * (scope == "group")) % 4
-    plain = Recipe(micro_tokens=WHOLE)
-    expected, expected_result = after_steps(double(GOLDENS / family), plain, sources, scope=scope)
+
+    def after_two_steps(recipe):
+        return after_steps(double(GOLDENS / family), recipe, sources, scope=scope, steps=2)
+
+    expected, expected_result = after_two_steps(Recipe(micro_tokens=WHOLE))
     for recipe in STREAMED[first::4]:
-        vector, result = after_steps(double(GOLDENS / family), recipe, sources, scope=scope)
+        vector, result = after_two_steps(recipe)
         assert (vector - expected).abs().max() < 1e-9, recipe
         if recipe.micro_tokens == WHOLE:  # one micro-batch: to the bit
             assert torch.equal(vector, expected), recipe
@@ -108,7 +108,7 @@ def test_streamed_steps_are_plain_steps(family, sources, scope):
             assert torch.allclose(ours, theirs, rtol=0, atol=1e-11), recipe
 
 
-@pytest.mark.parametrize("method", list(WEIGHTINGS))
+@pytest.mark.parametrize("method", slow_but(["more"], WEIGHTINGS))
 def test_every_weighting_streams(method):
     streamed = Recipe("streamed", recompute="full", micro_tokens=50)
     expected, _ = after_steps(double(GOLDENS / "llama"), Recipe(), 3, method)
@@ -118,7 +118,7 @@ def test_every_weighting_streams(method):
 
 @pytest.mark.parametrize(
     "family",
-    slow_but(["gemma3_text", "opt"], [f for f in SIZES if f not in ("gpt_neox", "llama")]),
+    slow_but(["gemma3_text"], [f for f in SIZES if f not in ("gpt_neox", "llama")]),
 )
 def test_other_families_stream(family, tmp_path):
     reference_model(family).save_pretrained(tmp_path)
@@ -129,6 +129,7 @@ def test_other_families_stream(family, tmp_path):
         assert (vector - expected).abs().max() < 1e-9, recipe
 
 
+@pytest.mark.slow
 def test_a_scaled_embedding_has_the_same_gradient_in_bf16_by_both_engines(transformers, tmp_path):
     """The scale is rounded to the type of the activations, and so is the gradient behind it."""
     write_checkpoint(reference_model("gemma"), tmp_path)
@@ -171,6 +172,7 @@ def rounded_copy(value):
     return high.float().view(value.shape)
 
 
+@pytest.mark.slow
 def test_lossy_storage_streams_wherever_it_lies():
     """Rounding is a function of seed, step and place, and the places stay the same."""
 
@@ -220,7 +222,7 @@ def streamed_step(model, pairs, source, micro_tokens, recompute="full"):
 
 
 @pytest.mark.parametrize("micro_tokens", [WHOLE, 60, 1])
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("recompute", slow_but(["full"], RECOMPUTE))
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_fp32_gradients_agree(family, recompute, micro_tokens):
     """To 1e-5 of the global norm; and every parameter is in its part, once."""
@@ -400,20 +402,13 @@ def test_contradictions_are_refused(recipe, message):
 
 
 def peak_of(recipe):
-    """The memory that two training steps took in a fresh process, and what was planned.
+    """The memory that two training steps took in a process of its own, and what was planned.
 
-    A model of 43 million parameters, with the depth of the benchmark's own, and narrower.
+    A model of 30 million parameters, with the depth of the benchmark's own, and narrower.
     """
     script = ROOT / "tests" / "bench" / "cpu_memory.py"
-    result = subprocess.run(
-        [sys.executable, str(script), "--width", "384", *recipe.split()],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    printed = run_to_the_end(["--width", "320", *recipe.split()], ".", script)
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -421,7 +416,7 @@ def peak_of(recipe):
 def test_the_leanest_recipe_trains_in_a_third_of_the_plain_peak():
     plain = peak_of("--engine plain")
     lean = peak_of("--engine streamed --parameters bfloat16 --moments int8 --recompute full")
-    assert plain["parameters"] == lean["parameters"] >= 42e6
+    assert plain["parameters"] == lean["parameters"] >= 29e6
     assert lean["peak"] <= plain["peak"] / 3
     for measured in (plain, lean):
         assert measured["states"] == measured["planned_states"]
@@ -444,7 +439,7 @@ def test_the_gpu_benchmark_runs_its_lines_on_a_cpu(tmp_path):
         run_to_the_end(options, tmp_path, script, environment)
     records = json.loads(output.read_text())
     checks, steps = ([r for r in records if r["kind"] == kind] for kind in ("check", "step"))
-    assert len(checks) == 55 and all(check["passed"] for check in checks)
+    assert len(checks) == 47 and all(check["passed"] for check in checks)
     assert len(steps) == 18 and not any("skipped" in step for step in steps)
     assert len({r["stage"] for r in records}) == 15
     assert output.with_suffix(".md").read_text().count("\n| Pythia") == 17

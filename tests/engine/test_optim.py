@@ -282,6 +282,7 @@ def read_again(m, v, kind):
     return [torch.cat(moment) for moment in zip(*reads)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, decades", [("bfloat16", 6), ("int8", 6), ("int8", 20)])
 def test_rounding_of_moments_is_unbiased(kind, decades):
     """Over 20 decades neighbouring codes are a factor of 1.2 apart, where a bias would show."""

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import KeepsGradients
+from runs import slow_but
 
 from minimore.data.pairs import load_source, pack_pairs
 from minimore.engine.objective import NonFiniteLoss, RewardObjective
@@ -61,7 +62,7 @@ def autograd_of(model, loss):
     [("equal", [0, 1, 2] * 4), ("proportional", [0, 0, 1, 0, 2, 1, 0, 0, 0, 1, 1, 0])],
 )
 @pytest.mark.parametrize("scope", ["step", "group"])
-@pytest.mark.parametrize("method", list(WEIGHTINGS))
+@pytest.mark.parametrize("method", slow_but(["more"], WEIGHTINGS))
 def test_micro_batches_equal_one_batch(float64, method, scope, sampling, source):
     if scope == "group" and sampling != "equal":
         pytest.skip("a group needs equal sampling: refused by check_options")

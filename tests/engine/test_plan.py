@@ -65,6 +65,7 @@ def test_what_contradicts_itself_is_refused():
         chosen_on_cuda({"engine": "plain", "parameters": "split"}, 40e9)
 
 
+@pytest.mark.slow
 def test_no_more_is_offloaded_than_the_host_has(capsys):
     assert chosen_on_cuda({}, 24e9, host=80e9).offload == OFFLOADS
     with pytest.raises(InputError, match="the host has 50.0 GB to offload to; .* rounds at random"):
@@ -148,6 +149,7 @@ def test_plan_refuses_before_it_prints(world, option, capsys):
     assert f"{option} -1: expected" in said.err and not said.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "memory, field, value, reason",
     [("1GB", "engine", "plain", "--engine plain"), ("3.3MB", "recompute", "full", "would take")],

@@ -22,7 +22,7 @@ from minimore.engine.streamed import open_engine
 from minimore.more import more_weights
 from minimore.reward import ModelOptions, open_reward_model
 
-SOURCES, BATCH, STEPS, RATE = 3, 9, 60, 2e-3
+SOURCES, BATCH, STEPS, RATE = 3, 9, 30, 2e-3
 EXACT, LOSSY = ("float32", "float32"), ("bfloat16", "int8")
 
 

@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from processes import Command
+from runs import use_small_design
 from safetensors.numpy import load_file
 
 from minimore.calibration import accuracy, pair_ece
 from minimore.cli import main
+from minimore.figures import plots
 from minimore.lab import cells, testbed
 from minimore.lab.alignment_figures import win_rate
 from minimore.lab.association import partial, spearman
@@ -30,6 +32,13 @@ def command_of(output, **changes):
     for key, value in values.items():
         words += [f"--{key.replace('_', '-')}", str(value)]
     return words
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_policies():
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_design(patch)
+        yield
 
 
 def report(output):
@@ -143,11 +152,11 @@ def test_correlations_are_those_of_the_entries(whole):
     ]
     if np.isfinite(given_ece).all():
         assert f"accuracy with gain | ece: {np.mean(given_ece):+.3f}" in text
-    changes = [line for line in text.splitlines() if " of 960 " in line]
+    changes = [line for line in text.splitlines() if " of 320 " in line]
     assert len(changes) == 7
     for temperature in ("0.25", "0.5", "1", "2", "4"):
         (row,) = [line for line in changes if line.split()[0] == temperature]
-        assert " 0 of 960 " in row
+        assert " 0 of 320 " in row
 
 
 @pytest.mark.slow
@@ -192,7 +201,7 @@ def test_table_1_stands_beside_the_paper(tmp_path):
     entries = {entry["scheme"]: entry for entry in json.loads((output / "report.json").read_text())}
     assert entries.keys() == {"multitask", "more", "more unscaled"}
     baseline = entries["multitask"]
-    n = 4  # responses to each of 40 prompts: a response meets itself once
+    n = 4  # responses to each of 20 prompts: a response meets itself once
     assert baseline["tie against multitask"] >= 1 / n
     assert baseline["win against multitask"] == baseline["lose against multitask"]
     for entry in entries.values():
@@ -220,6 +229,7 @@ def files_of_first_world(output):
 @pytest.mark.slow
 def test_a_grid_interrupted_anywhere_ends_the_same(whole, tmp_path, monkeypatch):
     """A world without its base, its samples, its controls, and a model without its policy."""
+    monkeypatch.setattr(plots, "available", lambda: False)
     cut = command_of(tmp_path / "cut", seeds=1)
 
     def interrupt(*_, **__):
@@ -244,9 +254,10 @@ def test_a_grid_interrupted_anywhere_ends_the_same(whole, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_killed_grid_ends_the_same(whole, tmp_path):
+def test_a_killed_grid_ends_the_same(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "available", lambda: False)
     cut = command_of(tmp_path / "cut", seeds=1)
-    process = Command(cut)
+    process = Command(cut, before=use_small_design)
     while process.is_running and "\n[2/" not in process.said:
         time.sleep(0.01)
     process.signal(signal.SIGKILL)

@@ -29,7 +29,7 @@ from minimore.model.checkpoint import Checkpoint, ids_of_eos
 from minimore.report import source_margins
 from minimore.reward import ModelOptions, open_reward_model
 
-WORLD = World(train_pairs=(400,), test_pairs=30, seed=3)
+WORLD = World(train_pairs=(200,), test_pairs=30, seed=3)
 SMALL = Design(
     base=Fitting(150, 20, 5e-3),
     tuning=Fitting(20, 20, 2e-3),
@@ -155,15 +155,14 @@ def test_a_temperature_changes_the_ece_and_no_choice_and_no_weight(testbed, home
     with torch.no_grad():
         model.head *= 30
     trained, eces, policies = model.head.clone(), [], []
-    for temperature in (1.0, 0.25, 16.0):
+    for temperature in (1.0, 16.0):
         with torch.no_grad():
             model.head.copy_(trained / temperature)
         eces.append(pair_ece(source_margins(model, source, 8192)))
         few = first(SMALL.samples, testbed.rewards(model, checkpoint))
         policies.append(testbed.tuned(choices(few)).state_dict())
     assert max(eces) > min(eces) + 0.1
-    for policy in policies[1:]:
-        assert all(torch.equal(policies[0][name], p) for name, p in policy.items())
+    assert all(torch.equal(policies[0][name], p) for name, p in policies[1].items())
     # A cell stores the policy of exactly this choice.
     stored = chosen_for(testbed, model, checkpoint)
     assert (stored["few"].numpy() == few).all()

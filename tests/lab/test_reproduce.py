@@ -12,6 +12,7 @@ from processes import Command
 from minimore.calibration import accuracy, pair_ece
 from minimore.cli import main
 from minimore.data.world import World
+from minimore.figures import plots
 from minimore.lab import cells
 from minimore.lab.cells import margins_of
 from minimore.lab.grid import REGIMES, SCHEMES, ReproduceOptions, cells_of
@@ -19,6 +20,12 @@ from minimore.lab.statistics import test_margins as margins_of_test_pairs
 
 TINY = ("--width", "16", "--pairs", "10", "--test-pairs", "24", "--batch-size", "10")
 SHARED = ("uniform", "more", "group dro", "smoothing", "multitask", "more per group")
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Nothing is drawn: the whole grid has figures."""
+    monkeypatch.setattr(plots, "available", lambda: False)
 
 
 def report(output):
@@ -145,7 +152,7 @@ def test_a_raw_model_differs_from_seed_to_seed(whole, stored):
 
 
 @pytest.mark.slow
-def test_a_finished_grid_runs_nothing(whole, monkeypatch):
+def test_a_finished_grid_runs_nothing(whole, monkeypatch, without_figures):
     output, command = whole
     before = report(output)
 
@@ -168,7 +175,9 @@ def test_another_grid_at_the_same_place_is_refused(whole, capsys):
 
 
 @pytest.mark.slow
-def test_a_grid_interrupted_anywhere_ends_with_the_same_table(tmp_path, monkeypatch):
+def test_a_grid_interrupted_anywhere_ends_with_the_same_table(
+    tmp_path, monkeypatch, without_figures
+):
     flags = ("--seeds", "1", *TINY[:-2], "--batch-size", "60", "--scheme", "more")
     assert main(command_of("sources", tmp_path / "whole", *flags)) == 0
     cut = command_of("sources", tmp_path / "cut", *flags)
@@ -197,7 +206,7 @@ def test_a_grid_interrupted_anywhere_ends_with_the_same_table(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_killed_grid_ends_with_the_same_table(tmp_path):
+def test_a_killed_grid_ends_with_the_same_table(tmp_path, without_figures):
     flags = ("--seeds", "1", *TINY, *scheme_flags("uniform", "more"))
     cut, whole = (command_of("drift", tmp_path / name, *flags) for name in ("cut", "whole"))
     process = Command(cut)
@@ -215,7 +224,7 @@ def test_a_killed_grid_ends_with_the_same_table(tmp_path):
 
 
 @pytest.fixture
-def run_small(tmp_path):
+def run_small(tmp_path, without_figures):
     """Run an experiment of one seed and few pairs; its report."""
 
     def run(experiment, *flags):
@@ -252,7 +261,7 @@ def real_flags(directory, *annotators):
 
 
 @pytest.mark.slow
-def test_intervals_on_real_files_come_from_the_test_pairs_too(tmp_path):
+def test_intervals_on_real_files_come_from_the_test_pairs_too(tmp_path, without_figures):
     flags = real_flags(tmp_path / "world", "ana", "ben", "cleo")
     flags += ["--seeds", "1", "--pairs", "12", *scheme_flags("uniform", "more")]
     assert main(command_of("table2", tmp_path / "grid", *flags)) == 0
@@ -264,7 +273,7 @@ def test_intervals_on_real_files_come_from_the_test_pairs_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_scaling_shows_the_cost_of_sharing(tmp_path):
+def test_scaling_shows_the_cost_of_sharing(tmp_path, without_figures):
     flags = real_flags(tmp_path / "world", "ana", "ben")
     flags += ["--seeds", "1", "--pairs", "16"]
     assert main(command_of("scaling", tmp_path / "grid", *flags)) == 0

@@ -518,6 +518,7 @@ def test_the_published_number_of_parameters(real):
     )
 
 
+@pytest.mark.slow
 def test_names_shapes_and_frequencies_are_those_of_transformers(transformers, real):
     config, family, trunk, _ = real
     if config["model_type"] == "internlm2":

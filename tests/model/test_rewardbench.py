@@ -14,6 +14,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from runs import slow_but
 from test_saving import save
 
 from minimore.cli import main
@@ -60,7 +61,7 @@ def scores(model, tokenizer, texts, truncate):
 
 
 @pytest.mark.filterwarnings("ignore:`max_length` is ignored")
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", slow_but(["none"], TEMPLATES))
 def test_rewardbench_scores_a_hundred_texts_as_we_do(transformers, golden, damaged, tmp_path, name):
     source = damaged(golden.name)
     if TEMPLATES[name]:

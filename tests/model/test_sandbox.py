@@ -172,6 +172,7 @@ def test_no_use_of_a_nested_value_hangs(name, use):
     refused_at_once(NESTED[name] + use)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

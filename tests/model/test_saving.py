@@ -102,6 +102,7 @@ def test_every_tokenizer_file_is_copied_and_no_other(damaged, tmp_path):
     assert not (saved / "modeling.py").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, tokenizer_config, special_tokens",
     [
@@ -157,6 +158,7 @@ def test_transformers_pads_with_what_the_saved_model_skips(
         torch.testing.assert_close(logits, ours, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_transformers_and_its_pipeline_score_a_hundred_texts_as_we_do(
     transformers, golden, tmp_path
 ):
@@ -294,6 +296,7 @@ def test_written_tensors_are_what_safetensors_reads(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_rename_that_fails_at_any_point_leaves_no_partial_file_and_no_config(
     golden, tmp_path, monkeypatch, small_shards
 ):

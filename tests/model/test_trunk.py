@@ -274,6 +274,7 @@ def test_rewards_equal_those_of_transformers(transformers, tmp_path, family, cha
         assert errors(padded_rewards(reopened, TEXTS, side), expected).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, changes, spelling", quick_for_every_family(OLD_SPELLINGS), ids=str
 )
@@ -370,6 +371,7 @@ def test_a_wrong_configuration_shows(family, changes):
     assert_shows(family, RewardModel(*checkpoint.load()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, right, wrong",
     [
@@ -453,6 +455,7 @@ def exchanged_gate(block):
     block.mlp.gate, block.mlp.up = block.mlp.up, block.mlp.gate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, mistake",
     [
@@ -525,6 +528,7 @@ def test_the_other_gelu_shows():
     assert errors(rewards_of(RewardModel(*checkpoint.load())), expected).max() > 4
 
 
+@pytest.mark.slow
 def test_every_parameter_shows(golden):
     """A bias left out, a norm's weight left at 1, rows of a matrix or of the head moved by one."""
     expected, unseen = expected_of(golden), []

@@ -32,6 +32,8 @@ from ..reward import fresh_head
 from ..tables import Table
 from ..uncertainty import over_seeds
 from .features import PROBE, Stored, load_features
+from .methods.solve import Parameters
+from .methods.states import StatePairs
 
 METHODS = ("uniform", "more")  # unless others are asked for
 ROWS_AT_ONCE = 4096  # of stored states, widened to fp32
@@ -154,6 +156,25 @@ def margins_of(head: Tensor, states: Tensor, scale: float) -> np.ndarray:
     """Margins of a head on differences of states (N, D): (N,)."""
     parts = [part.float() @ head for part in states.split(ROWS_AT_ONCE)]
     return torch.cat(parts).double().numpy() / scale
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """A weighting of more.py as one of methods/: a shared head that is trained in steps."""
+
+    name: str
+    options: ProbeOptions
+
+    def fit(self, train: StatePairs, seed: int) -> Parameters:
+        """head: (D,)."""
+        parts = [train.difference[train.source == k].float() for k in range(train.sources)]
+        scale = scale_of(parts)
+        head, _ = train_head(parts, self.name, self.options, seed, scale)
+        return {"head": head / scale}
+
+    def margins(self, parameters: Parameters, pairs: StatePairs, knows_source: bool) -> Tensor:
+        """The same for every source."""
+        return pairs.difference @ parameters["head"].to(pairs.chosen)
 
 
 # ---- many heads ----------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class MaxMin:
         for _ in range(self.rounds):
             loss = partial(mixture_loss, groups=groups, pairs=train)
             heads = solve(loss, heads, self.prior)
-            likelihoods.append(-float(loss(heads) + penalty(heads, self.prior)))
+            likelihoods.append(-float(loss(heads) + penalty(heads["heads"], self.prior)))
             before, groups = groups, expectation(heads["heads"], train)
             if torch.equal(groups, before):
                 break

@@ -7,7 +7,7 @@ MacKay 1992 for the evidence by Laplace's approximation.
 K sources, N pairs, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,26 +15,26 @@ from torch import Tensor
 
 from ...more import pair_losses
 from .heads import SharedHead
-from .solve import Parameters, solve
+from .solve import Parameters, penalty, solve
 from .states import StatePairs, of_no_source, of_own_source
 
-SPREADS = tuple(2.0**power for power in range(-6, 4))  # of sources' heads around the shared one
+SPREADS = tuple(2.0**power for power in range(-5, 2))  # of sources' heads around the shared one
 FOLDS = 5
 
 
-def heads_of(parameters: Parameters, spread: float) -> Tensor:
-    """w_k = shared + spread · offset_k: (K, D). All are the shared one for a spread of 0."""
-    return parameters["shared"] + spread * parameters["offsets"]
+def heads_of(parameters: Parameters) -> Tensor:
+    """w_k = shared + offset_k: (K, D)."""
+    return parameters["shared"] + parameters["offsets"]
 
 
 def shrunk_loss(parameters: Parameters, spread: float, pairs: StatePairs) -> Tensor:
     """Minus the log posterior of all heads, divided by N, but for a constant: ().
 
-    [Σ_b -log σ(w_k · difference_b) + Σ_k |offset_k|² / 2] / N
+    [Σ_b -log σ(w_k · difference_b) + Σ_k |offset_k|² / (2 spread²)] / N
     """
-    margins = pairs.difference @ heads_of(parameters, spread).T  # (N, K)
+    margins = pairs.difference @ heads_of(parameters).T  # (N, K)
     losses = pair_losses(of_own_source(margins, pairs.source))
-    return (losses.sum() + parameters["offsets"].square().sum() / 2) / len(losses)
+    return losses.mean() + penalty(parameters["offsets"], 1 / spread**2) / len(losses)
 
 
 def log_evidence(parameters: Parameters, spread: float, pairs: StatePairs) -> float:
@@ -45,7 +45,7 @@ def log_evidence(parameters: Parameters, spread: float, pairs: StatePairs) -> fl
     H_k is the curvature of source k's loss. The shared head is taken as known.
     """
     evidence = -len(pairs.chosen) * shrunk_loss(parameters, spread, pairs)
-    for k, head in enumerate(heads_of(parameters, spread)):
+    for k, head in enumerate(heads_of(parameters)):
         own = pairs.difference[pairs.source == k]
         p = (own @ head).sigmoid()
         curvature = (own * (p * (1 - p))[:, None]).T @ own
@@ -57,7 +57,7 @@ def log_evidence(parameters: Parameters, spread: float, pairs: StatePairs) -> fl
 class Shrinkage:
     """Heads of sources around a shared one, at the likeliest of some spreads.
 
-    A spread of 0 is the shared head, a large one gives each source its own.
+    A small spread is the shared head, a large one gives each source its own.
     """
 
     spreads: tuple[float, ...] = SPREADS
@@ -76,7 +76,7 @@ class Shrinkage:
             tries.append((log_evidence(parameters, spread, train), spread, parameters))
         _, spread, parameters = max(tries, key=lambda result: result[0])
         return {
-            "heads": heads_of(parameters, spread),
+            "heads": heads_of(parameters),
             "shared": parameters["shared"],
             "spread": train.chosen.new_tensor(spread),
         }
@@ -103,8 +103,8 @@ class Temperatures:
         for i in range(FOLDS):
             others, own = train.at(fold != i), train.at(fold == i)
             margins[fold == i] = shared.margins(shared.fit(others, seed), own, False)
-        as_states = train._replace(
-            chosen=margins[:, None], rejected=torch.zeros_like(margins[:, None])
+        as_states = replace(
+            train, chosen=margins[:, None], rejected=torch.zeros_like(margins[:, None])
         )
         inverse = Shrinkage().fit(as_states, seed)["heads"][:, 0]
         return shared.fit(train, seed) | {"inverse": inverse}

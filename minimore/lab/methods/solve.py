@@ -3,6 +3,7 @@
 It has no learning rate to choose, so that no method is better tuned than another.
 """
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -15,33 +16,73 @@ Loss = Callable[[Parameters], Tensor]  # parameters -> ()
 # by a hyperplane, and their loss falls for ever as the head grows.
 PRIOR = 1e-4
 
+SMALL_GRADIENT = 1e-7  # its largest entry, at which the search ends
+SMALL_FALL = 1e-12  # of the loss in one step, at which it ends, too
+SMALLEST_STEP = 1e-10  # share of a step; where even this does not help, rounding has won
+REMEMBERED = 10  # steps, whose changes of the gradient stand for the curvature
 
-def penalty(parameters: Parameters, prior: float) -> Tensor:
-    """prior / 2 times the sum of squares of all parameters: ()."""
-    return prior / 2 * torch.stack([value.square().sum() for value in parameters.values()]).sum()
+
+def penalty(value: Tensor, prior: float) -> Tensor:
+    """prior / 2 times the sum of squares: ()."""
+    return prior / 2 * value.square().sum()
 
 
 def solve(loss: Loss, start: Parameters, prior: float = PRIOR, iterations: int = 200) -> Parameters:
-    """The parameters that minimise loss + penalty, from a start on.
+    """The parameters that minimise loss + penalty, from a start on. Every step lowers it.
 
-    Every step lowers it (strong Wolfe conditions). Source: Nocedal and Wright 2006, algorithm 7.5;
-    torch.optim.LBFGS.
+    Source: Nocedal and Wright 2006, algorithms 7.5 and 3.1 (a step is halved until it helps).
     """
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
-    optimizer = torch.optim.LBFGS(
-        list(leaves.values()),
-        max_iter=iterations,
-        history_size=20,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
 
-    def evaluate() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(leaves) + penalty(leaves, prior)
-        value.backward()
-        return value
+    def evaluate(point: Tensor) -> tuple[float, Tensor]:
+        """The penalised loss at a point, and its gradient."""
+        point = point.detach().requires_grad_()
+        value = loss(unpacked(point, start)) + penalty(point, prior)
+        (gradient,) = torch.autograd.grad(value, point)
+        return float(value.detach()), gradient
 
-    optimizer.step(evaluate)  # type: ignore[arg-type]  # it may return a tensor
-    return {name: value.detach() for name, value in leaves.items()}
+    point = torch.cat([value.reshape(-1) for value in start.values()])
+    value, gradient = evaluate(point)
+    steps: deque[tuple[Tensor, Tensor]] = deque(maxlen=REMEMBERED)
+    for _ in range(iterations):
+        direction = descent(gradient, steps)
+        slope, share = float(direction @ gradient), 1.0
+        while share > SMALLEST_STEP:
+            next_value, next_gradient = evaluate(point + share * direction)
+            if next_value <= value + 1e-4 * share * slope:
+                break
+            share /= 2
+        else:
+            break
+        step, change = share * direction, next_gradient - gradient
+        if step @ change > 0:  # else the curvature along it is negative, which cannot be used
+            steps.append((step, change))
+        fall = value - next_value
+        point, value, gradient = point + step, next_value, next_gradient
+        if fall < SMALL_FALL or gradient.abs().max() < SMALL_GRADIENT:
+            break
+    return unpacked(point, start)
+
+
+def unpacked(point: Tensor, like: Parameters) -> Parameters:
+    """A flat vector as parameters of these shapes."""
+    parts = point.split([value.numel() for value in like.values()])
+    return {name: part.view_as(like[name]) for name, part in zip(like, parts)}
+
+
+def descent(gradient: Tensor, steps: deque[tuple[Tensor, Tensor]]) -> Tensor:
+    """Minus the gradient, multiplied by an estimate of the inverse Hessian.
+
+    steps: recent steps, each with the change of the gradient along it. The first direction has at
+    most the length 1. Source: algorithm 7.4, the two-loop recursion.
+    """
+    if not steps:
+        return -gradient / gradient.norm().clamp_min(1)
+    direction, shares = -gradient, []
+    for step, change in reversed(steps):
+        shares.append((step @ direction) / (step @ change))
+        direction = direction - shares[-1] * change
+    step, change = steps[-1]
+    direction = direction * (step @ change) / (change @ change)
+    for (step, change), share in zip(steps, reversed(shares)):
+        direction = direction + (share - (change @ direction) / (step @ change)) * step
+    return direction

@@ -3,13 +3,15 @@
 K sources, N pairs, D width of a state, E width of a prompt's state.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
-class StatePairs(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class StatePairs:
     """N pairs as the states of their texts, all of one floating type.
 
     chosen, rejected: (N, D). source: (N,) integers in [0, sources). sources: K, absent ones
@@ -22,7 +24,7 @@ class StatePairs(NamedTuple):
     sources: int
     prompt: Tensor | None = None
 
-    @property
+    @cached_property
     def difference(self) -> Tensor:
         """The chosen state minus the rejected one: (N, D)."""
         return self.chosen - self.rejected

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...more import pair_losses
 from .heads import SharedHead
-from .solve import Parameters, penalty, solve
+from .solve import PRIOR, Parameters, penalty, solve
 from .states import StatePairs, of_no_source, of_own_source
 
 SPREADS = tuple(2.0**power for power in range(-5, 2))  # of sources' heads around the shared one
@@ -30,11 +30,12 @@ def heads_of(parameters: Parameters) -> Tensor:
 def shrunk_loss(parameters: Parameters, spread: float, pairs: StatePairs) -> Tensor:
     """Minus the log posterior of all heads, divided by N, but for a constant: ().
 
-    [Σ_b -log σ(w_k · difference_b) + Σ_k |offset_k|² / (2 spread²)] / N
+    [Σ_b -log σ(w_k · difference_b) + Σ_k |offset_k|² / (2 spread²)] / N + PRIOR |shared|² / 2
     """
     margins = pairs.difference @ heads_of(parameters).T  # (N, K)
     losses = pair_losses(of_own_source(margins, pairs.source))
-    return losses.mean() + penalty(parameters["offsets"], 1 / spread**2) / len(losses)
+    offsets = penalty(parameters["offsets"], 1 / spread**2) / len(losses)
+    return losses.mean() + offsets + penalty(parameters["shared"], PRIOR)
 
 
 def log_evidence(parameters: Parameters, spread: float, pairs: StatePairs) -> float:

@@ -6,11 +6,13 @@ It has no learning rate to choose, so that no method is better tuned than anothe
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Parameters = dict[str, Tensor]  # of a method, by name
 Loss = Callable[[Parameters], Tensor]  # parameters -> ()
+Steps = deque[tuple[np.ndarray, np.ndarray]]  # recent steps, and how the gradient changed by each
 
 # Of the squares of all parameters, beside a mean loss: thirty pairs of forty words can be separated
 # by a hyperplane, and their loss falls for ever as the head grows.
@@ -33,19 +35,19 @@ def solve(loss: Loss, start: Parameters, prior: float = PRIOR, iterations: int =
     Source: Nocedal and Wright 2006, algorithms 7.5 and 3.1 (a step is halved until it helps).
     """
 
-    def evaluate(point: Tensor) -> tuple[float, Tensor]:
+    def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
         """The penalised loss at a point, and its gradient."""
-        point = point.detach().requires_grad_()
-        value = loss(unpacked(point, start)) + penalty(point, prior)
-        (gradient,) = torch.autograd.grad(value, point)
-        return float(value.detach()), gradient
+        leaf = torch.from_numpy(point).requires_grad_()
+        value = loss(unpacked(leaf, start)) + penalty(leaf, prior)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        return float(value.detach()), gradient.numpy()
 
-    point = torch.cat([value.reshape(-1) for value in start.values()])
+    point = torch.cat([value.reshape(-1) for value in start.values()]).numpy()
     value, gradient = evaluate(point)
-    steps: deque[tuple[Tensor, Tensor]] = deque(maxlen=REMEMBERED)
+    steps: Steps = deque(maxlen=REMEMBERED)
     for _ in range(iterations):
         direction = descent(gradient, steps)
-        slope, share = float(direction @ gradient), 1.0
+        slope, share = direction @ gradient, 1.0
         while share > SMALLEST_STEP:
             next_value, next_gradient = evaluate(point + share * direction)
             if next_value <= value + 1e-4 * share * slope:
@@ -58,9 +60,9 @@ def solve(loss: Loss, start: Parameters, prior: float = PRIOR, iterations: int =
             steps.append((step, change))
         fall = value - next_value
         point, value, gradient = point + step, next_value, next_gradient
-        if fall < SMALL_FALL or gradient.abs().max() < SMALL_GRADIENT:
+        if fall < SMALL_FALL or np.abs(gradient).max() < SMALL_GRADIENT:
             break
-    return unpacked(point, start)
+    return unpacked(torch.from_numpy(point), start)
 
 
 def unpacked(point: Tensor, like: Parameters) -> Parameters:
@@ -69,14 +71,13 @@ def unpacked(point: Tensor, like: Parameters) -> Parameters:
     return {name: part.view_as(like[name]) for name, part in zip(like, parts)}
 
 
-def descent(gradient: Tensor, steps: deque[tuple[Tensor, Tensor]]) -> Tensor:
+def descent(gradient: np.ndarray, steps: Steps) -> np.ndarray:
     """Minus the gradient, multiplied by an estimate of the inverse Hessian.
 
-    steps: recent steps, each with the change of the gradient along it. The first direction has at
-    most the length 1. Source: algorithm 7.4, the two-loop recursion.
+    The first direction has at most the length 1. Source: algorithm 7.4, the two-loop recursion.
     """
     if not steps:
-        return -gradient / gradient.norm().clamp_min(1)
+        return -gradient / max(1.0, np.linalg.norm(gradient))
     direction, shares = -gradient, []
     for step, change in reversed(steps):
         shares.append((step @ direction) / (step @ change))

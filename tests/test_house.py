@@ -33,7 +33,7 @@ alignment.judges alignment.answers alignment.endpoint alignment.questions alignm
 lab.methods.states lab.methods.solve lab.methods.heads lab.methods.maxmin lab.methods.mean_variance
 lab.methods.prototypes lab.methods.gated lab.methods.ensemble lab.methods.shrinkage
 lab.methods.by_name
-lab.features lab.probe lab.word_counts
+lab.features lab.solved lab.probe lab.word_counts
 lab.published lab.policies lab.best_of lab.association lab.scale_matters
 lab.recipes lab.grid lab.drift lab.testbed lab.cells lab.estimate lab.statistics lab.scheme_tables
 lab.neighbours lab.finished lab.alignment_figures lab.figure7 lab.table1 lab.experiments

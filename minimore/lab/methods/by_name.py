@@ -20,5 +20,8 @@ METHODS: dict[str, Method] = {
     "temperatures": Temperatures(),
 }
 
+# Methods whose start is drawn. What the others learn does not depend on the seed.
+DRAWN = ("maxmin", "prototypes", "ensemble")
+
 # Methods that answer in another way where the source of a pair is known.
 USES_SOURCE = ("own", "maxmin", "prototypes", "shrinkage", "temperatures")

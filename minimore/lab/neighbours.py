@@ -34,7 +34,7 @@ from .word_counts import CountedPairs, counted_pairs
 BASE = "shared"  # the method from which differences are taken
 RATES = ("accuracy", "ece", "floor", "nll")
 FLOOR_REPLICATES = 20
-EPOCHS = 5  # of a weighting, which is trained in steps
+EPOCHS, LEARNING_RATE = 5, 0.05  # of a weighting, which is trained in steps
 
 Figures = dict[str, Any]  # of one method in one world: rates by reading, parameters, seconds
 Worlds = dict[str, list[dict[str, Figures]]]  # regime -> of every seed, figures by method
@@ -45,7 +45,9 @@ def all_methods() -> dict[str, Method]:
     weightings = {}
     for name in sorted(WEIGHTINGS):
         sampling = "proportional" if name == "proportional" else "equal"
-        options = ProbeOptions(features="", epochs=EPOCHS, sampling=sampling)
+        options = ProbeOptions(
+            features="", epochs=EPOCHS, learning_rate=LEARNING_RATE, sampling=sampling
+        )
         weightings[name] = Weighting(name, options)
     return weightings | METHODS
 

@@ -97,7 +97,7 @@ def slow_mean_variance(p, pairs):
             torch.log(1 + torch.exp(dot(p["deviation"], z) + p["offset"])) for z in (c, r)
         )
         z = (dot(p["mean"], c) - dot(p["mean"], r)) / torch.sqrt(spread_c**2 + spread_r**2)
-        total = total - torch.log(torch.erfc(-z / math.sqrt(2)) / 2)
+        total = total - log_sigmoid(math.sqrt(2 * math.pi) * z)
     return total / len(pairs.chosen)
 
 
@@ -106,7 +106,10 @@ def slow_prototypes(p, pairs):
     for k, (c, r) in zip(pairs.source.tolist(), sides(pairs)):
         e = torch.exp(p["weights"][k])
         ideal = sum(share * point for share, point in zip(e / e.sum(), p["points"]))
-        far, near = (sum((dot(row, z) - a) ** 2 for row, a in zip(p["map"], ideal)) for z in (r, c))
+        far, near = (
+            torch.sqrt(sum((dot(row, z) - a) ** 2 for row, a in zip(p["map"], ideal)))
+            for z in (r, c)
+        )
         total = total - log_sigmoid(far - near)
     return total / len(pairs.chosen)
 
@@ -351,13 +354,12 @@ def test_prototypes_with_one_point_are_the_same_for_all_sources():
     assert torch.allclose(margins, Prototypes(points=1).margins(parameters, pairs, False))
 
 
-def test_equal_deviations_are_a_probit_of_the_difference_of_means():
+def test_equal_deviations_are_bradley_terry():
     pairs, mean = pairs_of(), drawn(D)
     offset = torch.tensor(math.log(math.e - 1)).double()  # softplus of it is 1
     parameters = {"mean": mean, "deviation": torch.zeros(D).double(), "offset": offset}
-    p = MeanVariance().margins(parameters, pairs, False).sigmoid()
-    z = pairs.difference @ mean / math.sqrt(2)
-    assert torch.allclose(p, (1 + torch.erf(z / math.sqrt(2))) / 2, atol=1e-12)
+    margins = MeanVariance().margins(parameters, pairs, False)
+    assert torch.allclose(margins, math.sqrt(math.pi) * pairs.difference @ mean, atol=1e-12)
 
 
 # ---- expectation-maximisation --------------------------------------------------------------------

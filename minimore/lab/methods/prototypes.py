@@ -20,15 +20,17 @@ from .states import StatePairs, of_no_source, of_own_source
 def nearness(parameters: Parameters, pairs: StatePairs) -> Tensor:
     """How much nearer the chosen response is to every source's point, (N, K):
 
-        |f(z_rejected) - a_k|² - |f(z_chosen) - a_k|²    with a_k = Σ_p softmax(weights_k)_p point_p
+        |f(z_rejected) - a_k| - |f(z_chosen) - a_k|    with a_k = Σ_p softmax(weights_k)_p point_p
 
-    f is linear. Differs from the authors' code, which offers two layers for f, and the distance or
-    the angle in place of the squared distance of the ideal-point model.
+    f is linear. Differs from the authors' code, which has several layers for f, and offers an angle
+    in place of the distance.
     """
     ideal = parameters["weights"].softmax(1) @ parameters["points"]  # (K, d)
-    chosen, rejected = (z @ parameters["map"].T for z in (pairs.chosen, pairs.rejected))  # (N, d)
-    of_all = rejected.square().sum(1) - chosen.square().sum(1)  # (N,) the same for all sources
-    return of_all[:, None] + 2 * (chosen - rejected) @ ideal.T
+    chosen, rejected = (
+        torch.cdist(z @ parameters["map"].T, ideal, compute_mode="donot_use_mm_for_euclid_dist")
+        for z in (pairs.chosen, pairs.rejected)
+    )
+    return rejected - chosen
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ Steps = deque[tuple[np.ndarray, np.ndarray]]  # recent steps, and how the gradie
 
 # Of the squares of all parameters, beside a mean loss: thirty pairs of forty words can be separated
 # by a hyperplane, and their loss falls for ever as the head grows.
-PRIOR = 1e-4
+PRIOR = 1e-3
 
 SMALL_GRADIENT = 1e-7  # its largest entry, at which the search ends
 SMALL_FALL = 1e-12  # of the loss in one step, at which it ends, too

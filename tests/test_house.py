@@ -30,9 +30,14 @@ metrics resume run best training train
 alignment.portions alignment.policy alignment.generate alignment.sample alignment.selection
 alignment.language alignment.responses alignment.finetune alignment.perplexity
 alignment.judges alignment.answers alignment.endpoint alignment.questions alignment.compare
-lab.features lab.probe lab.published lab.policies lab.best_of lab.association lab.scale_matters
+lab.methods.states lab.methods.solve lab.methods.heads lab.methods.maxmin lab.methods.mean_variance
+lab.methods.prototypes lab.methods.gated lab.methods.ensemble lab.methods.shrinkage
+lab.methods.by_name
+lab.features lab.solved lab.probe lab.word_counts
+lab.published lab.policies lab.best_of lab.association lab.scale_matters
 lab.recipes lab.grid lab.drift lab.testbed lab.cells lab.estimate lab.statistics lab.scheme_tables
-lab.finished lab.alignment_figures lab.figure7 lab.table1 lab.experiments lab.reproduce lab.demo
+lab.neighbours lab.finished lab.alignment_figures lab.figure7 lab.table1 lab.experiments
+lab.reproduce lab.demo
 check cli
 """  # one order; a line may be a wing, or a part of one
 ORDER = PAGE.split()

@@ -5,10 +5,10 @@ One evening of a GPU stores the states of a 7B model; a laptop does the rest.
 K sources, N pairs, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +21,13 @@ from ..data.overlap import print_overlap_of_files
 from ..data.pairs import Source, TokenPair, batches_by_length, load_sources, pack_pairs
 from ..data.texts import Reading
 from ..files import make_directory, one_line, sweep
+from ..model.attention import pack
 from ..model.checkpoint import Checkpoint
 from ..model.tensors import require_as_written, write_tensors
 from ..options import InputError, check_ranges, option, parse_sources, require, require_tests
 from ..reward import ReadingOptions, RewardModel, load_reward_model
+
+Part = TypeVar("Part")  # what is read of one part of a source
 
 PARTS = ("train", "test")
 PROBE = "linear probe on frozen features, not the paper's Table 2"
@@ -46,6 +49,9 @@ class FeaturesOptions(ReadingOptions):
     )
     dtype: str = option(
         "float16", choices=("float16", "float32"), help="type in which states are stored"
+    )
+    prompt_states: bool = option(
+        False, help="store the state of every prompt, too, which the gated heads of probe read"
     )
     allow_overlap: bool = option(
         False, help="training and test files are meant to share prompts: do not warn of it"
@@ -127,6 +133,7 @@ def store(
     """
     identity = (
         f"{checkpoint.identity()} {options.dtype} {model.trunk.compute_dtype} {source.digest()}"
+        + " prompts" * options.prompt_states
     )
     if is_stored(path, identity):
         return identity
@@ -138,6 +145,8 @@ def store(
         "prompt": torch.tensor([pair.prompt for pair in source.pairs]),
         "longer": torch.tensor([pair.longer for pair in source.pairs]),
     }
+    if options.prompt_states:
+        tensors["prompt_state"] = prompt_states(model, source.pairs, options.micro_tokens, dtype)
     write_tensors(path, tensors, {"of": identity})
     return identity
 
@@ -165,9 +174,38 @@ def pooled_states(
         batch = pack_pairs([pairs[place] for place in places])
         for side, z in enumerate(model.features(batch)):
             states[side, places] = z.to("cpu", dtype)
-    if not states.isfinite().all():
-        raise FloatingPointError(f"a hidden state is not finite in {dtype}; try --dtype float32")
+    check_finite(states)
     return states[0], states[1]
+
+
+@torch.no_grad()
+def prompt_states(
+    model: RewardModel, pairs: Sequence[TokenPair], micro_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """Hidden states at the last token that both texts of a pair begin with: (N, D), on the CPU.
+
+    That is the end of the prompt, or of a first word that both responses share. A pair whose texts
+    share no token has a state of zeros; such pairs are counted.
+    """
+    states = torch.zeros(len(pairs), model.head.shape[0], dtype=dtype)
+    shared = [place for place, pair in enumerate(pairs) if pair.shared]
+    for batch in batches_by_length([pairs[place].shared for place in shared], micro_tokens):
+        places = [shared[i] for i in batch]
+        prompts = [pairs[place].chosen[: pairs[place].shared].tolist() for place in places]
+        stream = pack([([], [prompt]) for prompt in prompts])
+        states[places] = model.trunk(stream.to(model.head.device)).to("cpu", dtype)
+    if len(shared) < len(pairs):
+        print(f"{len(pairs) - len(shared)} pairs share no token: their prompts have no state")
+    check_finite(states)
+    return states
+
+
+def check_finite(states: Tensor) -> None:
+    """Raise FloatingPointError if a state is not finite in its type."""
+    if not states.isfinite().all():
+        raise FloatingPointError(
+            f"a hidden state is not finite in {states.dtype}; try --dtype float32"
+        )
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -184,8 +222,31 @@ class Stored(NamedTuple):
     longer: np.ndarray
 
 
+class States(NamedTuple):
+    """One part of one source, both sides apart.
+
+    chosen, rejected: (N, D), as stored. prompt: (N, D), or nothing if it was not stored.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    prompt: Tensor | None
+
+
 def load_features(directory: str) -> tuple[dict[str, Any], dict[str, dict[str, Stored]]]:
     """features.json, and {source: {"train" | "test": Stored}}. Raises InputError."""
+    return _load(directory, _stored)
+
+
+def load_states(directory: str) -> dict[str, dict[str, States]]:
+    """{source: {"train" | "test": States}}. Raises InputError."""
+    return _load(directory, _states)[1]
+
+
+def _load(
+    directory: str, read: Callable[[str, dict[str, Tensor]], Part]
+) -> tuple[dict[str, Any], dict[str, dict[str, Part]]]:
+    """features.json, and what `read` makes of the tensors of every part."""
     home = Path(directory)
     require(
         not home.is_dir() or (home / "features.json").is_file(),
@@ -194,7 +255,10 @@ def load_features(directory: str) -> tuple[dict[str, Any], dict[str, dict[str, S
     try:
         description = read_checked_json(home / "features.json")
         stored = {
-            name: {part: _read(home, parts[part], description["width"]) for part in PARTS}
+            name: {
+                part: read(parts[part]["file"], _tensors(home, parts[part], description["width"]))
+                for part in PARTS
+            }
             for name, parts in description["sources"].items()
         }
     except (KeyError, TypeError, AttributeError, ValueError, SafetensorError, OSError) as error:
@@ -205,25 +269,41 @@ def load_features(directory: str) -> tuple[dict[str, Any], dict[str, dict[str, S
     return description, stored
 
 
-def _read(home: Path, part: dict[str, Any], width: int) -> Stored:
-    """One stored part; ValueError if it is not what features.json says."""
+def _tensors(home: Path, part: dict[str, Any], width: int) -> dict[str, Tensor]:
+    """The tensors of one stored part; ValueError if they are not what features.json says."""
     name = part["file"]
     if Path(name).name != name:
         raise ValueError(f"{name} is no plain file name")
     require_as_written(home / name, is_ours=True)
     with safe_open(home / name, framework="pt") as file:
-        chosen, rejected = file.get_tensor("chosen"), file.get_tensor("rejected")
-        longer = file.get_tensor("longer")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         identity = file.metadata()["of"]
     if identity != part["of"]:
         raise ValueError(f"{name}: holds states of other pairs or of another model")
-    has_shape = chosen.shape == rejected.shape == (len(longer), width) and len(longer)
-    if not has_shape:
-        raise ValueError(
-            f"{name}: states of shapes {tuple(chosen.shape)} and {tuple(rejected.shape)},"
-            f" expected (N, {width})"
-        )
-    difference = chosen.sub_(rejected)
-    if not all(part.isfinite().all() for part in difference.split(4096)):
+    pairs = len(tensors["longer"])
+    for key in ("chosen", "rejected", "prompt_state"):
+        shape = tuple(tensors[key].shape) if key in tensors else (pairs, width)
+        if shape != (pairs, width) or not pairs:
+            raise ValueError(f"{name}: {key} states of shape {shape}, expected (N, {width})")
+    return tensors
+
+
+def _stored(name: str, tensors: dict[str, Tensor]) -> Stored:
+    """The differences of a part."""
+    difference = tensors["chosen"].sub_(tensors["rejected"])
+    _require_finite(name, difference)
+    return Stored(difference, tensors["longer"].numpy())
+
+
+def _states(name: str, tensors: dict[str, Tensor]) -> States:
+    """Both sides of a part, and its prompts."""
+    states = States(tensors["chosen"], tensors["rejected"], tensors.get("prompt_state"))
+    for tensor in states:
+        if tensor is not None:
+            _require_finite(name, tensor)
+    return states
+
+
+def _require_finite(name: str, states: Tensor) -> None:
+    if not all(part.isfinite().all() for part in states.split(4096)):
         raise ValueError(f"{name}: a state is not finite")
-    return Stored(difference, longer.numpy())

@@ -71,11 +71,15 @@ class ReproduceOptions:
 
     experiment: str = option(
         value="EXPERIMENT",
-        choices=("table2", "regimes", "sources", "scaling", "drift", "figure7", "table1"),
+        choices=(
+            *("table2", "regimes", "sources", "scaling", "drift", "figure7", "table1"),
+            "methods",
+        ),
         positional=True,
         help="table2: schemes by size; regimes: where weights matter; sources: K = 2 to 5 (Fig. 6);"
         " scaling: sizes and amounts of data; drift: what rewards consist of; figure7: whether a"
-        " lower ECE makes a better policy; table1: MultiTask against MORE, two sources",
+        " lower ECE makes a better policy; table1: MultiTask against MORE, two sources; methods:"
+        " how neighbouring work answers, on counts of the world's words",
     )
     output: str = option(value="DIR", help="directory of the grid; the same command continues it")
     model: tuple[str, ...] = option(
@@ -100,7 +104,7 @@ class ReproduceOptions:
         None,
         within=Range(least=1, most=1000),
         help="runs of every cell; in the world a seed is also another world (default: 3, of"
-        " figure7 and table1 5)",
+        " figure7 and table1 5, of methods 20)",
     )
     width: tuple[int, ...] = option(
         (), repeat=True, help="ladder: once per width of the model (default: 16, 32 and 64)"
@@ -109,7 +113,7 @@ class ReproduceOptions:
         None,
         within=Range(least=1, most=10**7),
         help="training pairs of each source an epoch (default: 6400 in the world, of"
-        " figure7 and table1 1600, 40000 else)",
+        " figure7 and table1 1600, of methods 800, 40000 else)",
     )
     test_pairs: int | None = option(
         None,
@@ -154,6 +158,8 @@ class ReproduceOptions:
             return self.pairs
         if self.model:
             return 40_000
+        if self.experiment == "methods":
+            return 80 if self.quick else 800
         pairs = 1600 if self.has_policies() else 6400
         return pairs // 10 if self.quick else pairs
 
@@ -169,7 +175,9 @@ class ReproduceOptions:
         """Runs of every cell."""
         if self.seeds is not None:
             return self.seeds
-        return 5 if self.has_policies() and not self.quick else 3
+        if self.quick:
+            return 3
+        return 20 if self.experiment == "methods" else 5 if self.has_policies() else 3
 
     def has_policies(self) -> bool:
         """Whether its reward models choose for a policy."""

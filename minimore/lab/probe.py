@@ -1,7 +1,8 @@
 """Reward heads trained on stored states in seconds, seed after seed: the `probe` verb.
 
 All of more.py lives at the head, so the paper's mechanism can be tried here with statistical power.
-It is a linear probe, not the paper's Table 2, where the whole model is trained.
+It is a linear probe, not the paper's Table 2, where the whole model is trained. Beside the
+weightings of more.py stand the rewards of neighbouring work (methods/).
 
 K sources, B pairs in a step, N pairs of a source, D width, S seeds.
 """
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration import accuracy, negative_log_likelihood, pair_ece
+from ..calibration import accuracy
 from ..data.sampling import PAIRS_PER_SOURCE, epoch_steps
 from ..engine.optim import AdamW
 from ..files import refuse_existing, write_json
@@ -31,12 +32,14 @@ from ..options import Range, check_ranges, option, require
 from ..reward import fresh_head
 from ..tables import Table
 from ..uncertainty import over_seeds
-from .features import PROBE, Stored, load_features
+from .features import PROBE, Stored, load_features, load_states
+from .methods.by_name import METHODS
+from .methods.solve import Parameters
+from .methods.states import StatePairs
+from .solved import Runs, print_notes, rates_of, solved_runs
 
-METHODS = ("uniform", "more")  # unless others are asked for
+DEFAULT_METHODS = ("uniform", "more")  # unless others are asked for
 ROWS_AT_ONCE = 4096  # of stored states, widened to fp32
-
-Runs = dict[str, dict[str, list]]  # method -> rate -> (S, K)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,9 @@ class ProbeOptions:
     method: tuple[str, ...] = option(
         (),
         repeat=True,
-        choices=tuple(WEIGHTINGS),
-        help="once per weighting; others are compared with the first (default: uniform and more)",
+        choices=(*WEIGHTINGS, *METHODS),
+        help="once per weighting, or per method of neighbouring work; others are compared with the"
+        " first (default: uniform and more)",
     )
     seeds: int = option(
         20,
@@ -156,6 +160,25 @@ def margins_of(head: Tensor, states: Tensor, scale: float) -> np.ndarray:
     return torch.cat(parts).double().numpy() / scale
 
 
+@dataclass(frozen=True)
+class Weighting:
+    """A weighting of more.py as one of methods/: a shared head that is trained in steps."""
+
+    name: str
+    options: ProbeOptions
+
+    def fit(self, train: StatePairs, seed: int) -> Parameters:
+        """head: (D,)."""
+        parts = [train.difference[train.source == k].float() for k in range(train.sources)]
+        scale = scale_of(parts)
+        head, _ = train_head(parts, self.name, self.options, seed, scale)
+        return {"head": head / scale}
+
+    def margins(self, parameters: Parameters, pairs: StatePairs, knows_source: bool) -> Tensor:
+        """The same for every source."""
+        return pairs.difference @ parameters["head"].to(pairs.chosen)
+
+
 # ---- many heads ----------------------------------------------------------------------------------
 
 
@@ -167,9 +190,16 @@ def probe(options: ProbeOptions) -> None:
     check_ranges(options)
     refuse_existing(options.json, "--json")
     description, stored = load_features(options.features)
-    names, methods = list(stored), tuple(dict.fromkeys(options.method)) or METHODS
+    names, methods = list(stored), tuple(dict.fromkeys(options.method)) or DEFAULT_METHODS
     check_methods(options, methods, len(names))
-    runs = {method: runs_of(method, stored, options) for method in methods}
+    states = load_states(options.features) if set(methods) & set(METHODS) else {}
+    runs: Runs = {}
+    for method in methods:
+        if method in WEIGHTINGS:
+            runs[method] = runs_of(method, stored, options)
+        else:
+            runs |= solved_runs(method, states, options.seeds)
+    print_notes(methods, states)
     print(f"{PROBE}: {description['model']}, {options.seeds} seeds")
     print(probe_table(names, runs))
     if options.json:
@@ -213,9 +243,8 @@ def runs_of(
             raise FloatingPointError(
                 f"{method}, seed {seed}: a margin is not finite; try a smaller --learning-rate"
             )
-        runs["accuracy"].append([accuracy(m) for m in margins])
-        runs["ece"].append([pair_ece(m) for m in margins])
-        runs["nll"].append([negative_log_likelihood(m) for m in margins])
+        for rate, values in rates_of(margins).items():
+            runs[rate].append(values)
         runs["weights"].append(weights.mean(0).tolist())
     return runs
 
@@ -230,7 +259,9 @@ def probe_table(names: Sequence[str], runs: Runs) -> str:
     """
     worst_of: dict[str, Callable[..., Any]] = {"accuracy": np.min, "ece": np.max, "nll": np.max}
     tables = [str(rate_table(rate, names, runs, worst)) for rate, worst in worst_of.items()]
-    tables.append(str(rate_table("weights", names, runs, None)))
+    weighted = {method: rates for method, rates in runs.items() if "weights" in rates}
+    if weighted:
+        tables.append(str(rate_table("weights", names, weighted, None)))
     tables.append(
         "± is half a 95% interval over seeds, the test pairs held fixed;"
         " a difference is taken seed by seed"

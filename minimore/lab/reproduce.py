@@ -25,6 +25,7 @@ from .estimate import SHARE_OF_SPEED, STEP_SECONDS, estimated_seconds
 from .experiments import REPORTS, every_entry
 from .finished import Grid
 from .grid import PROTOCOLS, Cell, ReproduceOptions, checked_cells
+from .neighbours import check_neighbours, report_methods, run_worlds
 
 # Options that leave a grid what it is. It may be continued with other values of these.
 FREE = (
@@ -41,6 +42,8 @@ FREE = (
 
 def reproduce(options: ReproduceOptions) -> int:
     """Plan, run and report an experiment; returns the exit code."""
+    if options.experiment == "methods":
+        return reproduce_methods(options)
     cells, output = checked_cells(options), Path(options.output)
     check_same_grid(options, output)
     if options.model and not options.allow_overlap:
@@ -50,14 +53,32 @@ def reproduce(options: ReproduceOptions) -> int:
     print_plan(options, cells, unfinished)
     if options.dry_run:
         return 0
-    make_directory(output)
-    sweep(output)
-    if not (output / "grid.json").exists():
-        write_checked_json(output / "grid.json", identity_of(options))
+    open_output(options, output)
     exit_code = run_cells(output, cells, unfinished)
     if exit_code == 0:
         report(options, cells, output)
     return exit_code
+
+
+def reproduce_methods(options: ReproduceOptions) -> int:
+    """The experiment without training runs: every world is a few seconds of fitting heads."""
+    output = Path(options.output)
+    check_neighbours(options)
+    check_same_grid(options, output)
+    print(f"methods: {options.seed_count()} seeds, each in every regime", flush=True)
+    if options.dry_run:
+        return 0
+    open_output(options, output)
+    report_methods(options, output, run_worlds(options, output))
+    return 0
+
+
+def open_output(options: ReproduceOptions, output: Path) -> None:
+    """Make the directory of a grid, or clean up what a kill left in it."""
+    make_directory(output)
+    sweep(output)
+    if not (output / "grid.json").exists():
+        write_checked_json(output / "grid.json", identity_of(options))
 
 
 def identity_of(options: ReproduceOptions) -> dict[str, Any]:

@@ -10,13 +10,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import minimore.lab.features
+from minimore.calibration import accuracy
 from minimore.checksums import write_checked_json
 from minimore.cli import main
 from minimore.data.pairs import load_source, pack_pairs
 from minimore.data.sampling import epoch_steps
 from minimore.data.world import World
-from minimore.lab.features import load_features
+from minimore.lab.features import load_features, load_states
+from minimore.lab.methods.by_name import METHODS
 from minimore.lab.probe import ProbeOptions, train_head
+from minimore.lab.solved import as_pairs, scales_of
+from minimore.model.attention import pack
 from minimore.model.tensors import write_tensors
 from minimore.more import WEIGHTINGS, bradley_terry_losses, head_gradients, weighted_loss
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
@@ -135,6 +139,66 @@ def test_probe_reports_every_method_and_the_worst_source(stored, tmp_path, capsy
     assert f"{mean:.4f} ± {half:.4f}" in printed
     by_default, _ = methods_of("default.json")  # the same methods and seeds
     assert by_default == methods
+
+
+@pytest.fixture(scope="module")
+def with_prompts(stored, tmp_path_factory):
+    """The same states with those of the prompts."""
+    states = tmp_path_factory.mktemp("prompts") / "states"
+    assert main([*stored[2][:-1], str(states), "--prompt-states"]) == 0
+    return states
+
+
+def test_prompt_states_are_those_of_the_prompt_alone(stored, with_prompts, capsys):
+    directory, paths, _ = stored
+    model, checkpoint = open_reward_model(ModelOptions(model=str(directory / "model")))
+    states, old = load_states(str(with_prompts)), load_states(str(directory / "states"))
+    for name, (path, _) in paths.items():
+        pairs = load_source(name, str(path), checkpoint.tokenizer, 512).pairs
+        alone = [(pair.chosen[: pair.shared].tolist(),) for pair in pairs]
+        with torch.no_grad():
+            z = torch.cat([model.trunk(pack([([], list(text))])) for text in alone])
+        part = states[name]["train"]
+        assert torch.allclose(part.prompt.float(), z, atol=4e-3)
+        assert old[name]["train"].prompt is None  # a store without prompts is readable
+        assert torch.equal(old[name]["train"].chosen, part.chosen)
+        difference = load_features(str(with_prompts))[1][name]["train"].difference
+        assert torch.equal(difference, part.chosen - part.rejected)
+
+
+def test_probe_takes_the_methods_of_neighbours(with_prompts, tmp_path, capsys):
+    flags = [flag for name in ("uniform", "own", "ensemble") for flag in ("--method", name)]
+    path = tmp_path / "all.json"
+    command = ["probe", "--features", str(with_prompts), "--seeds", "2", "--json", str(path)]
+    assert main([*command, *flags]) == 0
+    printed, runs = capsys.readouterr().out, json.loads(path.read_text())["methods"]
+    assert list(runs) == ["uniform", "own", "own, source known", "ensemble"]
+    assert "own, source known - uniform" in printed and printed.count("weights") == 1
+    assert "solved on all training pairs" in printed
+
+    states = list(load_states(str(with_prompts)).values())
+    scales = scales_of([parts["train"] for parts in states])
+    train, test = (
+        as_pairs([parts[name] for parts in states], scales) for name in ("train", "test")
+    )
+    assert train.difference.square().mean() == pytest.approx(1, rel=1e-4)
+    assert train.chosen.mean(0) + train.rejected.mean(0) == pytest.approx(0, abs=1e-3)
+    parameters = METHODS["own"].fit(train, 0)
+    margins = METHODS["own"].margins(parameters, test, True).numpy()
+    own = [accuracy(margins[test.source == k]) for k in range(3)]
+    assert runs["own, source known"]["accuracy"] == [own] * 2
+    accuracies = np.array(runs["ensemble"]["accuracy"])  # whose start is drawn
+    assert not np.array_equal(accuracies[0], accuracies[1])
+
+
+def test_a_gate_reads_prompts_where_they_are_stored(stored, with_prompts, capsys):
+    tables = []
+    for states in (stored[0] / "states", with_prompts):
+        assert main(["probe", "--features", str(states), "--seeds", "1", "--method", "gated"]) == 0
+        tables.append(capsys.readouterr().out)
+    without, read = tables
+    assert "constant gate" in without and "constant gate" not in read and without != read
+    assert not any("weights " in table for table in tables)
 
 
 def test_intervals_over_seeds():

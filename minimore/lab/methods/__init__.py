@@ -1,0 +1,1 @@
+"""How others answer diverse preferences: one small class a method, all behind one signature."""

@@ -106,6 +106,12 @@ class ReproduceOptions:
         help="runs of every cell; in the world a seed is also another world (default: 3, of"
         " figure7 and table1 5, of methods 20)",
     )
+    first_seed: int = option(
+        0,
+        within=Range(least=0, most=OTHER_SEED - 1),
+        help="seeds are numbered from here, so that a finished experiment can be asked again in"
+        " other worlds",
+    )
     width: tuple[int, ...] = option(
         (), repeat=True, help="ladder: once per width of the model (default: 16, 32 and 64)"
     )
@@ -179,6 +185,10 @@ class ReproduceOptions:
             return 3
         return 20 if self.experiment == "methods" else 5 if self.has_policies() else 3
 
+    def seed_range(self) -> range:
+        """The seeds of every cell."""
+        return range(self.first_seed, self.first_seed + self.seed_count())
+
     def has_policies(self) -> bool:
         """Whether its reward models choose for a policy."""
         return self.experiment in POLICY_EXPERIMENTS
@@ -236,7 +246,7 @@ def cells_of(options: ReproduceOptions) -> list[Cell]:
     places = PLACES[options.experiment](options)
     return [
         cell
-        for seed in range(options.seed_count())
+        for seed in options.seed_range()
         for place in places
         for cell in cells_at(options, place | {"seed": seed})
     ]

@@ -125,7 +125,7 @@ def run_worlds(options: ReproduceOptions, output: Path) -> Worlds:
     """The figures of every regime and seed: read where they are stored, else made and stored."""
     make_directory(output / "worlds")
     worlds: Worlds = {regime: [] for regime in REGIMES}
-    for seed in range(options.seed_count()):
+    for number, seed in enumerate(options.seed_range(), 1):
         began = time.monotonic()
         for regime in REGIMES:
             path = world_file(output, regime, seed)
@@ -137,9 +137,7 @@ def run_worlds(options: ReproduceOptions, output: Path) -> Worlds:
                 figures = figures_of_world(world, seed)
                 write_checked_json(path, {"methods": figures})
             worlds[regime].append(figures)
-        print(
-            f"[{seed + 1}/{options.seed_count()}] {in_time(time.monotonic() - began)}", flush=True
-        )
+        print(f"[{number}/{options.seed_count()}] {in_time(time.monotonic() - began)}", flush=True)
     return worlds
 
 

@@ -37,6 +37,7 @@ FREE = (
     "recompute",
     "memory",
     "seeds",
+    "first_seed",
 )
 
 

@@ -8,6 +8,7 @@ from minimore.cli import main
 from minimore.data.world import World
 from minimore.lab import cells
 from minimore.lab.grid import REGIMES, ReproduceOptions, cells_of, checked_cells
+from minimore.lab.reproduce import FREE
 
 
 def options_of(experiment, **changes):
@@ -183,3 +184,12 @@ def test_a_missing_experiment_and_a_directory_without_a_grid_are_refused(tmp_pat
     (tmp_path / "notes.txt").touch()  # an empty directory may be what a power cut has left
     assert main(["reproduce", "table2", "--output", str(tmp_path)]) == 2
     assert "holds no grid" in capsys.readouterr().err
+
+
+def test_an_experiment_may_begin_at_another_seed():
+    """The same cells, of other worlds; a grid may be continued with them."""
+    first = cells_of(options_of("regimes", seeds=2))
+    later = cells_of(options_of("regimes", seeds=2, first_seed=2))
+    assert {cell.at["seed"] for cell in first} == {0, 1}
+    assert {cell.at["seed"] for cell in later} == {2, 3}
+    assert len(first) == len(later) and "first_seed" in FREE

@@ -27,6 +27,7 @@ reward score report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain
 engine.distributed engine.host engine.streamed engine.workload engine.cost engine.choose engine.plan
 metrics resume run best training train
+alignment.preference_losses
 alignment.portions alignment.policy alignment.generate alignment.sample alignment.selection
 alignment.language alignment.responses alignment.finetune alignment.perplexity
 alignment.judges alignment.answers alignment.endpoint alignment.questions alignment.compare

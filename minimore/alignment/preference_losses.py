@@ -19,6 +19,7 @@ B pairs, S responses of a pair, R references.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -133,3 +134,33 @@ def spo_losses(policy: Tensor, reference: Tensor, beta: float, degree: float) ->
     by_degree = torch.cat([rewards[:, :1], rewards[:, ADDED:]], dim=1)  # (B, 1 + J)
     steps = by_degree[:, :-1] - by_degree[:, 1:]  # (B, J)
     return dpo_losses(policy, reference, beta) - degree * F.logsigmoid(steps).mean(1)
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """One of LOSSES with its strengths; all of them behind the same two verbs.
+
+    beta: of the implicit rewards. clip: of MRPO; anchor: of BAPO; degree: of SPO.
+    """
+
+    name: str
+    beta: float
+    clip: float | None = None
+    anchor: float = 1.0
+    degree: float = 1.0
+
+    def losses(self, policy: Tensor, references: Tensor) -> Tensor:
+        """The loss of each pair (B,), from (B, S) and (R, B, S); R is 1 but for MRPO."""
+        if self.name == "mrpo":
+            return mrpo_losses(policy, references, self.beta, self.clip)
+        (reference,) = references
+        if self.name == "bapo":
+            return bapo_losses(policy, reference, self.beta, self.anchor)
+        if self.name == "spo":
+            return spo_losses(policy, reference, self.beta, self.degree)
+        return dpo_losses(policy, reference, self.beta)
+
+    def margins(self, policy: Tensor, references: Tensor) -> Tensor:
+        """The implicit margin of each pair (B,), from (B, S) and (R, B, S)."""
+        reference = merged_reference(references, self.clip)
+        return implicit_margins(policy, reference, self.beta)

@@ -30,7 +30,8 @@ metrics resume run best training train
 alignment.preference_losses
 alignment.portions alignment.policy alignment.generate alignment.sample alignment.selection
 alignment.language alignment.responses alignment.preference alignment.references
-alignment.finetune alignment.perplexity
+alignment.tuning alignment.comparisons alignment.preference_training alignment.finetune
+alignment.perplexity
 alignment.judges alignment.answers alignment.endpoint alignment.questions alignment.compare
 lab.features lab.probe lab.published lab.policies lab.best_of lab.association lab.scale_matters
 lab.recipes lab.grid lab.drift lab.testbed lab.cells lab.estimate lab.statistics lab.scheme_tables

@@ -68,13 +68,15 @@ class ComparisonBatch:
 class PreferenceResult(NamedTuple):
     """What a step saw: its loss (), and of every pair its loss and implicit margin (B,).
 
-    weights: (K,) of the sources.
+    weights: (K,) of the sources. gradients: (K, D), those that the weights come from; NaN (K, 1)
+    where the weighting looks at none.
     """
 
     loss: Tensor
     losses: Tensor
     margins: Tensor
     weights: Tensor
+    gradients: Tensor
 
     def times(self, share: float) -> "PreferenceResult":
         """The same with its share of a step's loss and weights."""
@@ -83,8 +85,8 @@ class PreferenceResult(NamedTuple):
     @classmethod
     def of_parts(cls, parts: Sequence["PreferenceResult"]) -> "PreferenceResult":
         """The result of a step from those of its parts, each with its share."""
-        loss, losses, margins, weights = zip(*parts)
-        return cls(sum(loss), torch.cat(losses), torch.cat(margins), sum(weights))
+        loss, losses, margins, weights, (gradients, *_) = zip(*parts)
+        return cls(sum(loss), torch.cat(losses), torch.cat(margins), sum(weights), gradients)
 
 
 def pack_comparisons(items: Sequence[Comparison], source: Sequence[int]) -> ComparisonBatch:
@@ -209,13 +211,12 @@ class PreferenceObjective:
         if self.method == "more":
             gradients = shift_gradients(losses, states, source_of_target)
         else:
-            gradients = losses.detach()[:, None]  # no other weighting looks at them
+            gradients = states.new_full((self.sources, 1), torch.nan)  # no other looks at them
         weights = self.weigh(losses, gradients, torch.bincount(source, minlength=self.sources))
         loss = weighted_loss(weights, losses)  # ()  2312.07401, Eq. 7
         margins = self.loss_of_pairs.margins(policy, reference)
-        return loss, PreferenceResult(
-            loss.detach(), pair_losses.detach(), margins.detach(), weights.detach()
-        )
+        seen = (loss, pair_losses, margins, weights, gradients)
+        return loss, PreferenceResult(*(tensor.detach() for tensor in seen))
 
 
 def shift_gradients(losses: Tensor, states: Tensor, source: Tensor) -> Tensor:

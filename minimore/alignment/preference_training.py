@@ -20,7 +20,7 @@ from torch import Tensor
 from ..data.pairs import Source
 from ..engine.streamed import open_engine
 from ..files import write_json, write_text
-from ..metrics import finite, progress_line
+from ..metrics import cosines_between, finite, progress_line
 from ..model.checkpoint import Checkpoint, files_to_save
 from ..more import WEIGHTINGS
 from ..options import parse_sources, require
@@ -75,17 +75,19 @@ class PreferenceTraining(Training):
         self, step: int, items: Sequence[Comparison], source: list[int], result: PreferenceResult
     ) -> dict[str, Any]:
         """What metrics.jsonl says of a step: things as they were before its update."""
+        names = [own.name for own in self.sources]
+        units = result.gradients / result.gradients.norm(dim=1, keepdim=True)
         return {
             "step": step,
             "learning_rate": self.optimizer.learning_rate,
             "tokens": sum(item.tokens for item in items),
             "loss": float(result.loss),
-            "sources": by_source(result, source, [own.name for own in self.sources]),
-            "cosines": {},
+            "sources": by_source(result, source, names),
+            "cosines": cosines_between(units, names),
         }
 
     def progress_line(self, record: dict[str, Any], seconds_left: float) -> str:
-        """Loss, accuracy and weight of each source; the time left."""
+        """Loss, accuracy and weight of each source; cosines of their gradients; the time left."""
         return progress_line(record, self.schedule.steps, seconds_left)
 
     def what_begins(self) -> str:

@@ -176,7 +176,7 @@ def test_streamed_steps_are_plain_steps(tied_and_untied, loss, method, tied):
             torch.testing.assert_close(parameter, expected[name], atol=1e-9, rtol=0)
         for result, other in zip(results, others):
             for ours, theirs in zip(result, other):
-                torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+                torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

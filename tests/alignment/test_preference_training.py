@@ -18,6 +18,7 @@ from minimore.calibration import accuracy, pair_ece
 from minimore.cli import main
 from minimore.data.world import World
 from minimore.engine.optim import AdamW
+from minimore.figures.history import What, read_history
 from minimore.model.checkpoint import Checkpoint
 
 ANNOTATORS = ("ana", "ben")
@@ -163,6 +164,9 @@ def test_both_engines_and_min_norm_weights(home, tmp_path):
             assert weights[0] == pytest.approx(weights[1], abs=0.02)
     weights = [line["sources"]["ana"]["weight"] for line in logs[0]]
     assert max(weights) - min(weights) > 0.05
+    assert all(-1 <= line["cosines"]["ana ~ ben"] <= 1 for line in logs[0])
+    series = read_history(str(tmp_path / "plain")).series
+    assert len(series[What("training", "ana", "margin")].values) == len(weights)
 
 
 # ---- what survives a kill ------------------------------------------------------------------------

@@ -157,18 +157,14 @@ def read_written(path: str, tokenizer: Tokenizer, chat: bool = False) -> Written
 
 def with_degrees(items: Sequence[Responses], eos: int | None, seed: int) -> list[Responses]:
     """The same items, with less and less of the chosen response as further responses."""
-    return [
-        item._replace(
-            responses=[
-                *item.responses,
-                *(
-                    thinned(item.responses[0], share, eos, np.random.default_rng([seed, i, j]))
-                    for j, share in enumerate(REMOVED)
-                ),
-            ]
-        )
-        for i, item in enumerate(items)
-    ]
+    result = []
+    for i, item in enumerate(items):
+        degrees = [
+            thinned(item.responses[0], share, eos, np.random.default_rng([seed, i, j]))
+            for j, share in enumerate(REMOVED)
+        ]
+        result.append(item._replace(responses=item.responses + degrees))
+    return result
 
 
 def thinned(

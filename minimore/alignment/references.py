@@ -89,21 +89,26 @@ def stored_log_probabilities(
     Raises InputError for a file that holds those of other responses, or by another reference.
     """
     make_directory(directory)
-    by_reference = []
+    values: dict[str, list[Tensor]] = {name: [] for name in items_of_sources}
     for r, checkpoint in enumerate(references):
         reference = Reference(checkpoint, options)
-        by_source = []
-        for k, items in enumerate(items_of_sources.values()):
-            portions = [items[i : i + PORTION] for i in range(0, len(items), PORTION)]
-            paths = [directory / f"{r}.{k:02d}.{p:05d}.safetensors" for p in range(len(portions))]
-            by_source.append(
-                torch.cat([_stored(*both, reference) for both in zip(paths, portions)])
-            )
-        by_reference.append(by_source)
-    return {name: torch.stack(values) for name, values in zip(items_of_sources, zip(*by_reference))}
+        for k, (name, items) in enumerate(items_of_sources.items()):
+            values[name].append(_of_source(directory, f"{r}.{k:02d}", items, reference))
+    return {name: torch.stack(by_reference) for name, by_reference in values.items()}
 
 
-def _stored(path: Path, items: Sequence[Responses], reference: Reference) -> Tensor:
+def _of_source(
+    directory: Path, number: str, items: Sequence[Responses], reference: Reference
+) -> Tensor:
+    """The log-probabilities (N, S) of a source by one reference, portion by portion."""
+    portions = []
+    for p, start in enumerate(range(0, len(items), PORTION)):
+        path = directory / f"{number}.{p:05d}.safetensors"
+        portions.append(_of_portion(path, items[start : start + PORTION], reference))
+    return torch.cat(portions)
+
+
+def _of_portion(path: Path, items: Sequence[Responses], reference: Reference) -> Tensor:
     """The log-probabilities (N, S) of a portion, which is computed if its file is not whole."""
     identity = reference.identity(items)
     stored = _read(path)
@@ -114,7 +119,7 @@ def _stored(path: Path, items: Sequence[Responses], reference: Reference) -> Ten
     require(
         stored[0] == identity,
         f"{path}: holds log-probabilities of other responses, or by another reference; restore what"
-        f" this run began with, or start a new one",
+        " this run began with, or start a new one",
     )
     return stored[1]
 

@@ -33,7 +33,7 @@ from ..reward import ModelOptions, RewardModel, open_reward_model
 from ..train import TrainOptions, train
 from .drift import DriftWatch
 from .grid import Cell, ReproduceOptions, train_options
-from .learners import chooser_worth, learner_worth
+from .learners import LEARNINGS, chooser_worth, learner_worth
 from .testbed import chosen_for, open_testbed
 
 HELD_OUT = 4  # one of so many test prompts fits temperatures, under --protocol clean
@@ -82,7 +82,7 @@ def fingerprint(cell: Cell) -> str:
     if cell.testbed:
         parts += [str(cell.testbed.world), str(cell.design)]
     if cell.learner:
-        parts.append(cell.learner)
+        parts += [cell.learner, str(LEARNINGS.get(cell.learner))]
     return json.dumps(parts)
 
 

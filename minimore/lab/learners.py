@@ -5,7 +5,6 @@
 All of them begin at the base policy of the world, and see the same pairs once, in the same order.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +21,12 @@ from ..alignment.preference import Comparison, PreferenceObjective
 from ..alignment.preference_losses import PreferenceLoss
 from ..alignment.references import log_probabilities
 from ..alignment.responses import eos_of
-from ..engine.optim import AdamW
-from ..engine.plain import PlainEngine
-from ..engine.recipe import Recipe
 from ..model.checkpoint import Checkpoint
 from ..more import WEIGHTINGS
 from ..reward import RewardModel
 from .best_of import choices
 from .drift import true_pairs
-from .policies import Fitting, both_sides, divergence, orders, texts_of, written
+from .policies import Fitting, both_sides, divergence, fitted, texts_of, written
 from .testbed import Testbed, by_turns, control, first
 
 BETA, STRONG_BETA = 0.1, 0.3  # the larger it is, the closer the policy stays
@@ -115,29 +111,22 @@ LEARNINGS = {
     "dpo, min-norm": Learning(PreferenceLoss("dpo", BETA), "more"),
     "mrpo": Learning(PreferenceLoss("mrpo", BETA, CLIP)),
     "bapo": Learning(PreferenceLoss("bapo", BETA)),
+    "bapo, anchor .1": Learning(PreferenceLoss("bapo", BETA, anchor=0.1)),
     "spo": Learning(PreferenceLoss("spo", BETA)),
 }
 
 
 def fitted_on_pairs(testbed: Testbed, learner: str) -> LanguageModel:
     """A copy of the base that saw every training pair once, by one of LEARNINGS."""
-    learning, seed = LEARNINGS[learner], testbed.world.seed
     items, source = training_pairs(testbed, learner)
     references = [testbed.base]
     if learner == "mrpo":
         references.append(control(testbed, "sft"))
     reference = torch.stack([log_probabilities(model, items) for model in references])  # (R, N, S)
-    policy = copy.deepcopy(testbed.base)
-    optimizer = AdamW()
-    optimizer.adopt_all(policy)
-    engine = PlainEngine(policy, optimizer, Recipe())
-    objective = objective_of(learning, len(testbed.world.annotators))
+    comparisons = [Comparison(item, reference[:, i]) for i, item in enumerate(items)]
+    objective = objective_of(LEARNINGS[learner], len(testbed.world.annotators))
     fitting = Fitting(len(items) // PAIRS_A_STEP, PAIRS_A_STEP, LEARNING_RATE)
-    for step, places in enumerate(orders(len(items), fitting, seed)):
-        optimizer.learning_rate = fitting.learning_rate * (1 - step / fitting.steps)
-        comparisons = [Comparison(items[place], reference[:, place]) for place in places]
-        engine.step(comparisons, [source[place] for place in places], objective)
-    return policy
+    return fitted(testbed.base, comparisons, fitting, testbed.world.seed, objective, source)
 
 
 def objective_of(learning: Learning, sources: int) -> PreferenceObjective:
@@ -155,7 +144,7 @@ def training_pairs(testbed: Testbed, learner: str) -> tuple[list[Responses], lis
     numbered = [[(item, k) for item in items] for k, items in enumerate(by_annotator)]
     items, source = map(list, zip(*by_turns(numbered)))
     seed = OWN_SEED + testbed.world.seed
-    if learner == "bapo":
+    if LEARNINGS[learner].loss.name == "bapo":
         of_base = written_by_base(testbed, [item.prompt for item in items], seed + 2)
         items = [
             item._replace(responses=item.responses + own.responses)

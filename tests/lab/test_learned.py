@@ -44,7 +44,7 @@ def testbed(tmp_path_factory):
 def test_a_seed_has_a_cell_for_every_learner():
     grid = cells_of(ReproduceOptions(experiment="policies", output="x", seeds=2))
     assert [cell.learner for cell in grid] == [*LEARNERS] * 2
-    assert len({cell.name for cell in grid}) == len({fingerprint(cell) for cell in grid}) == 18
+    assert len({cell.name for cell in grid}) == len({fingerprint(cell) for cell in grid}) == 20
     assert set(LEARNINGS) < set(LEARNERS)
     for cell in grid:
         assert bool(cell.sources) == bool(cell.tests) == (cell.learner == CHOOSER)
@@ -131,5 +131,5 @@ def test_the_whole_experiment_in_small(tmp_path, capsys):
     assert torch.tensor([entry["forgotten"] for entry in entries[1:]]).abs().min() > 0
     capsys.readouterr()
     assert main(words) == 0
-    assert "9 runs, 9 of them finished" in capsys.readouterr().out
+    assert "10 runs, 10 of them finished" in capsys.readouterr().out
     assert (output / "report.txt").read_text() == report

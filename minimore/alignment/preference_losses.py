@@ -146,7 +146,7 @@ class PreferenceLoss:
     name: str
     beta: float
     clip: float | None = None
-    anchor: float = 1.0
+    anchor: float = 0.1
     degree: float = 1.0
 
     def losses(self, policy: Tensor, references: Tensor) -> Tensor:

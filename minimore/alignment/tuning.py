@@ -84,7 +84,7 @@ class FinetuneOptions(LoopOptions):
         help="bapo: what the reference wrote to the training prompts, as `align sample` writes it",
     )
     anchor: float = option(
-        1.0, within=Range(least=0), help="bapo: weight of what is forgotten of --base-responses"
+        0.1, within=Range(least=0), help="bapo: weight of what is forgotten of --base-responses"
     )
     degree: float = option(
         1.0, within=Range(least=0), help="spo: weight of the loss on the degree of preference"

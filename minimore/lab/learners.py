@@ -111,7 +111,7 @@ LEARNINGS = {
     "dpo, min-norm": Learning(PreferenceLoss("dpo", BETA), "more"),
     "mrpo": Learning(PreferenceLoss("mrpo", BETA, CLIP)),
     "bapo": Learning(PreferenceLoss("bapo", BETA)),
-    "bapo, anchor .1": Learning(PreferenceLoss("bapo", BETA, anchor=0.1)),
+    "bapo, anchor 1": Learning(PreferenceLoss("bapo", BETA, anchor=1.0)),
     "spo": Learning(PreferenceLoss("spo", BETA)),
 }
 

@@ -72,7 +72,7 @@ RECIPES = (
 # the same pairs; learners.py has the others.
 LEARNERS = (
     *("base", "sft", "rejection sampling"),
-    *("dpo", "dpo, beta .3", "dpo, min-norm", "mrpo", "bapo", "bapo, anchor .1", "spo"),
+    *("dpo", "dpo, beta .3", "dpo, min-norm", "mrpo", "bapo", "bapo, anchor 1", "spo"),
 )
 CHOOSER = "rejection sampling"  # the only one with a reward model
 

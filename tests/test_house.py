@@ -27,17 +27,21 @@ reward temperature score opened report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain
 engine.distributed engine.host engine.streamed engine.workload engine.cost engine.choose engine.plan
 metrics resume run best training train
+alignment.preference_losses
 alignment.portions alignment.policy alignment.generate alignment.sample alignment.selection
-alignment.language alignment.responses alignment.finetune alignment.perplexity
+alignment.language alignment.responses alignment.preference alignment.references
+alignment.tuning alignment.comparisons alignment.preference_training alignment.finetune
+alignment.perplexity
 alignment.judges alignment.answers alignment.endpoint alignment.questions alignment.compare
 lab.methods.states lab.methods.solve lab.methods.heads lab.methods.maxmin lab.methods.mean_variance
 lab.methods.prototypes lab.methods.gated lab.methods.ensemble lab.methods.shrinkage
 lab.methods.by_name
 lab.features lab.solved lab.probe lab.word_counts
 lab.published lab.policies lab.best_of lab.association lab.scale_matters
-lab.recipes lab.grid lab.drift lab.testbed lab.cells lab.estimate lab.statistics lab.scheme_tables
-lab.neighbours lab.finished lab.alignment_figures lab.figure7 lab.table1 lab.experiments
-lab.reproduce lab.demo
+lab.recipes lab.grid lab.drift lab.testbed lab.learners lab.cells lab.estimate lab.statistics
+lab.scheme_tables
+lab.neighbours lab.finished lab.alignment_figures lab.figure7 lab.table1 lab.learned
+lab.experiments lab.reproduce lab.demo
 check cli
 """  # one order; a line may be a wing, or a part of one
 ORDER = PAGE.split()

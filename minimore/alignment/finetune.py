@@ -4,7 +4,8 @@ On the best of several samples it is the paper's rejection sampling (Eq. 3):
 
     L = -log π(y_best | x),    y_best the sample with the highest reward
 
-On the chosen responses of preference pairs it is plain fine-tuning, the paper's Alpaca-SFT.
+On the chosen responses of preference pairs it is plain fine-tuning, the paper's Alpaca-SFT. What
+learns from pairs themselves, without a reward model, is in preference_training.py.
 
     main -> finetune -> loop -> engine.step -> objective.loss
 
@@ -12,7 +13,6 @@ The run is a directory like any other: safe to kill, continued with --resume, an
 checkpoint that transformers' AutoModelForCausalLM opens.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,67 +20,28 @@ from typing import Any
 
 from ..engine.cost import in_time
 from ..engine.streamed import open_engine
-from ..engine.workload import EPOCHS, Workload
 from ..files import write_text
 from ..metrics import finite
 from ..model.checkpoint import Checkpoint, files_to_save
-from ..options import COUNT, Range, check_ranges, option, require
 from ..reward import check_length
 from ..run import Lock, check_recipe, open_run
 from ..training import (
-    LoopOptions,
     Schedule,
     Training,
     begin,
-    check_recipe_options,
     choose_recipe,
     loop,
     open_optimizer,
     open_origin,
     stop_requests,
-    table_of_options,
     write_finished,
     write_weights,
 )
+from . import preference_training
 from .language import LanguageObjective, LanguageResult, Responses, perplexity_of
 from .policy import open_policy, require_language_model
-from .responses import WHICH, ResponseFile, eos_of, read_responses
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(LoopOptions):
-    """What `align finetune` takes; batch, length, learning rate and schedule are the paper's."""
-
-    input: tuple[str, ...] = option(
-        value="FILE.jsonl",
-        repeat=True,
-        help="once per file: prompts with a response or responses, pairs, or messages",
-    )
-    responses: str = option(
-        "chosen",
-        choices=WHICH,
-        help="of preference pairs, learn the chosen responses, or all; of other records all are "
-        "learned",
-    )
-    max_length: int = option(
-        512,
-        within=COUNT,
-        help="tokens of prompt and response; the prompt is cut on the left, a longer response on "
-        "the right",
-    )
-    chat: bool = option(False, help="read prompts and responses that are strings as messages")
-    epochs: int = option(1, within=COUNT, help="passes over the responses")
-    batch_size: int = option(64, within=COUNT, help="prompts a step, with their responses")
-    warmup: float = option(
-        0.05,
-        within=Range(least=0, most=1),
-        help="share of the steps in which the learning rate rises linearly from 0",
-    )
-    schedule: str = option(
-        "cosine",
-        choices=("linear", "cosine", "constant"),
-        help="learning rate after warmup",
-    )
+from .responses import ResponseFile, eos_of, read_responses
+from .tuning import LIKELIHOOD, FinetuneOptions, check_options, model_card, workload_of
 
 
 def finetune(options: FinetuneOptions) -> int:
@@ -90,7 +51,11 @@ def finetune(options: FinetuneOptions) -> int:
     if run is None:
         return 0
     with Lock(run) as lock:
-        training = prepare(options, run, lock)
+        training: Training
+        if options.loss == LIKELIHOOD:
+            training = prepare(options, run, lock)
+        else:
+            training = preference_training.prepare(options, run, lock)
         with stop_requests() as signals:
             exit_code = loop(training, signals)
         if exit_code == 0:
@@ -134,19 +99,6 @@ class PolicyTraining(Training):
         """Prompts a step, and how many responses there are."""
         responses = sum(len(item.responses) for file in self.files for item in file.items)
         return f"{self.schedule.batch_size} prompts, {responses} responses in all"
-
-
-def check_options(options: FinetuneOptions) -> None:
-    """Refuse options that cannot be run (InputError)."""
-    check_ranges(options)
-    require(options.input, "--input: expected at least one file")
-    files = [os.path.realpath(path) for path in options.input]
-    for path, file in zip(options.input, files):
-        require(
-            files.count(file) == 1,
-            f"--input {path}: is given twice; for more passes use --epochs",
-        )
-    check_recipe_options(options)
 
 
 def prepare(options: FinetuneOptions, run: Path, lock: Lock) -> PolicyTraining:
@@ -198,51 +150,13 @@ def read_files(options: FinetuneOptions, checkpoint: Checkpoint) -> list[Respons
     return files
 
 
-def workload_of(schedule: Schedule, files: Sequence[ResponseFile], origin: Checkpoint) -> Workload:
-    """The shapes of the step with the most tokens, and the tokens of all steps.
-
-    At most EPOCHS epochs are counted; each later one is taken to be like their mean.
-    """
-    counted_steps = schedule.steps // schedule.epochs * min(schedule.epochs, EPOCHS)
-    largest: list[Responses] = []
-    most_tokens = tokens = 0
-    for step in range(1, counted_steps + 1):
-        items = [files[k].items[i] for k, i in schedule.sampled_at(step)]
-        tokens_of_step = sum(item.tokens for item in items)
-        tokens += tokens_of_step
-        if tokens_of_step > most_tokens:
-            largest, most_tokens = items, tokens_of_step
-    shapes = tuple((len(prompt), *map(len, responses)) for prompt, responses in largest)
-    tokens = tokens * schedule.steps // counted_steps
-    return Workload(shapes, schedule.steps, tokens, "tied" if origin.is_tied else "untied")
-
-
-def finish(training: PolicyTraining) -> None:
-    """Write the finished policy."""
+def finish(training: Training) -> None:
+    """Write the finished policy, and what is said of it."""
+    if isinstance(training, preference_training.PreferenceTraining):
+        preference_training.finish(training)
+        return
+    assert isinstance(training, PolicyTraining)
     write_weights(training)
-    write_text(training.run / "README.md", model_card(training))
+    lines = [file.line() for file in training.files]
+    write_text(training.run / "README.md", model_card(training.options, lines))
     write_finished(training)
-
-
-def model_card(training: PolicyTraining) -> str:
-    """README.md of a finished run: what it is, on which responses, with which options."""
-    options = training.options
-    options_table = table_of_options(options, ("input", "output", "resume", "model"))
-    counts = "\n".join(f"- {file.line()}" for file in training.files)
-    return f"""---
-tags: [minimore]
-pipeline_tag: text-generation
----
-
-# Policy fine-tuned with minimore
-
-Made from `{options.model}`; `AutoModelForCausalLM` opens it.
-
-## Data
-
-{counts}
-
-## Options
-
-{options_table}
-"""

@@ -81,13 +81,18 @@ class ResponseFile:
         return line + (f"; {self.ties} records prefer no response" if self.ties else "")
 
     def digest(self) -> str:
-        """SHA-256 over the ids, in order: files of equal digest are the same training data."""
-        digest = hashlib.sha256()
-        for prompt, responses in self.items:
-            lengths = [len(prompt), *map(len, responses)]
-            ids = chain(prompt, *responses)
-            digest.update(np.array([len(lengths), *lengths, *ids]).tobytes())
-        return digest.hexdigest()
+        """That of its items; see `digest_of`."""
+        return digest_of(self.items)
+
+
+def digest_of(items: Iterable[Responses]) -> str:
+    """SHA-256 over the ids, in order: items of equal digest are the same training data."""
+    digest = hashlib.sha256()
+    for prompt, responses in items:
+        lengths = [len(prompt), *map(len, responses)]
+        ids = chain(prompt, *responses)
+        digest.update(np.array([len(lengths), *lengths, *ids]).tobytes())
+    return digest.hexdigest()
 
 
 # ---- from a file to ids --------------------------------------------------------------------------

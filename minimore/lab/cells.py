@@ -33,6 +33,7 @@ from ..reward import ModelOptions, RewardModel, open_reward_model
 from ..train import TrainOptions, train
 from .drift import DriftWatch
 from .grid import Cell, ReproduceOptions, train_options
+from .learners import LEARNINGS, chooser_worth, learner_worth
 from .testbed import chosen_for, open_testbed
 
 HELD_OUT = 4  # one of so many test prompts fits temperatures, under --protocol clean
@@ -80,6 +81,8 @@ def fingerprint(cell: Cell) -> str:
     parts = [options, list(cell.sources), list(cell.tests), str(cell.world), content]
     if cell.testbed:
         parts += [str(cell.testbed.world), str(cell.design)]
+    if cell.learner:
+        parts += [cell.learner, str(LEARNINGS.get(cell.learner))]
     return json.dumps(parts)
 
 
@@ -130,15 +133,25 @@ def run_cell(output: Path, cell: Cell) -> int:
             exit_code = train(options, watch)
             if exit_code:
                 return exit_code
-        model, checkpoint = open_trained(cell, options)
-        tensors = margins_and_prompts(model, checkpoint, cell, options)
-        if cell.testbed:
-            testbed = open_testbed(*cell.testbed, cell.design)
-            tensors |= chosen_for(testbed, model, checkpoint)
+        tensors = tensors_of(cell, options)
     if watch and watch.points:
         write_checked_json(drift_file(output, cell), {"points": watch.points})
     write_tensors(margins_file(output, cell), tensors, {"of": fingerprint(cell)})
     return 0
+
+
+def tensors_of(cell: Cell, options: TrainOptions) -> dict[str, Tensor]:
+    """What is stored of a cell that is trained: margins of its model, and what its policy does."""
+    testbed = open_testbed(*cell.testbed, cell.design) if cell.testbed else None
+    if testbed and cell.learner and not cell.sources:
+        return learner_worth(testbed, cell.learner).tensors()
+    model, checkpoint = open_trained(cell, options)
+    tensors = margins_and_prompts(model, checkpoint, cell, options)
+    if testbed and cell.learner:
+        return tensors | chooser_worth(testbed, model, checkpoint).tensors()
+    if testbed:
+        tensors |= chosen_for(testbed, model, checkpoint)
+    return tensors
 
 
 def prepare(cell: Cell) -> None:

@@ -16,6 +16,7 @@ CELL_SECONDS = 1.0  # to load a model and to store margins
 WORLD_TOKENS = 60  # of a pair
 REAL_TOKENS = 400  # of a pair, at most
 POLICY_SECONDS = 8.0  # to tune a policy on 1000 prompts and to judge it
+LEARNER_SECONDS = 12.0  # to let one learn from 4000 pairs
 WORLD_SECONDS = 40.0  # to make the base policy of a world, its samples and its controls
 TRAIN_FLOPS, SCORE_FLOPS = 6, 2  # of a token with a parameter
 
@@ -34,6 +35,7 @@ def estimated_seconds(options: ReproduceOptions, cells: Iterable[Cell]) -> float
         if cell.testbed:
             share = cell.design.prompts / 1000
             seconds += share * POLICY_SECONDS
+            seconds += share * LEARNER_SECONDS * bool(cell.learner)
             seconds += share * WORLD_SECONDS * (cell.testbed not in worlds)
             worlds.add(cell.testbed)
     return seconds

@@ -12,7 +12,7 @@ from ..checksums import read_checked_json
 from ..figures import plots
 from ..tables import Table
 from ..uncertainty import detectable, over_seeds
-from . import figure7, published, table1
+from . import figure7, learned, published, table1
 from .cells import drift_file
 from .finished import Curves, Grid, notes
 from .grid import REGIMES
@@ -198,12 +198,14 @@ REPORTS: dict[str, Callable[[Grid], str]] = {
     "drift": report_drift,
     "figure7": figure7.report_figure7,
     "table1": table1.report_table1,
+    "policies": learned.report_policies,
 }
 
 # Of experiments whose figures are not those of margins alone.
 ENTRIES: dict[str, Callable[[Grid], list[dict[str, Any]]]] = {
     "figure7": figure7.every_figure,
     "table1": table1.every_figure,
+    "policies": learned.every_figure,
 }
 
 

@@ -5,7 +5,7 @@ files. Every cell is an ordinary run directory; `cells.py` runs it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from ..options import Range, check_ranges, option, parse_sources, require, requi
 from ..reward import check_length, device_of
 from ..train import TrainOptions, check_options
 from .policies import FULL, QUICK, Design
-from .recipes import RECIPES, table_1_recipes
+from .recipes import CHOOSER, LEARNERS, RECIPES, table_1_recipes
 
 # What may set uniform and MORE apart in the world: fields of World. In `sizes`, train_pairs are
 # shares of --pairs. Small sources are resampled to as many pairs as the largest, up to 33 times
@@ -48,8 +48,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
 OTHER_SEED = 1000  # so many seeds apart are two models of one world
 AUTHORS = {"lambda_scope": "group", "gradient_average": 0.99}  # --protocol authors: MORE's options
 
-# Experiments in which reward models choose what a policy learns from.
-POLICY_EXPERIMENTS = ("figure7", "table1")
+# Experiments in which policies are judged; in most, reward models choose what they learn from.
+POLICY_EXPERIMENTS = ("figure7", "table1", "policies")
 TWO_ANNOTATORS = ("ana", "ben")  # of table1
 REGIMES_OF_TWO = ("mild", "conflict", "revealed", "ties")
 
@@ -73,13 +73,14 @@ class ReproduceOptions:
         value="EXPERIMENT",
         choices=(
             *("table2", "regimes", "sources", "scaling", "drift", "figure7", "table1"),
-            "methods",
+            *("methods", "policies"),
         ),
         positional=True,
         help="table2: schemes by size; regimes: where weights matter; sources: K = 2 to 5 (Fig. 6);"
         " scaling: sizes and amounts of data; drift: what rewards consist of; figure7: whether a"
         " lower ECE makes a better policy; table1: MultiTask against MORE, two sources; methods:"
-        " how neighbouring work answers, on counts of the world's words",
+        " how neighbouring work answers, on counts of the world's words; policies: with a reward"
+        " model, or by dpo, mrpo, bapo, spo without",
     )
     output: str = option(value="DIR", help="directory of the grid; the same command continues it")
     model: tuple[str, ...] = option(
@@ -104,7 +105,7 @@ class ReproduceOptions:
         None,
         within=Range(least=1, most=1000),
         help="runs of every cell; in the world a seed is also another world (default: 3, of"
-        " figure7 and table1 5, of methods 20)",
+        " figure7, table1 and policies 5, of methods 20)",
     )
     first_seed: int = option(
         0,
@@ -119,12 +120,13 @@ class ReproduceOptions:
         None,
         within=Range(least=1, most=10**7),
         help="training pairs of each source an epoch (default: 6400 in the world, of"
-        " figure7 and table1 1600, of methods 800, 40000 else)",
+        " figure7 and table1 1600, of methods and policies 800, 40000 else)",
     )
     test_pairs: int | None = option(
         None,
         within=Range(least=1, most=10**6),
-        help="world: test pairs of each annotator (default: 1200, of figure7 and table1 800)",
+        help="world: test pairs of each annotator (default: 1200, of figure7, table1 and policies"
+        " 800)",
     )
     regime: str = option(
         "conflict",
@@ -167,6 +169,7 @@ class ReproduceOptions:
         if self.experiment == "methods":
             return 80 if self.quick else 800
         pairs = 1600 if self.has_policies() else 6400
+        pairs = 800 if self.experiment == "policies" else pairs
         return pairs // 10 if self.quick else pairs
 
     def test_pair_count(self) -> int:
@@ -190,7 +193,7 @@ class ReproduceOptions:
         return range(self.first_seed, self.first_seed + self.seed_count())
 
     def has_policies(self) -> bool:
-        """Whether its reward models choose for a policy."""
+        """Whether policies are judged in it."""
         return self.experiment in POLICY_EXPERIMENTS
 
 
@@ -218,7 +221,7 @@ class Cell:
     for a raw model. tests: the test files whose margins are stored. options: of TrainOptions.
     world: where model and files come from, if they are not real. is_watched: take the margins apart
     while training. testbed: where the model chooses for a policy, if it does; design: how much that
-    policy writes.
+    policy writes. learner: of recipes.LEARNERS, if it is a policy that is asked for.
     """
 
     at: Place
@@ -230,6 +233,7 @@ class Cell:
     is_watched: bool = False
     testbed: Home | None = None
     design: Design = FULL
+    learner: str | None = None
 
     @property
     def name(self) -> str:
@@ -298,6 +302,11 @@ def table1_places(options: ReproduceOptions) -> list[Place]:
     return [recipe.place(options.regime) for recipe in table_1_recipes(options.sizes())]
 
 
+def policies_places(options: ReproduceOptions) -> list[Place]:
+    """Every way in which a policy learns."""
+    return _combinations(learner=LEARNERS)
+
+
 def _combinations(**values: Sequence[Any]) -> list[Place]:
     """All combinations of values, the last key changing first."""
     return [dict(zip(values, combination)) for combination in product(*values.values())]
@@ -311,6 +320,7 @@ PLACES: dict[str, Callable[[ReproduceOptions], list[Place]]] = {
     "drift": drift_places,
     "figure7": figure7_places,
     "table1": table1_places,
+    "policies": policies_places,
 }
 
 
@@ -321,6 +331,8 @@ def cells_at(options: ReproduceOptions, place: Place) -> list[Cell]:
     """The cells at one place of the grid: one, or for the scheme "single" one a source."""
     if "recipe" in place:
         return [choosing_cell(options, place)]
+    if "learner" in place:
+        return [learning_cell(options, place)]
     pairs = place.get("pairs", options.training_pairs())
     model, files, world = _materials(options, place, pairs)
     files = dict(list(files.items())[: place.get("K")])
@@ -413,6 +425,20 @@ def choosing_cell(options: ReproduceOptions, place: Place) -> Cell:
     )
 
 
+def learning_cell(options: ReproduceOptions, place: Place) -> Cell:
+    """A policy, and the plain reward model if that chooses what it learns from."""
+    recipe = RECIPES[0].place(options.regime)
+    cell = choosing_cell(options, recipe | {"seed": place["seed"]})
+    has_model = place["learner"] == CHOOSER
+    return replace(
+        cell,
+        at=place | {"size": recipe["size"]},
+        sources=cell.sources if has_model else {},
+        tests=cell.tests if has_model else {},
+        learner=place["learner"],
+    )
+
+
 def _common_options(options: ReproduceOptions, place: Place, pairs: int) -> dict[str, Any]:
     """The TrainOptions that all schemes of a place share."""
     learning_rate = options.learning_rate
@@ -497,8 +523,8 @@ def _check_policies(options: ReproduceOptions) -> None:
     """Refuse options that an experiment with policies sets itself."""
     name = options.experiment
     require(not options.scheme, f"{name}: has schemes of its own; expected no --scheme")
-    if name == "figure7":
-        require(not options.width, "figure7: has widths of its own; expected no --width")
+    if name in ("figure7", "policies"):
+        require(not options.width, f"{name}: has widths of its own; expected no --width")
         regimes = tuple(regime for regime in REGIMES if "reversed" not in REGIMES[regime])
     else:
         regimes = REGIMES_OF_TWO

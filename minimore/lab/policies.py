@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from ..alignment.policy import LanguageModel
 from ..alignment.responses import ResponseTexts, cut_to_length, encoded, eos_of
 from ..alignment.sample import response_text, seed_of
 from ..data.forms import Pair
+from ..engine.objective import Objective
 from ..engine.optim import AdamW
 from ..engine.plain import PlainEngine
 from ..engine.recipe import Recipe
@@ -79,17 +81,27 @@ QUICK = Design(
 
 
 def fitted(
-    policy: LanguageModel, items: Sequence[Responses], fitting: Fitting, seed: int
+    policy: LanguageModel,
+    items: Sequence[Any],
+    fitting: Fitting,
+    seed: int,
+    objective: Objective | None = None,
+    source: Sequence[int] | None = None,
 ) -> LanguageModel:
-    """A copy of a policy, fitted on responses. The seed decides in which order they are seen."""
+    """A copy of a policy, fitted on responses, or on what another objective learns from.
+
+    The seed decides in which order they are seen. source: of each item, by default 0.
+    """
+    objective, source = objective or LanguageObjective(), source or [0] * len(items)
     policy = copy.deepcopy(policy)
     optimizer = AdamW()
     optimizer.adopt_all(policy)
     engine = PlainEngine(policy, optimizer, Recipe())
-    objective = LanguageObjective()
     for step, places in enumerate(orders(len(items), fitting, seed)):
         optimizer.learning_rate = fitting.learning_rate * (1 - step / fitting.steps)
-        engine.step([items[place] for place in places], [0] * len(places), objective)
+        engine.step(
+            [items[place] for place in places], [source[place] for place in places], objective
+        )
     return policy
 
 

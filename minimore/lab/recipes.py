@@ -68,6 +68,14 @@ RECIPES = (
 )
 
 
+# How the policies of `policies` come about. Rejection sampling is by a plain reward model that saw
+# the same pairs; learners.py has the others.
+LEARNERS = (
+    *("base", "sft", "rejection sampling"),
+    *("dpo", "dpo, beta .3", "dpo, min-norm", "mrpo", "bapo", "bapo, anchor 1", "spo"),
+)
+CHOOSER = "rejection sampling"  # the only one with a reward model
+
 # Schemes of `table1`. With two sources MORE is uniform weights, unless the gradients keep their
 # lengths: two gradients of equal length always get weights 1/2.
 TABLE_1_SCHEMES = ("multitask", "more", "more unscaled")

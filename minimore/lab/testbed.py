@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ from .policies import (
     texts_of,
     written,
 )
+
+Item = TypeVar("Item")  # a pair, or what was made of one
 
 
 class Judgement(NamedTuple):
@@ -196,7 +198,7 @@ def open_testbed(home: Path, world: World, design: Design) -> Testbed:
     )
 
 
-def by_turns(pairs_of_annotators: Sequence[Sequence[Pair]]) -> list[Pair]:
+def by_turns(pairs_of_annotators: Sequence[Sequence[Item]]) -> list[Item]:
     """The pairs of all annotators: the first of each, then the second of each, and so on."""
     most = max(map(len, pairs_of_annotators))
     return [pairs[i] for i in range(most) for pairs in pairs_of_annotators if i < len(pairs)]

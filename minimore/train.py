@@ -292,6 +292,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     if not options.allow_overlap:
         print_overlap(test_sources, hashes_of(sources))
     batch_size = batch_size_of(options, len(sources))
+    origin.tokenizer.longest = options.max_length
     files_to_save(origin)  # what cannot be saved in the end is refused now
     recipe = choose_recipe(options, origin, lambda: workload_of(options, sources, batch_size))
     check_recipe(run, recipe)

@@ -10,9 +10,10 @@ from runs import RECIPES, content, options
 from safetensors.torch import load_file
 
 import minimore.training as training
-from minimore.data.pairs import load_source
+from minimore.data.pairs import encode, load_source
 from minimore.data.sampling import epoch_steps
 from minimore.metrics import what_is_wrong
+from minimore.model.checkpoint import Checkpoint
 from minimore.report import evaluate_sources
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
 from minimore.train import TrainOptions, train
@@ -186,6 +187,17 @@ def test_a_learning_rate_below_the_rounding_of_the_weights_is_told(world, tmp_pa
         matrices = [name for name in end if name in start and "layers.0.mlp" in name]
         moved = [(start[n] != end[n]).float().mean() for n in matrices if end[n].ndim == 2]
         assert moved and (max(moved) < 0.1 if is_frozen else min(moved) > 0.9)
+
+
+def test_others_cut_a_saved_model_as_its_training_did(world, tmp_path):
+    """transformers with truncation=True: the same ids, and so the same rewards."""
+    transformers = pytest.importorskip("transformers")
+    run = tmp_path / "run"
+    train(options(world, run, max_length=11))
+    text = "\n\nHuman: amber basil cedar\n\nAssistant: " + "coral " * 20
+    theirs = transformers.AutoTokenizer.from_pretrained(run)(text, truncation=True).input_ids
+    (ours,), _ = encode([text], Checkpoint(str(run)).tokenizer, 11)
+    assert theirs == ours.tolist() and len(ours) == 11
 
 
 def test_a_gradient_of_zero_is_told():

@@ -62,7 +62,10 @@ class Tokenizer:
 
     bos: ids in front of every text. size: ids that it may give. special: {"bos_token": text, ...}
     as far as named. template: the chat template, or None. files: name -> bytes, to save again.
+    longest: tokens of a text in training, at which others are to cut; None: as the files say.
     """
+
+    longest: int | None = None
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -280,6 +283,8 @@ class Tokenizer:
         if "tokenizer.json" in files:
             config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         is_named = self.special.get("bos_token") or "bos_token" in (self.template or "")
+        if self.longest is not None:  # cut as in training: on the left, behind the BOS
+            config |= {"model_max_length": self.longest, "truncation_side": "left"}
         if self.bos and not is_named:
             config |= {"bos_token": self.bos_text}  # others look there whether a text has two
         if pad is not None:

@@ -383,8 +383,63 @@ def test_an_unknown_shape_is_refused_with_the_command_that_would_read_it(tmp_pat
     path = write(tmp_path / "u.jsonl", {"id": 1, "user_question": Q, "winning": A, "bad_one": B})
     code, said, _ = run(tmp_path, capsys, path)
     assert code == 2 and "found keys: id, user_question, winning, bad_one" in said
-    options = said[said.index("--prompt-field") :].split()
-    assert run(tmp_path, capsys, path, *options)[2] == {"pairs": [pair(Q, A, B)]}
+    assert "if a field says which response is better, add --winner-field KEY" in said
+    assert run(tmp_path, capsys, path, *proposed(said))[2] == {"pairs": [pair(Q, A, B)]}
+
+
+def proposed(said):
+    """The options of fields that a message proposes."""
+    return said[said.index("--prompt-field") : said.index("; if a field")].split()
+
+
+@pytest.mark.parametrize(
+    "keys, values",
+    [
+        (("prompt", "answer_a", "answer_b", "winner"), ("answer_a", "answer_b", "tie")),
+        (("frage", "antwort_a", "antwort_b", "sieger"), ("a", "b", "tie")),
+        (("lang", "query", "y1", "y2", "better_one"), ("y1", "y2", "neither")),
+    ],
+)
+def test_a_proposal_never_takes_a_label_for_a_response(keys, values, tmp_path, capsys):
+    """What is proposed gives the true labels when it is followed, also where one side comes first.
+
+    The first records all prefer the first response.
+    """
+    says = [values[0]] * 3 + [values[1]] * 4 + [values[2]] * 3
+    texts = [f"text number {i}" for i in range(3 * len(says))]
+    lines = [
+        dict(zip(keys, (*["en"] * (len(keys) - 4), *texts[3 * i : 3 * i + 3], value)))
+        for i, value in enumerate(says)
+    ]
+    path = write(tmp_path / "u.jsonl", *lines)
+    code, said, _ = run(tmp_path, capsys, path)
+    assert code == 2 and f"--winner-field {keys[-1]};" in said
+    code, said, files = run(tmp_path, capsys, path, *proposed(said))
+    assert code == 0 and "7 pairs, 3 label ties, 0 left out" in said
+    firsts = [record["chosen"] == line[keys[-3]] for record, line in zip(files["pairs"], lines[:7])]
+    assert firsts == [True] * 3 + [False] * 4
+    assert ("fields not used: lang" in said) == (keys[0] == "lang")
+
+
+def test_a_proposal_leaves_open_what_only_the_user_knows(tmp_path, capsys):
+    path = write(tmp_path / "u.jsonl", {"question": Q, "one": A, "another": B, "id": 7})
+    said = run(tmp_path, capsys, path)[1]
+    assert "--prompt-field question --chosen-field KEY --rejected-field KEY --winner" in said
+
+
+def test_a_name_of_another_field_is_no_response(tmp_path, capsys):
+    record = {"prompt": Q, "a": A, "b": B, "winner": "b"}
+    options = ("--prompt-field", "prompt", "--chosen-field", "winner", "--rejected-field", "b")
+    code, said, files = run(tmp_path, capsys, write(tmp_path / "u.jsonl", record), *options)
+    assert code == 2 and not files and said.count("\n") == 1
+    assert 'u.jsonl:1: "winner" is "b", the name of another field' in said
+    assert "give --winner-field winner" in said
+
+
+def test_fields_that_are_not_used_are_printed(tmp_path, capsys):
+    record = {"q": Q, "x": A, "y": B, "sieger": "y", "note": 1}
+    code, said, _ = run(tmp_path, capsys, write(tmp_path / "u.jsonl", record), *TWO)
+    assert code == 0 and "fields not used: sieger, note" in said
 
 
 def test_a_shape_can_be_forced_and_is_then_expected(tmp_path, capsys):

@@ -267,7 +267,7 @@ def numbers_of_file(file: Look) -> dict[str, Any]:
         "word_rule": None
         if words is None
         else {"accuracy": finite(words.accuracy), "strongest": words.strongest},
-        "first_preferred": {"records": survey.first_wins[0], "first": survey.first_wins[1]},
+        "first_preferred": {"records": survey.records_of_two, "first": survey.first_preferred},
         "agreement": float(np.mean(survey.agreement)) if survey.agreement else None,
         "findings": [finding._asdict() for finding in file.findings],
     }

@@ -303,7 +303,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(run, tmp_path, capsys, monk
         ([str(run), str(other)], "--output is missing"),
         ([str(run), f"{run}/.", *page], "is given twice"),
         ([str(run), str(policy), *page], "are not comparable; draw them apart"),
-        ([str(run), "--output", str(tmp_path / "absent" / "page")], "is not a directory"),
+        ([str(run), "--output", str(run / "metrics.jsonl" / "page")], "is not a directory"),
         ([str(run)] * 33, "33 runs: expected at most 32"),
     ):
         assert main(["plot", *arguments]) == 2, arguments

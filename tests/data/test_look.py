@@ -446,6 +446,9 @@ def test_the_page_says_what_was_found_with_lines(tmp_path, capsys):
     assert "blank: 3 of 300 pairs have a blank response" in said and "(lines 11, 21, 31)" in said
     page = (tmp_path / "x" / "page.md").read_text("utf-8")
     assert "- **blank**: 3 of 300" in page and "2 records have votes: on average .875" in page
+    assert (
+        "can hardly rank more than .875 right" in page and f"{path}: 300 pairs, 1 finding\n" in said
+    )
     assert "Length and a few words alone reach" in page and "Pair 300:" in page
     numbers = json.loads((tmp_path / "x" / "look.json").read_text("utf-8"))
     (file,) = numbers["files"].values()
@@ -453,8 +456,22 @@ def test_the_page_says_what_was_found_with_lines(tmp_path, capsys):
     assert file["findings"][0]["name"] == "blank" and file["agreement"] == 0.875
     has_figure = (tmp_path / "x" / "look.png").is_file()
     assert has_figure == plots.available()
-    assert main(["data", "look", path]) == 0  # the same page on the screen
-    assert page == capsys.readouterr().out
+    assert main(["data", "look", path]) == 0  # the same page on the screen, behind the summary
+    summary = said[: said.index("written to")]
+    assert capsys.readouterr().out == f"{summary}\n{page}"
+
+
+def test_what_is_found_between_files_comes_before_the_pairs(tmp_path, capsys):
+    paths = [write(tmp_path / name, made_up(i, 30)) for i, name in enumerate(("a", "b"))]
+    assert main(["data", "look", *paths]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith(f"{paths[0]}: 30 pairs, 0 findings\n{paths[1]}: 30 pairs, 0 findings\n")
+    places = [page.index(f"# {heading}") for heading in (
+        paths[0], paths[1], "Between the files", f"Some pairs of {paths[0]}",
+        f"Some pairs of {paths[1]}",
+    )]  # fmt: skip
+    assert places == sorted(places) and page.count("None.") == 2  # once a file
+    assert "# Between the files\n\nNo two files share a prompt." in page
 
 
 def test_without_matplotlib_one_line_says_so(tmp_path, capsys, monkeypatch):

@@ -6,6 +6,7 @@ A row is a record whose keys are the names of the columns. Every value of a CSV 
 import csv
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Generator, Iterator
 from itertools import chain
@@ -14,11 +15,14 @@ from typing import TextIO
 from ..files import one_line, refuse_pointer
 from ..options import InputError, require
 from .records import (
+    DATA_FILES,
     LONGEST_LINE,
     MOST_BLANK_LINES,
     PARQUET,
+    TABLES,
     TEXT_TABLES,
     Record,
+    data_files,
     read_records,
     too_many_blank,
 )
@@ -29,9 +33,13 @@ ROWS_AT_ONCE = 1024  # of a Parquet file
 def read_rows(path: str) -> Generator[tuple[str, Record], None, None]:
     """("file:line", record) for each row of a table, or for each line of a file of JSON.
 
-    The ending of the name says which it is. Raises InputError, which names file and line, for
-    anything that cannot be read.
+    The ending of the name says which it is. A directory stands for the data files in it, in order
+    of name. Raises InputError, which names file and line, for anything that cannot be read.
     """
+    if os.path.isdir(path):
+        for file_path in data_files(path, (*DATA_FILES, *TABLES)):
+            yield from read_rows(file_path)
+        return
     name = str(path).lower()
     if name.endswith(TEXT_TABLES):
         yield from _rows_of_text(path)

@@ -248,6 +248,23 @@ def test_ukp_is_tab_separated_and_its_debate_stands_in_the_name(tmp_path, capsys
     assert code == 2 and "unnamed.csv:2: the topic and its side" in said
 
 
+def test_a_folder_of_ukp_is_converted_looked_at_and_trained_on(tmp_path, capsys):
+    (tmp_path / "ukp").mkdir()
+    for name in ("ban-it_yes.csv", "ban-it_no.csv"):
+        (tmp_path / "ukp" / name).write_text(UKP, "utf-8")
+    code, said, files = run(tmp_path, capsys, tmp_path / "ukp")
+    sides = [record["prompt"].split()[4] for record in files["pairs"]]
+    assert code == 0 and sides == ["no.", "yes."]
+    assert main(["data", "look", str(tmp_path / "ukp")]) == 0
+    assert ": 2 pairs, " in capsys.readouterr().out
+    source = load_source("s", str(tmp_path / "ukp"), Tokenizer(GOLDENS / "gpt_neox"), 200)
+    assert len(source.pairs) == 2
+    code, said, _ = run(tmp_path, capsys, tmp_path / "ukp")
+    assert code == 0 and "is finished" in said
+    (tmp_path / "ukp" / "more_yes.csv").write_text(UKP, "utf-8")
+    assert "with other files" in run(tmp_path, capsys, tmp_path / "ukp")[1]
+
+
 def test_tables_are_read_by_their_columns(tmp_path, capsys):
     plain = tmp_path / "a.csv"
     plain.write_text('prompt,chosen,rejected\r\n"P, ""x""","a\nb",c\r\n', "utf-8-sig")

@@ -52,8 +52,10 @@ def read_rows(path: str) -> Generator[tuple[str, Record], None, None]:
 def _rows_of_text(path: str) -> Iterator[tuple[str, Record]]:
     """The rows of a CSV or a tab-separated file.
 
-    A header line with a tab in it makes the file tab-separated, whatever its name. Such a file is
-    read without quoting: in those that people publish, a field may begin with a quotation mark.
+    A header line with a tab in it makes the file tab-separated, whatever its name, and one with
+    more semicolons than commas is separated by semicolons, as spreadsheets write it where 0,5 is a
+    number. A file with tabs is read without quoting: in those that people publish, a field may
+    begin with a quotation mark.
     """
     line = blank_lines = 0
     try:
@@ -120,14 +122,20 @@ def _rows(path: str, file: TextIO) -> Iterator[tuple[int, list[str]]]:
     if "\t" in header:
         reader = csv.reader(every_line, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        reader = csv.reader(every_line, strict=True)
+        mark = ";" if header.count(";") > header.count(",") else ","
+        reader = csv.reader(every_line, delimiter=mark, strict=True)
     for cells in reader:
         yield lines.number, cells
         lines.row_length = 0
 
 
 def _checked_names(names: list[str], where: str) -> list[str]:
-    """The names of the columns; InputError if two are the same or one is empty."""
+    """The names of the columns; InputError if two are the same, one is empty, or it is alone."""
+    require(
+        len(names) > 1,
+        f"{where}: has one column only, {names[0][:100]!r}; expected several, separated by commas,"
+        " semicolons or tabs",
+    )
     is_header = all(name.strip() for name in names) and len(set(names)) == len(names)
     require(
         is_header,

@@ -41,6 +41,10 @@ def read_records(path: str) -> Generator[tuple[str, Record], None, None]:
         for file_path in data_files(path):
             yield from read_records(file_path)
         return
+    require(
+        not str(path).lower().endswith(TABLES),
+        f"{path}: is a table; expected JSON lines, which `minimore data convert` makes of it",
+    )
     line = blank_lines = 0
     try:
         refuse_pointer(path)
@@ -74,6 +78,10 @@ def data_files(directory: str, kinds: tuple[str, ...] = DATA_FILES) -> list[str]
     tables beside JSON, say, which may hold the same records.
     """
     listed = sorted(os.listdir(directory))
+    require(
+        "config.json" not in listed,
+        f"{directory}: is a run or a checkpoint (it has config.json), not data; expected pairs",
+    )
     names = [name for name in listed if name.endswith(DATA_FILES)]
     tables = [name for name in listed if name.lower().endswith(TABLES)]
     require(

@@ -6,6 +6,7 @@ Rows of every shape are in foreign.py.
 import copy
 import gzip
 import json
+import re
 import sys
 import types
 
@@ -96,6 +97,17 @@ def test_training_refuses_several_tastes_in_one_file(name, tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS[name][0].record)
     with pytest.raises(InputError, match="a.jsonl:1: .* several tastes .*minimore data convert"):
         load_source("s", path, Tokenizer(GOLDENS / "gpt_neox"), 200)
+
+
+@pytest.mark.parametrize("records", [MESSAGES, HELPSTEER], ids=["oasst-messages", "helpsteer"])
+def test_records_that_make_pairs_together_are_converted_first(records, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", *records)
+    expected = "a.jsonl:1: has the shape .*; `minimore data convert` the file first"
+    with pytest.raises(InputError, match=expected):
+        load_source("s", path, Tokenizer(GOLDENS / "gpt_neox"), 200)
+    for arguments in (["look", path], ["split", path, "--output", str(tmp_path / "out")]):
+        assert main(["data", *arguments]) == 2
+        assert re.search(expected, capsys.readouterr().err)
 
 
 def test_comparisons_without_a_label_are_counted_by_training_and_by_score(tmp_path, capsys):
@@ -269,6 +281,11 @@ def test_tables_are_read_by_their_columns(tmp_path, capsys):
     plain = tmp_path / "a.csv"
     plain.write_text('prompt,chosen,rejected\r\n"P, ""x""","a\nb",c\r\n', "utf-8-sig")
     assert run(tmp_path, capsys, plain)[2]["pairs"] == [pair('P, "x"', "a\nb", "c")]
+    semicolons = tmp_path / "c.csv"
+    semicolons.write_text('prompt;chosen;"rejected"\n"P; x";a, b;"""c"""\n')
+    assert run(tmp_path, capsys, semicolons, output="c")[2]["pairs"] == [
+        pair("P; x", "a, b", '"c"')
+    ]
     labels = tmp_path / "b.tsv.gz"
     text = f"history\thuman_ref_A\thuman_ref_B\tlabels\n{Q}\t{A}\t{B}\t0\n{Q}\t{A}\t{B}\t\n"
     labels.write_bytes(gzip.compress(text.encode()))
@@ -279,6 +296,9 @@ def test_tables_are_read_by_their_columns(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text, expected",
     [
+        (b"a\n1\n", "t.csv:1: has one column only, 'a'; expected several, separated by commas,"),
+        (b"a|b\n1|2\n", "t.csv:1: has one column only, 'a|b'"),
+        (b"a;b\n1\n", "t.csv:2: has 1 fields; expected 2"),
         (b"a,b\n1\n", "t.csv:2: has 1 fields; expected 2"),
         (b"a,a\n1,2\n", "t.csv:1: the header"),
         (b"a,\n1,2\n", "t.csv:1: the header"),

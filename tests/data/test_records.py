@@ -113,6 +113,13 @@ def test_a_directory_of_tables_is_read_in_order_of_name(tmp_path):
     refused(lambda: read_rows(str(tmp_path)), ".csv, .tsv", ".parquet")
 
 
+@pytest.mark.parametrize("read", (read_records, read_rows))
+def test_a_run_is_no_data(read, tmp_path):
+    for name in ("best.json", "config.json", "metrics.jsonl"):
+        written(tmp_path / name, "{\n}\n")
+    refused(lambda: read(str(tmp_path)), "is a run or a checkpoint (it has config.json)")
+
+
 def test_names_that_a_message_leaves_out_are_shown_by_dots(tmp_path):
     for name in ("converted.json", *(f"{taste}.jsonl" for taste in "abcde")):
         written(tmp_path / name, "")

@@ -12,7 +12,21 @@ import types
 
 import pytest
 from conftest import GOLDENS
-from foreign import HELPSTEER, MESSAGES, ROWS, THREAD, TREE, UKP, USER, A, B, Q, pair, scored
+from foreign import (
+    HELPSTEER,
+    MESSAGES,
+    ROWS,
+    THREAD,
+    TREE,
+    UKP,
+    UNPAIRED,
+    USER,
+    A,
+    B,
+    Q,
+    pair,
+    scored,
+)
 
 from minimore.cli import main
 from minimore.data.foreign import convert as conversion
@@ -59,6 +73,7 @@ def test_every_shape_has_a_row():
     assert {shape.name for shape in SHAPES} == set(ROWS) | grouped | {"ukp"}
     assert shape_of(MESSAGES[0]).name == "oasst-messages"
     assert shape_of(HELPSTEER[0]).name == "helpsteer"
+    assert shape_of(UNPAIRED[0]).name == "unpaired"
 
 
 @pytest.mark.parametrize("name, place", ALL)
@@ -99,7 +114,7 @@ def test_training_refuses_several_tastes_in_one_file(name, tmp_path):
         load_source("s", path, Tokenizer(GOLDENS / "gpt_neox"), 200)
 
 
-@pytest.mark.parametrize("records", [MESSAGES, HELPSTEER], ids=["oasst-messages", "helpsteer"])
+@pytest.mark.parametrize("records", [MESSAGES, HELPSTEER, UNPAIRED])
 def test_records_that_make_pairs_together_are_converted_first(records, tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", *records)
     expected = "a.jsonl:1: has the shape .*; `minimore data convert` the file first"
@@ -247,6 +262,24 @@ def test_helpsteer_rows_of_one_prompt_are_compared_in_every_attribute(tmp_path, 
     assert len(files) == 5
 
 
+def test_unpaired_completions_of_one_prompt_are_compared_by_their_label(tmp_path, capsys):
+    other = {"prompt": "other", "completion": A, "label": None}
+    path = write(tmp_path / "u.jsonl", *UNPAIRED, other, other | {"completion": B, "label": True})
+    code, said, files = run(tmp_path, capsys, path)
+    assert "2 pairs, 1 label ties, 1 left out (1 no score)" in said
+    assert files == {"pairs": [scored(Q, [A, B, "Four."], [1, 0, 1])]}
+    messages = [
+        {key: value if key == "label" else [{"role": role, "content": value}]
+         for (key, value), role in zip(row.items(), ("user", "assistant", ""))}
+        for row in UNPAIRED
+    ]  # fmt: skip
+    files = run(tmp_path, capsys, write(tmp_path / "m.jsonl", *messages), output="m")[2]
+    assert files["pairs"][0]["scores"] == [1, 0, 1]
+    path = write(tmp_path / "bad.jsonl", UNPAIRED[0], UNPAIRED[1] | {"label": "good"})
+    code, said, _ = run(tmp_path, capsys, path, output="no")
+    assert code == 2 and 'bad.jsonl:2: "label" is "good"; expected a number' in said
+
+
 def test_ukp_is_tab_separated_and_its_debate_stands_in_the_name(tmp_path, capsys):
     path = tmp_path / "ban-it_no-bad.csv"
     path.write_text(UKP, "utf-8")
@@ -367,6 +400,16 @@ TWO = (*NAMED, "--rejected-field", "y")
             {"q": Q, "x": [A, B, "c"], "s": [1, 2, 2]},
             (*NAMED, "--score-field", "s"),
             [scored(Q, [A, B, "c"], [1, 2, 2])],
+        ),
+        (
+            {"q": Q, "x": [A, B, "c"], "s": [True, False, True]},
+            (*NAMED, "--score-field", "s"),
+            [scored(Q, [A, B, "c"], [1, 0, 1])],
+        ),
+        (
+            {"q": Q, "x": A, "y": B, "s": False, "t": "TRUE"},
+            (*TWO, "--score-field", "s,t"),
+            [scored(Q, [A, B], [0, 1])],
         ),
         (
             {"x": THREAD + A, "y": THREAD + B},

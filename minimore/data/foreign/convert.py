@@ -32,7 +32,7 @@ from ..values import keys_of
 from .comparisons import Item, LeftOut, Note
 from .fields import Fields, are_rows, fields_of_options
 from .proposal import RECORDS_LOOKED_AT, proposal
-from .rows import items_of_rows
+from .rows import KEYS_OF, items_of_rows
 from .shapes import BY_NAME, Shape, items_of, require_shape, shape_named, shape_of
 from .sift import FileCounts, sifted
 from .trees import WRITTEN, TreeRules, items_of_messages, items_of_tree
@@ -190,8 +190,8 @@ def _compared(
         located = _unused_counted(located, rules.fields, tally)
     if shape.name == "oasst-messages":
         yield from items_of_messages(located, rules.trees)
-    elif shape.name == "helpsteer":
-        yield from items_of_rows(located)
+    elif shape.name in KEYS_OF:
+        yield from items_of_rows(located, KEYS_OF[shape.name])
     elif rules.fields is not None and shape.read is None:
         yield from items_of_rows(located, rules.fields.rows())
     else:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ...options import InputError, require
 from ..messages import is_conversation
 from ..records import Record
-from ..values import is_absent, number_of, shown, value_of
+from ..values import grade_of, is_absent, shown, value_of
 from .comparisons import Item, LeftOut, apart, preferred, scored
 from .rows import Keys
 
@@ -86,7 +86,7 @@ class Fields(NamedTuple):
             f'{where}: "{self.chosen}" and "{key}" are {shown(responses)} and {shown(scores)};'
             " expected two lists of the same length",
         )
-        scores = [number_of(score, f'{where}: "{key}"') for score in scores]
+        scores = [grade_of(score, f'{where}: "{key}"') for score in scores]
         if prompt is None:
             require(responses, f'{where}: "{self.chosen}" is empty; expected responses')
             prompt, responses = apart(responses, where)
@@ -99,7 +99,7 @@ class Fields(NamedTuple):
             return LeftOut("no score")
         named = zip(scores, self.scores)
         return scored(
-            prompt, responses, [number_of(score, f'{where}: "{key}"') for score, key in named]
+            prompt, responses, [grade_of(score, f'{where}: "{key}"') for score, key in named]
         )
 
     def _won(self, record: Record, prompt: Any, responses: list[Any], where: str) -> Item:

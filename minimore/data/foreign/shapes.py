@@ -152,6 +152,12 @@ SHAPES = (
         None,
     ),
     Shape(
+        "unpaired",
+        "TRL's unpaired preferences, a good or a bad completion a row",
+        ("prompt", "completion", "label"),
+        None,
+    ),
+    Shape(
         "pandalm",
         "PandaLM, labels of several annotators",
         ("instruction", "response1", "response2", "annotator1"),

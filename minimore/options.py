@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,11 +94,13 @@ def option(
     value: str = "VALUE",
     positional: bool = False,
     within: Range | None = None,
+    prints: Callable[[], object] | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line option; without a default it is required.
 
     value: what its value is called in the help. positional: it may be given without its name, too.
-    within: the numbers it may take, which `check_ranges` checks.
+    within: the numbers it may take, which `check_ranges` checks. prints: what a switch prints
+    instead of all else that the command does, as --version does.
     """
     metadata = {
         "help": help,
@@ -107,6 +109,7 @@ def option(
         "value": value,
         "positional": positional,
         "within": within,
+        "prints": prints,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -183,7 +186,27 @@ def add_options(parser: argparse.ArgumentParser, options_class: type) -> None:
             _add_flag(parser, field, kind)
 
 
+class PrintAndLeave(argparse.Action):
+    """A switch that prints a text and leaves, whatever other option is missing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """Print and leave."""
+        print(self.const())
+        parser.exit()
+
+
 def _add_switch(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    prints = field.metadata["prints"]
+    if prints is not None:
+        parser.add_argument(
+            flag_of(field.name),
+            action=PrintAndLeave,
+            nargs=0,
+            const=prints,
+            default=field.default,
+            help=_help_of(field),
+        )
+        return
     parser.add_argument(
         flag_of(field.name), action="store_true", default=field.default, help=_help_of(field)
     )

@@ -408,7 +408,7 @@ def test_absurd_outputs_are_refused_before_the_work(run, tmp_path, capsys, monke
         refused(capsys, "evaluate", "--model", run, "--source", f"a={good}", flag, "")
     outputs = ("--json", tmp_path / "f" / "j", "--figures", tmp_path / "f")
     refused(capsys, "evaluate", "--model", run, "--source", f"a={good}", *outputs)
-    for output in ("", tmp_path / "absent" / "out"):
+    for output in ("", tmp_path / "good.jsonl" / "out"):
         refused(capsys, "score", "--model", run, "--input", good, "--output", output)
     refused(capsys, "train", "--model", run, "--source", f"a={good}", "--output", "")
     assert "no such directory" in refused(capsys, "check", "--model", "")

@@ -27,8 +27,15 @@ from minimore.checksums import read_checked_json
 from minimore.cli import main
 from minimore.data.foreign.comparisons import LeftOut
 from minimore.data.foreign.shapes import BY_NAME, items_of
+from minimore.data.public.changes import input_of
 from minimore.data.public.get import description
-from minimore.data.public.parts import copies_of_pairs, is_test, key_of, up_to_first_reply
+from minimore.data.public.parts import (
+    Conversion,
+    copies_of_pairs,
+    is_test,
+    key_of,
+    up_to_first_reply,
+)
 from minimore.data.public.sources import SETS, File
 from minimore.options import InputError
 
@@ -461,6 +468,17 @@ def test_a_file_that_was_changed_or_is_somebody_elses_is_refused(capsys):
     with open("out/hh-harmless.test.jsonl", "a") as file:
         file.write("{}\n")
     assert "is not as it was written" in refused(capsys, "--from", "here")
+
+
+def test_the_training_part_is_refused_before_the_test_part_was_read_to_its_end():
+    lay_out("here")
+    inputs = [input_of(file, Path("here") / file.path) for file in known().files]
+    conversion = Conversion(known(), inputs)
+    test = conversion.test()
+    next(test)
+    with pytest.raises(RuntimeError, match="read all of test"):
+        next(conversion.train())
+    assert len(list(test)) == 39 and len(list(conversion.train())) == 300
 
 
 def test_a_hint_leads_on(capsys, monkeypatch):

@@ -507,6 +507,19 @@ def test_a_proposal_leaves_open_what_only_the_user_knows(tmp_path, capsys):
     assert "--prompt-field question --chosen-field KEY --rejected-field KEY --winner" in said
 
 
+def test_few_short_words_may_be_the_winner_and_are_refused_where_they_are_not(tmp_path, capsys):
+    winners = ["links", "rechts", "gleich"] * 3
+    lines = [
+        {"frage": f"Q{i}", "antwort_a": f"x {i}", "antwort_b": f"y {i}", "sieger": winner}
+        for i, winner in enumerate(winners)
+    ]
+    path = write(tmp_path / "u.jsonl", *lines)
+    said = run(tmp_path, capsys, path)[1]
+    assert "--winner-field sieger;" in said
+    code, said, _ = run(tmp_path, capsys, path, *proposed(said))
+    assert code == 2 and "as in --winner-field sieger=1,2,0" in said
+
+
 def test_a_name_of_another_field_is_no_response(tmp_path, capsys):
     record = {"prompt": Q, "a": A, "b": B, "winner": "b"}
     options = ("--prompt-field", "prompt", "--chosen-field", "winner", "--rejected-field", "b")

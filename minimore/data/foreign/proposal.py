@@ -41,7 +41,9 @@ def proposal(records: Sequence[Record]) -> str:
     names = {"chosen": chosen, "rejected": rejected}
     if chosen is None or rejected is None:
         chosen, rejected = two_alike(others)
-        label = next((key for key in keys if is_label(key, records)), None)
+        labels = [key for key in keys if is_label(key, records)]
+        labels += [key for key in keys if holds_few_words(key, records)]
+        label = next(iter(labels), None)  # a wrong one is refused for its values
         names = {"chosen": chosen, "rejected": rejected, "winner": label}
     if prompt is None:
         prompt = next((key for key in others if key not in names.values()), None)
@@ -82,15 +84,17 @@ def names_a_response(value: Any, record: Record) -> bool:
 
 
 def holds_texts(key: str, records: Sequence[Record]) -> bool:
-    """Whether a field may hold prompts or responses: texts or messages, and no label.
-
-    Few values that are all short, as names of languages are, and numbers are no texts.
-    """
+    """Whether a field may hold prompts or responses: texts or messages, no label and no numbers."""
     values = [record.get(key) for record in records]
-    if is_label(key, records) or not all(isinstance(v, (str, list, dict)) for v in values):
+    if is_label(key, records) or holds_few_words(key, records):
         return False
-    texts = [shown(value) for value in values]
-    are_short = max(map(len, texts)) <= SHORT
-    are_few = len(texts) > 3 and 2 * len(set(texts)) <= len(texts)
-    are_numbers = all(re.fullmatch(r'"[-+.\d]*"', text) for text in texts)
-    return not (are_short and are_few) and not are_numbers
+    are_texts = all(isinstance(value, (str, list, dict)) for value in values)
+    are_numbers = all(re.fullmatch(r'"[-+.\d]*"', shown(value)) for value in values)
+    return are_texts and not are_numbers
+
+
+def holds_few_words(key: str, records: Sequence[Record]) -> bool:
+    """Whether a field has few values, all of them short strings: winners, say, or languages."""
+    values = [record.get(key) for record in records]
+    are_short = all(isinstance(value, str) and len(value) <= SHORT for value in values)
+    return are_short and len(values) > 3 and 2 * len(set(values)) <= len(values)

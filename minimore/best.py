@@ -96,13 +96,14 @@ def validation_line(record: Mapping[str, Any], best: Best | None) -> str:
 def write_best(run: Path, best: Best, kind: str, dtype: str, card: str) -> None:
     """Write best/: the model of the best step, made of its checkpoint, tensor by tensor.
 
-    kind: of model. dtype: in which its weights are stored. card: its README.md. With a copy of
-    options.json and of the hashes of the training prompts it can be read as the run can, wherever
-    it is moved. Raises InputError for a checkpoint that is not as it was written.
+    kind: "reward" or "language", as of the model. dtype: in which its weights are stored. card: its
+    README.md. With a copy of options.json and of the hashes of the training prompts it can be read
+    as the run can, wherever it is moved. Raises InputError for a checkpoint that is not as it was
+    written.
     """
     check_whole(checkpoint_of(run, best.step))
     checkpoint = Checkpoint(str(checkpoint_of(run, best.step)))
-    if (run / BEST).is_dir():  # of a try that was killed; its checkpoint is still there
+    if (run / BEST).is_dir():  # left by a killed try; checkpoint-STEP is still there
         remove(run / BEST)
     with directory_written_whole(run / BEST) as directory:
         for name in ("options.json", TRAINING_PROMPTS):

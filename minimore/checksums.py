@@ -37,7 +37,7 @@ def file_checksum(path: Path) -> str:
 
 
 def write_checked_json(path: str | Path, value: dict[str, Any]) -> None:
-    """Write a JSON object with a checksum of all the others as its last key."""
+    """Write a JSON object with a checksum of all its other keys as its last key."""
     write_json(path, value | {CHECKSUM: checksum(as_text(value).encode())})
 
 

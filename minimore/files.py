@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,17 +45,18 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             unfinished.write_text("{}")
 
     At the end it is on the disk. If the body raises, nothing changes at `path` and nothing is left
-    beside it.
+    beside it. Directories above it that are missing are made.
     """
     path = Path(path)
     unfinished = beside(path)
-    try:
-        yield unfinished
-        to_disk(unfinished)
-        os.replace(unfinished, path)
-        to_disk(path.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with directories_above(path):
+        try:
+            yield unfinished
+            to_disk(unfinished)
+            os.replace(unfinished, path)
+            to_disk(path.parent)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -63,19 +64,33 @@ def directory_written_whole(path: Path) -> Iterator[Path]:
     """Give a new directory beside `path` to fill; at the end it is renamed to `path`.
 
     At the end it is on the disk with everything in it. What a killed process left of an earlier try
-    is removed first.
+    is removed first. Directories above it that are missing are made.
     """
     unfinished = unfinished_name(path)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        for part in (*unfinished.rglob("*"), unfinished):
-            to_disk(part)
-        os.replace(unfinished, path)
-        to_disk(path.parent)
-    finally:
+    with directories_above(path):
         shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            for part in (*unfinished.rglob("*"), unfinished):
+                to_disk(part)
+            os.replace(unfinished, path)
+            to_disk(path.parent)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def directories_above(path: Path) -> Iterator[None]:
+    """Make the directories above a path; if the body raises, those that are empty go again."""
+    made = make_directory(path.parent)
+    try:
+        yield
+    except BaseException:
+        for directory in reversed(made):
+            with suppress(OSError):  # not empty: something else is there by now
+                directory.rmdir()
+        raise
 
 
 def unfinished_name(path: Path) -> Path:
@@ -92,8 +107,11 @@ def sweep(directory: Path) -> None:
             unfinished.unlink()
 
 
-def make_directory(path: Path) -> None:
-    """Make a directory and those above it, unless they are there, and bring them to the disk."""
+def make_directory(path: Path) -> list[Path]:
+    """Make a directory and those above it, unless they are there, and bring them to the disk.
+
+    Returns those that were not there, from the top.
+    """
     path = path.absolute()
     missing = []
     while not path.is_dir():
@@ -109,6 +127,7 @@ def make_directory(path: Path) -> None:
         for directory in reversed(made):
             directory.rmdir()
         raise
+    return made
 
 
 def to_disk(path: Path) -> None:
@@ -212,12 +231,10 @@ def refuse_pointer(path: str | Path) -> None:
         )
 
 
-def refuse_existing(
-    path: str | Path | None, flag: str = "--output", make_parents: bool = False
-) -> None:
+def refuse_existing(path: str | Path | None, flag: str = "--output") -> None:
     """Outputs are never overwritten: refuse a path that exists, is empty or lies in no directory.
 
-    With `make_parents` the directories above it may be missing, too.
+    The directories above it may be missing; whoever writes makes them.
     """
     if path is None:
         return
@@ -226,10 +243,10 @@ def refuse_existing(
     if os.path.lexists(path):
         raise InputError(f"{flag} {path}: exists already; choose another name or remove it")
     parent = Path(path).absolute().parent
-    while make_parents and not os.path.lexists(parent):
+    while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir():
-        raise InputError(f"{flag} {path}: {parent} is not a directory; make it first")
+        raise InputError(f"{flag} {path}: {parent} is not a directory; choose another place")
 
 
 # What systems, allocators and libraries say when there is no memory left.

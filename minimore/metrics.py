@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .checksums import checksum
-from .engine.cost import in_time
+from .engine.cost import in_whole_time
 from .engine.objective import StepResult
 from .files import to_disk, write_bytes
 from .more import Labels, bradley_terry_losses, head_gradients
@@ -84,7 +84,7 @@ def progress_line(record: Mapping[str, Any], steps: int, seconds_left: float) ->
         cells.append(f"cosines {min(cosines):.2f} to {max(cosines):.2f}")
     position = f"step {record['step']}/{steps}  loss {record['loss']:.4f}"
     if seconds_left > 0:
-        cells.append(f"{in_time(seconds_left)} left")
+        cells.append(f"{in_whole_time(seconds_left)} left")
     return "  ".join([position, *cells])
 
 

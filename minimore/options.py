@@ -5,15 +5,19 @@ Also here: the one error that a user can cause, and what it may look like. Stand
 
 import argparse
 import dataclasses
+import difflib
 import os
+import re
+import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 LONGEST_MESSAGE = 1000  # characters
 MOST = 10**9  # of anything that is counted
+FLAG = re.compile(r"--?[A-Za-z][^ ]*", re.DOTALL)
 
 
 class InputError(ValueError):
@@ -90,11 +94,13 @@ def option(
     value: str = "VALUE",
     positional: bool = False,
     within: Range | None = None,
+    prints: Callable[[], object] | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line option; without a default it is required.
 
     value: what its value is called in the help. positional: it may be given without its name, too.
-    within: the numbers it may take, which `check_ranges` checks.
+    within: the numbers it may take, which `check_ranges` checks. prints: what a switch prints
+    instead of all else that the command does, as --version does.
     """
     metadata = {
         "help": help,
@@ -103,6 +109,7 @@ def option(
         "value": value,
         "positional": positional,
         "within": within,
+        "prints": prints,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -124,10 +131,41 @@ def check_ranges(options: Any) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations; its errors are one line, without usage, and exit code 2."""
+    """argparse without abbreviations; its errors are one line, without usage, and exit code 2.
+
+    An option that a command does not have is an error before one that is missing: who writes
+    --modle has forgotten nothing.
+    """
 
     def __init__(self, **keywords: Any):
         super().__init__(allow_abbrev=False, **keywords)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments; those that a command does not know are an error."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        for flag in self.flags_among(arguments):
+            if flag not in self._option_string_actions:
+                self.error(self.unknown(flag))
+        parsed, unexpected = super().parse_known_args(arguments, namespace)
+        if unexpected:
+            self.error(f"unexpected {' '.join(unexpected)}; expected no further arguments")
+        return parsed, unexpected
+
+    def flags_among(self, arguments: Sequence[str]) -> list[str]:
+        """The flags, as argparse tells them from values; where a command follows, those before."""
+        flags = []
+        for argument in arguments:
+            is_flag = FLAG.fullmatch(argument) is not None
+            if argument == "--" or (self._subparsers is not None and not is_flag):
+                break
+            if is_flag:
+                flags.append(argument.partition("=")[0])
+        return flags
+
+    def unknown(self, flag: str) -> str:
+        """What is said of a flag that there is not, with the one that is most like it."""
+        alike = difflib.get_close_matches(flag, self._option_string_actions, 1)
+        return f"unknown option {flag}" + (f"; did you mean {alike[0]}?" if alike else "")
 
     def error(self, message: str) -> NoReturn:
         """Print the one line and leave."""
@@ -148,7 +186,27 @@ def add_options(parser: argparse.ArgumentParser, options_class: type) -> None:
             _add_flag(parser, field, kind)
 
 
+class PrintAndLeave(argparse.Action):
+    """A switch that prints a text and leaves, whatever other option is missing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """Print and leave."""
+        print(self.const())
+        parser.exit()
+
+
 def _add_switch(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    prints = field.metadata["prints"]
+    if prints is not None:
+        parser.add_argument(
+            flag_of(field.name),
+            action=PrintAndLeave,
+            nargs=0,
+            const=prints,
+            default=field.default,
+            help=_help_of(field),
+        )
+        return
     parser.add_argument(
         flag_of(field.name), action="store_true", default=field.default, help=_help_of(field)
     )

@@ -11,7 +11,7 @@ from . import calibration, uncertainty
 from .data.pairs import Source
 from .disagreement import disagreement
 from .reward import RewardModel, pair_rewards
-from .tables import Table, number, with_interval
+from .tables import Table, as_term, number, with_interval
 from .uncertainty import Floor, Interval
 
 ROUNDING = 1e-6  # margins below this are what is left of the rounding of two rewards in fp32
@@ -27,6 +27,10 @@ RATES = (
     "random_accuracy",
 )
 
+AGAINST_SHARES = (
+    "on pairs with several votes NLL and ECE are against the share of votes, and accuracy against"
+    " the majority"
+)
 MISCALIBRATED = ("over-confident", "under-confident")  # what may be said with an interval
 
 Margins = dict[str, np.ndarray]  # name of a source -> (N,) float64
@@ -143,7 +147,10 @@ def ends_of(interval: Interval) -> list[float | None]:
 
 
 def table(report: Report) -> str:
-    """The report as text: one line a source, then the mean and the worst source."""
+    """The report as text: one line a source, then the mean and the worst source.
+
+    Where pairs have several votes, it says in front what the figures are compared with.
+    """
     rows = Table(
         "source",
         "pairs",
@@ -190,7 +197,7 @@ def table(report: Report) -> str:
         *(None, None),
     )
     of_votes = votes_table(report)
-    return f"{rows}\n{of_votes}" if of_votes else str(rows)
+    return f"{AGAINST_SHARES}\n{rows}\n{of_votes}" if of_votes else str(rows)
 
 
 def votes_table(report: Report) -> str:
@@ -222,9 +229,9 @@ def votes_table(report: Report) -> str:
             number(figures["annotators_agree"]),
             number(figures["model_agrees"]),
             number(figures["ceiling"]),
-            f"{number(brier)} = {number(brier_floor)} + {number(brier - brier_floor)}",
-            f"{number(nll)} = {number(low)} to {number(high)} + {number(nll - high)} to"
-            f" {number(nll - low)}",
+            f"{number(brier)} = {number(brier_floor)} {as_term(brier - brier_floor)}",
+            f"{number(nll)} = ({number(low)} to {number(high)}) + ({number(nll - high)} to"
+            f" {number(nll - low)})",
         )
     if not any("votes" in row for row in report["sources"].values()):
         return ""

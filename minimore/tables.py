@@ -57,6 +57,16 @@ class MarkdownTable(Table):
         return "\n".join([header, "|" + "---|" * len(self.rows[0]), *rows])
 
 
+def as_term(value: float, digits: int = 3) -> str:
+    """A number as it stands behind another one in a sum.
+
+    >>> as_term(0.25), as_term(-0.014), as_term(-0.0001)
+    ('+ .250', '- .014', '+ .000')
+    """
+    text = number(round(value, digits) + 0.0, digits)  # + 0.0: no zero is negative
+    return f"- {text[1:]}" if text.startswith("-") else f"+ {text}"
+
+
 def number(value: float | None, digits: int = 3, missing: str = "?") -> str:
     """A number with so many digits behind the point, and no zero before it.
 

@@ -51,6 +51,8 @@ from .resume import Saver, check_whole, checkpoints, load_state, remove
 from .reward import ModelOptions, compute_type, device_of
 from .run import Lock, start_run, stored_recipe
 
+LINES_A_RUN = 25  # that are printed of its steps, unless --log-steps says it
+
 Watch = Callable[[int, int, Any], None]  # (step, number of steps, model), after every step
 
 
@@ -78,8 +80,11 @@ class LoopOptions(RecipeOptions, ModelOptions):
     weight_decay: float = option(0.0, within=Range(least=0), help="AdamW's decoupled weight decay")
     save_steps: int = option(500, within=COUNT, help="steps between checkpoints")
     keep: int = option(1, within=COUNT, help="checkpoints to keep, the newest ones")
-    log_steps: int = option(
-        1, within=COUNT, help="steps between printed lines; metrics.jsonl has every step"
+    log_steps: int | None = option(
+        None,
+        within=COUNT,
+        help=f"steps between printed lines (default: as many as make about {LINES_A_RUN} lines); "
+        "metrics.jsonl has every step",
     )
     save_dtype: str = option(
         "float32",
@@ -376,15 +381,17 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
 
 
 def print_progress(record: dict[str, Any], training: Training, clock: "Clock") -> None:
-    """Print the line of every --log-steps-th step, and of every validation.
+    """Print the lines of the first and the last step, of some between, and of every validation.
 
     Before that of the first step comes what is wrong with it.
     """
-    step, options = record["step"], training.options
-    wrong = training.what_is_wrong(record) if step == training.first_step else None
+    step, steps = record["step"], training.schedule.steps
+    begins = step == training.first_step
+    wrong = training.what_is_wrong(record) if begins else None
     if wrong:
         print(f"step {step}: {wrong}", flush=True)
-    if step % options.log_steps == 0 or step == training.schedule.steps:
+    log_steps = training.options.log_steps or math.ceil(steps / LINES_A_RUN)
+    if begins or step % log_steps == 0 or step == steps:
         print(training.progress_line(record, clock.seconds_left_after(step)), flush=True)
     validated = training.validation_line(record)
     if validated:

@@ -20,7 +20,8 @@ class Labels(NamedTuple):
     higher one (Llama 2, arXiv 2307.09288, Eq. 2). weight: of the pair's loss. L_k stays the mean
     over the pairs of a source, so a pair of weight 2 counts like two in the loss and in its
     gradient, whatever else the batch holds; a mean over the sum of weights would not notice a
-    weight where a source has one pair in the batch.
+    weight where a source has one pair in the batch. The weights that come here have the mean 1 in
+    a source: data/pairs.py divides those of the file by their mean.
     """
 
     share: Tensor
@@ -40,14 +41,16 @@ def labelled_losses(margins: Tensor, labels: Labels, smoothing: float = 0.0) -> 
     margins m: (B,) -> (B,), nats. smoothing s: the share becomes (1 - s) t + s (1 - t). With
     c = 0 it is the mean loss of the single votes, so it is least where sigmoid(m) = t.
     """
-    m, t = margins - labels.margin, _smoothed(labels.share, smoothing)
-    return labels.weight * (-t * F.logsigmoid(m) - (1 - t) * F.logsigmoid(-m))
+    m, c, w = margins, labels.margin, labels.weight
+    t = _smoothed(labels.share, smoothing)
+    return w * (-t * F.logsigmoid(m - c) - (1 - t) * F.logsigmoid(c - m))
 
 
 def labelled_slopes(margins: Tensor, labels: Labels, smoothing: float = 0.0) -> Tensor:
     """Derivative of `labelled_losses` by the margin: w (sigmoid(m - c) - t). (B,) -> (B,)."""
-    m, t = margins - labels.margin, _smoothed(labels.share, smoothing)
-    return labels.weight * (torch.sigmoid(m) - t)
+    m, c, w = margins, labels.margin, labels.weight
+    t = _smoothed(labels.share, smoothing)
+    return w * (torch.sigmoid(m - c) - t)
 
 
 def _smoothed(share: Tensor, smoothing: float) -> Tensor:

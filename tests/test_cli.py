@@ -66,6 +66,37 @@ def run(world):
     return directory / "run"
 
 
+@pytest.mark.parametrize(
+    "arguments, command, said",
+    [
+        ("train --epchs 3", "minimore train", "unknown option --epchs; did you mean --epochs?"),
+        ("train --modle=x", "minimore train", "unknown option --modle; did you mean --model?"),
+        ("data convert f --shap shp", "minimore data convert", "unknown option --shap; did you"),
+        ("data look f --output x --zzzzzz", "minimore data look", "unknown option --zzzzzz (see"),
+        ("train -o x", "minimore train", "unknown option -o (see"),
+        ("train more --model x --output y", "minimore train", "unexpected more; expected no"),
+        ("--modle x train", "minimore", "unknown option --modle"),
+        ("data --shape x convert", "minimore data", "unknown option --shape"),
+    ],
+)
+def test_an_option_that_there_is_not_is_named_by_its_command(arguments, command, said, capsys):
+    """It comes before what is missing: here that is --model, --output or FILE."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"{command}: {said}") and error.endswith(f"(see {command} --help)\n")
+
+
+def test_values_that_look_like_options_are_values(capsys):
+    """As argparse has it: negative numbers, texts with a space, and what stands behind --."""
+    for command in (["plan", "m", "--pairs", "-5"], ["data", "look", "-a b"]):
+        assert main(command) == 2
+        assert "unknown option" not in capsys.readouterr().err
+    assert main(["data", "look", "--", "--chta"]) == 2
+    assert "--chta: no such file" in capsys.readouterr().err
+
+
 def test_several_responses_are_scored_as_each_alone_and_the_best_is_kept(run, tmp_path, capsys):
     prompt, responses = "\n\nHuman: hi\n\nAssistant:", [" a b c", " d", " a b", ""]
     many = {"prompt": prompt, "responses": responses, "note": 1}
@@ -377,7 +408,7 @@ def test_absurd_outputs_are_refused_before_the_work(run, tmp_path, capsys, monke
         refused(capsys, "evaluate", "--model", run, "--source", f"a={good}", flag, "")
     outputs = ("--json", tmp_path / "f" / "j", "--figures", tmp_path / "f")
     refused(capsys, "evaluate", "--model", run, "--source", f"a={good}", *outputs)
-    for output in ("", tmp_path / "absent" / "out"):
+    for output in ("", tmp_path / "good.jsonl" / "out"):
         refused(capsys, "score", "--model", run, "--input", good, "--output", output)
     refused(capsys, "train", "--model", run, "--source", f"a={good}", "--output", "")
     assert "no such directory" in refused(capsys, "check", "--model", "")

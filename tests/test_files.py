@@ -156,7 +156,7 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path):
 def test_outputs_are_never_overwritten(tmp_path):
     refuse_existing(None)
     refuse_existing(tmp_path / "new")
-    refuse_existing(tmp_path / "new" / "deep", make_parents=True)
+    refuse_existing(tmp_path / "new" / "deep")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for path in (tmp_path, tmp_path / "file", tmp_path / "link"):
@@ -164,10 +164,22 @@ def test_outputs_are_never_overwritten(tmp_path):
             refuse_existing(path, "--json")
     with pytest.raises(InputError, match="path is empty"):
         refuse_existing("")
-    with pytest.raises(InputError, match="is not a directory; make it first"):
-        refuse_existing(tmp_path / "new" / "deep")
-    with pytest.raises(InputError, match="is not a directory"):
-        refuse_existing(tmp_path / "file" / "deep", make_parents=True)
+    with pytest.raises(InputError, match="file is not a directory; choose another place"):
+        refuse_existing(tmp_path / "file" / "deep" / "deeper")
+
+
+def test_directories_above_an_output_are_made_and_go_again_if_nothing_comes(tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr("minimore.files.to_disk", named.append)
+    write_text(tmp_path / "a" / "b" / "file", "x")
+    with directory_written_whole(tmp_path / "c" / "d" / "out") as directory:
+        write_text(directory / "file", "y")
+    assert (tmp_path / "c" / "d" / "out" / "file").read_text("utf-8") == "y"
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b", tmp_path / "c"} <= set(named)
+    for writer in (written_whole, directory_written_whole):
+        with pytest.raises(InputError), writer(tmp_path / "c" / "e" / "f" / "out"):
+            raise InputError("bad input")
+        assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["d"]
 
 
 def test_an_error_is_told_on_one_short_line():

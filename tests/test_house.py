@@ -16,8 +16,8 @@ model.tokenizer model.tensors model.checkpoint
 data.values data.dialogues data.messages data.records data.columns data.labels data.prompt_keys
 data.forms
 data.foreign.comparisons data.foreign.trees data.foreign.rows data.foreign.house
-data.foreign.readers data.foreign.annotators data.foreign.fields data.foreign.shapes
-data.foreign.sift data.foreign.convert
+data.foreign.readers data.foreign.annotators data.foreign.fields data.foreign.proposal
+data.foreign.shapes data.foreign.sift data.foreign.convert
 data.texts data.pairs data.prompts data.overlap data.split data.sampling data.validation data.world
 data.inspection.near_duplicates data.inspection.signs data.inspection.word_rule
 data.inspection.survey data.inspection.findings data.inspection.between data.inspection.look

@@ -110,6 +110,38 @@ def test_every_figure_of_a_log_is_read(run):
     assert len(history.series) == 15 + 3 + 32
 
 
+@pytest.mark.parametrize("logged", [True, False])
+def test_the_last_evaluation_stands_at_the_last_step(logged, tmp_path):
+    """It is in evaluation.json, also where no step was evaluated on the way."""
+    records = list(some_records(steps=47)) if logged else [record_of(s) for s in range(1, 48)]
+    run = write_run(tmp_path / "run", records)
+    (run / "evaluation.json").write_text(json.dumps(report(SOURCES, 0.25)))
+    (run / "validation.json").write_text(json.dumps(report(SOURCES, 0.125)))
+    history = read_history(str(run))
+    before = [10, 20, 30, 40] if logged else []
+    for kind, value in (("test", 0.25), ("validation", 0.125)):
+        for source in (*SOURCES, ALL):
+            series = history.series[What(kind, source, "loss")]
+            assert series.steps.tolist() == [*before, 47] and series.values[-1] == value
+            assert history.series[What(kind, source, "ECE")].values[-1] == value / 10
+    assert main(["plot", str(run)]) == 0
+
+
+def test_what_the_log_has_of_the_last_step_stays(tmp_path):
+    run = write_run(tmp_path / "run", some_records())
+    (run / "evaluation.json").write_text(json.dumps(report(SOURCES, 0.25)))
+    series = read_history(str(run)).series[What("test", ALL, "loss")]
+    assert series.steps.tolist() == [10, 20, 30, 40, 50] and series.values[-1] == 0.5
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"sources": {"ana": {}}, "mean": {}}'])
+def test_a_damaged_report_is_refused_by_name(content, run, capsys):
+    (run / "evaluation.json").write_text(content)
+    assert main(["plot", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert "evaluation.json: " in error and error.count("\n") == 1
+
+
 def test_a_real_log_is_read_whole(halted):
     history = read_history(str(halted))
     weights = [history.series[What("training", name, "weight")].values for name in SOURCES]
@@ -307,7 +339,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(run, tmp_path, capsys, monk
         ([str(run), str(other)], "--output is missing"),
         ([str(run), f"{run}/.", *page], "is given twice"),
         ([str(run), str(policy), *page], "are not comparable; draw them apart"),
-        ([str(run), "--output", str(tmp_path / "absent" / "page")], "is not a directory"),
+        ([str(run), "--output", str(run / "metrics.jsonl" / "page")], "is not a directory"),
         ([str(run)] * 33, "33 runs: expected at most 32"),
     ):
         assert main(["plot", *arguments]) == 2, arguments

@@ -1,5 +1,6 @@
 """The training loop, what it writes, and the options that it refuses."""
 
+import re
 import signal
 from contextlib import nullcontext
 
@@ -206,3 +207,21 @@ def test_a_gradient_of_zero_is_told():
     assert "gradient of the head is zero" in what_is_wrong({"sources": {"a": source, "b": absent}})
     fine = source | {"gradient_norm": 0.1}
     assert what_is_wrong({"sources": {"a": fine, "b": absent}}) is None
+
+
+def test_a_run_prints_about_25_lines_and_every_validation_and_logs_every_step(
+    world, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    validation = {"validation": 0.2, "eval_steps": 40}
+    train(options(world, run, epochs=10, log_steps=None, **validation))
+    lines = capsys.readouterr().out.splitlines()
+    steps = len((run / "metrics.jsonl").read_text("utf-8").splitlines())
+    assert 60 < steps < 120
+    printed = [line for line in lines if line.startswith("step ")]
+    assert 20 <= len(printed) <= 30
+    assert printed[0].startswith(f"step 1/{steps} ")
+    assert printed[-1].startswith(f"step {steps}/{steps} ")
+    assert all(re.search(r"  \d+ (s|min) left$", line) for line in printed[:-1])
+    validated = [line for line in lines if line.startswith("validation after step")]
+    assert len(validated) == steps // 40

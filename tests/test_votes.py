@@ -256,7 +256,9 @@ def test_training_and_evaluation_use_votes(voted, tmp_path, capsys):
     home, _ = voted
     assert train(options(voted, tmp_path / "soft")) == 0
     printed = capsys.readouterr().out
-    assert "with several votes" in printed and "NLL: disagreement + model" in printed
+    assert "NLL and ECE are against the share of votes" in printed
+    assert "on pairs with several votes: how often" in printed
+    assert "NLL: disagreement + model" in printed and "+ -" not in printed
     report = json.loads((tmp_path / "soft" / "evaluation.json").read_text())
     of_votes = report["sources"]["ana"]["votes"]
     assert of_votes["votes"] == 4 and of_votes["model_agrees"] <= of_votes["ceiling"]

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..checksums import CHECKSUM, checksum
 from ..data.messages import Messages
-from ..files import to_disk
+from ..files import make_directory, to_disk
 from ..options import require
 
 
@@ -39,6 +39,7 @@ class Answers:
     def open(cls, path: str) -> "Answers":
         """Read a file of answers, or begin one. Raises InputError for a file of something else."""
         answers = cls(Path(path))
+        make_directory(answers.path.parent)
         with open(path, "ab"):  # a file that cannot be written to fails before anything is paid for
             pass
         to_disk(answers.path.absolute().parent)

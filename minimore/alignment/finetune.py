@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine.cost import in_time
+from ..engine.cost import in_whole_time
 from ..engine.streamed import open_engine
 from ..files import write_text
 from ..metrics import finite
@@ -93,7 +93,7 @@ class PolicyTraining(Training):
             f"step {record['step']}/{self.schedule.steps}  loss {record['loss']:.4f}"
             f"  perplexity {perplexity_of(record['loss'])[1]}"
         )
-        return line + (f"  {in_time(seconds_left)} left" if seconds_left > 0 else "")
+        return line + (f"  {in_whole_time(seconds_left)} left" if seconds_left > 0 else "")
 
     def what_begins(self) -> str:
         """Prompts a step, and how many responses there are."""

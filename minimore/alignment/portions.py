@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checksums import checksum
-from ..files import locked, to_disk
+from ..files import locked, make_directory, to_disk
 from ..options import InputError, require
 
 
@@ -73,6 +73,7 @@ class Unfinished:
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Within, no other process writes this unfinished file (InputError)."""
+    make_directory(path.parent)
     with open(path, "ab"):  # there must be something to lock
         pass
     descriptor = locked(path, f"{path}: another process is writing it; wait for it, or stop it")

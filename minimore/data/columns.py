@@ -6,6 +6,7 @@ A row is a record whose keys are the names of the columns. Every value of a CSV 
 import csv
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Generator, Iterator
 from itertools import chain
@@ -14,11 +15,14 @@ from typing import TextIO
 from ..files import one_line, refuse_pointer
 from ..options import InputError, require
 from .records import (
+    DATA_FILES,
     LONGEST_LINE,
     MOST_BLANK_LINES,
     PARQUET,
+    TABLES,
     TEXT_TABLES,
     Record,
+    data_files,
     read_records,
     too_many_blank,
 )
@@ -29,9 +33,13 @@ ROWS_AT_ONCE = 1024  # of a Parquet file
 def read_rows(path: str) -> Generator[tuple[str, Record], None, None]:
     """("file:line", record) for each row of a table, or for each line of a file of JSON.
 
-    The ending of the name says which it is. Raises InputError, which names file and line, for
-    anything that cannot be read.
+    The ending of the name says which it is. A directory stands for the data files in it, in order
+    of name. Raises InputError, which names file and line, for anything that cannot be read.
     """
+    if os.path.isdir(path):
+        for file_path in data_files(path, (*DATA_FILES, *TABLES)):
+            yield from read_rows(file_path)
+        return
     name = str(path).lower()
     if name.endswith(TEXT_TABLES):
         yield from _rows_of_text(path)
@@ -44,8 +52,10 @@ def read_rows(path: str) -> Generator[tuple[str, Record], None, None]:
 def _rows_of_text(path: str) -> Iterator[tuple[str, Record]]:
     """The rows of a CSV or a tab-separated file.
 
-    A header line with a tab in it makes the file tab-separated, whatever its name. Such a file is
-    read without quoting: in those that people publish, a field may begin with a quotation mark.
+    A header line with a tab in it makes the file tab-separated, whatever its name, and one with
+    more semicolons than commas is separated by semicolons, as spreadsheets write it where 0,5 is a
+    number. A file with tabs is read without quoting: in those that people publish, a field may
+    begin with a quotation mark.
     """
     line = blank_lines = 0
     try:
@@ -112,14 +122,20 @@ def _rows(path: str, file: TextIO) -> Iterator[tuple[int, list[str]]]:
     if "\t" in header:
         reader = csv.reader(every_line, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        reader = csv.reader(every_line, strict=True)
+        mark = ";" if header.count(";") > header.count(",") else ","
+        reader = csv.reader(every_line, delimiter=mark, strict=True)
     for cells in reader:
         yield lines.number, cells
         lines.row_length = 0
 
 
 def _checked_names(names: list[str], where: str) -> list[str]:
-    """The names of the columns; InputError if two are the same or one is empty."""
+    """The names of the columns; InputError if two are the same, one is empty, or it is alone."""
+    require(
+        len(names) > 1,
+        f"{where}: has one column only, {names[0][:100]!r}; expected several, separated by commas,"
+        " semicolons or tabs",
+    )
     is_header = all(name.strip() for name in names) and len(set(names)) == len(names)
     require(
         is_header,

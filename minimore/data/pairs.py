@@ -16,7 +16,7 @@ from torch import Tensor
 from ..model.attention import Stream, pack
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
-from .foreign.shapes import read_house_records
+from .foreign.shapes import read_house_records, refuse_part_of_pair
 from .forms import Pair, record_pairs
 from .labels import AS_WRITTEN, ONE_VOTE, Label, LabelRules, source_name
 from .records import Record
@@ -259,6 +259,7 @@ class SourceReader:
     def add(self, record: Record, where: str) -> None:
         """Take the pairs of one record."""
         self.records += 1
+        refuse_part_of_pair(record, where)
         pairs, label_ties = record_pairs(
             record, where, self.tokenizer, self.rules.chat, self.labels
         )

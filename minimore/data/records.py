@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from codecs import getincrementaldecoder
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -24,6 +24,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DATA_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 PARQUET = ".parquet"
+TABLES = (*TEXT_TABLES, PARQUET)
 CONVERTED = "converted.json"  # says of a directory what `minimore data convert` wrote there
 
 Record = dict[str, Any]
@@ -37,9 +38,13 @@ def read_records(path: str) -> Generator[tuple[str, Record], None, None]:
     names file and line, for anything that is not UTF-8 JSON objects.
     """
     if os.path.isdir(path):
-        for file_path in _data_files(path):
+        for file_path in data_files(path):
             yield from read_records(file_path)
         return
+    require(
+        not str(path).lower().endswith(TABLES),
+        f"{path}: is a table; expected JSON lines, which `minimore data convert` makes of it",
+    )
     line = blank_lines = 0
     try:
         refuse_pointer(path)
@@ -66,39 +71,51 @@ def read_records(path: str) -> Generator[tuple[str, Record], None, None]:
         raise InputError(f"{path}: cannot be read ({error})") from None
 
 
-def _data_files(directory: str) -> list[str]:
-    """The data files of a directory.
+def data_files(directory: str, kinds: tuple[str, ...] = DATA_FILES) -> list[str]:
+    """The data files of a directory, in order of name. kinds: endings of those that can be read.
 
-    Refused are training and test files in one directory, and files of data that would not be read.
+    Refused are training and test files in one directory, and files of data that would not be read:
+    tables beside JSON, say, which may hold the same records.
     """
     listed = sorted(os.listdir(directory))
+    require(
+        "config.json" not in listed,
+        f"{directory}: is a run or a checkpoint (it has config.json), not data; expected pairs",
+    )
     names = [name for name in listed if name.endswith(DATA_FILES)]
-    for name in listed:
-        is_file = os.path.isfile(os.path.join(directory, name))
-        is_table = name.lower().endswith((*TEXT_TABLES, PARQUET))
+    tables = [name for name in listed if name.lower().endswith(TABLES)]
+    require(
+        not names or not tables,
+        f"{directory}: holds {some_of([*tables[:1], *names])}, tables and JSON; name the files",
+    )
+    names = names or [name for name in tables if name.lower().endswith(kinds)]
+    for name in names:
+        path = os.path.join(directory, name)
         require(
-            is_file or name not in names,
-            f"{os.path.join(directory, name)}: no file that can be read; remove it, or name the"
-            " others",
-        )
-        require(
-            not is_table or not names,
-            f"{directory}: holds {name}, which is not read as a part of a directory; name the"
-            " files",
+            os.path.isfile(path), f"{path}: no file that can be read; remove it, or name the others"
         )
     is_converted = CONVERTED in names
     names = [name for name in names if name != CONVERTED]
-    require(names, f"{directory}: a directory without a .jsonl or .json file (.gz too)")
+    require(names, f"{directory}: a directory without a file of data; expected {', '.join(kinds)}")
     words = {word for name in names for word in re.split(r"[^a-z]+", name.lower())}
     require(
         not {"train", "test"} <= words,
-        f"{directory}: holds training and test files ({', '.join(names[:4])}); name the files",
+        f"{directory}: holds training and test files ({some_of(names)}); name the files",
     )
     require(
         not is_converted or len(names) == 1,
-        f"{directory}: holds several splits or tastes ({', '.join(names[:4])}); name the files",
+        f"{directory}: holds several splits or tastes ({some_of(names)}); name the files",
     )
     return [os.path.join(directory, name) for name in names]
+
+
+def some_of(names: Sequence[str], most: int = 4) -> str:
+    """The first of some names, as a message shows them.
+
+    >>> some_of("abcde"), some_of("abc")
+    ('a, b, c, d, ...', 'a, b, c')
+    """
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
 def too_large(where: str, what: str) -> str:
@@ -145,7 +162,7 @@ class ListReader:
         self.text, self.place, self.is_whole = self.decoder.decode(first), 0, False
 
     def items(self) -> Iterator[tuple[str, Record]]:
-        """("file:item", object) for each item. Raises InputError for a list that is none."""
+        """("file:item", object) for each item. Raises InputError for what is no list."""
         self._take("[")
         item = 0
         while self._next() != "]":
@@ -201,7 +218,10 @@ class ListReader:
             self._read_on()
 
     def _read_on(self) -> None:
-        """Read more of the file, as much as waits already, and forget what was read."""
+        """Forget what was used, and read more: at least as much as is still unused.
+
+        So the text doubles while an item is not whole, and a long item takes linear time.
+        """
         self.text = self.text[self.place :]
         part = self.file.read(max(READ_AT_ONCE, len(self.text)))
         self.text += self.decoder.decode(part, final=not part)

@@ -21,7 +21,7 @@ from ..files import directory_written_whole, refuse_existing
 from ..options import Range, check_ranges, option, require
 from ..tables import Table
 from .dialogues import opening_of
-from .foreign.shapes import house_records
+from .foreign.shapes import house_records, refuse_part_of_pair
 from .forms import Pair, record_pairs
 from .labels import AS_WRITTEN
 from .prompts import normalised, seeded_hash
@@ -152,6 +152,7 @@ def group_of(record: Record, where: str, by: str) -> str:
 
 def pairs_and_ties_of(record: Record, where: str) -> list[Pair]:
     """The pairs of a record of any shape, and its label ties as if they were pairs."""
+    refuse_part_of_pair(record, where)
     return [
         pair
         for house in house_records(record, where)

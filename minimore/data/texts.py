@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..model.tokenizer import Tokenizer
-from .foreign.shapes import read_house_records
+from .foreign.shapes import read_house_records, refuse_part_of_pair
 from .forms import Pair, record_pairs
 from .messages import PLAIN_TURNS
 from .records import Record
@@ -52,6 +52,7 @@ class Reading(NamedTuple):
 
     def pairs(self, record: Record, where: str) -> tuple[list[Pair], int]:
         """The pairs of one record, and its label ties."""
+        refuse_part_of_pair(record, where)
         return record_pairs(record, where, self.tokenizer, self.chat)
 
     def prompts(self, path: str) -> Iterator[str]:

@@ -102,6 +102,19 @@ def number_or_none(value: Any, where: str) -> float | None:
     return None if is_absent(value) else number_of(value, where)
 
 
+def grade_of(value: Any, where: str) -> float:
+    """A score, or whether a response is good: true is 1, and false is 0.
+
+    >>> grade_of(True, ""), grade_of("False", ""), grade_of(2.5, "")
+    (1, 0, 2.5)
+    """
+    if isinstance(value, bool):
+        return int(value)
+    words = {"true": 1, "false": 0}  # as a table has them
+    word = value.strip().lower() if isinstance(value, str) else ""
+    return words[word] if word in words else number_of(value, where)
+
+
 def _number_in(text: str) -> int | float | None:
     for kind in (int, float):
         try:

@@ -667,6 +667,17 @@ def in_time(seconds: float) -> str:
     return _with_unit(seconds, {"h": 3600, "min": 60, "s": 1, "ms": 1e-3})
 
 
+def in_whole_time(seconds: float) -> str:
+    """A duration that is only guessed: whole seconds, at least one, or minutes, or hours.
+
+    >>> in_whole_time(0.3), in_whole_time(90), in_whole_time(200), in_whole_time(9000)
+    ('1 s', '90 s', '3 min', '2.5 h')
+    """
+    if seconds < 120:
+        return f"{math.ceil(seconds)} s"
+    return f"{round(seconds / 60)} min" if seconds < 7200 else in_time(seconds)
+
+
 def in_flops(number: float) -> str:
     """A number of FLOPs with its unit.
 

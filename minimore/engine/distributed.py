@@ -322,7 +322,7 @@ class DistributedEngine(PlainEngine):
         unit = objective.unit or 1
         share = shares([pair.tokens for pair in items], unit, processes())[dist.get_rank()]
         batches = self._batches(share, items, source, objective, unit)
-        own_states = self._states(batches)  # of this share, then of what is computed again
+        own_states = self._states(batches)  # rows behind 2 len(share) are repeats, see _batches
         rows = slice(2 * share.start, 2 * share.stop)  # chosen and rejected of every pair
         states = own_states.new_zeros(2 * len(items), own_states.shape[1])
         states[rows] = own_states.detach()[: 2 * len(share)]
@@ -333,7 +333,7 @@ class DistributedEngine(PlainEngine):
         loss.backward()
         for gradient in (gradient_of(states), gradient_of(self.model.head)):
             dist.broadcast(gradient, 0)
-        d_states = torch.zeros_like(own_states)
+        d_states = torch.zeros_like(own_states)  # repeats keep a gradient of zero
         d_states[: 2 * len(share)] = gradient_of(states)[rows]
         if len(batches) == 1:
             own_states.backward(d_states)

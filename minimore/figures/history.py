@@ -1,6 +1,7 @@
 """History: what the log of a run says, as series over its steps.
 
-    metrics.jsonl, a line a step  ->  {what: a series}
+    metrics.jsonl, a line a step                     ->  {what: a series}
+    evaluation.json, validation.json when finished   ->  their values at the last step
 
 What a series is of has three parts: the kind of pairs it was measured on, the source, and the
 figure. Standard library and numpy.
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..files import one_line
+from ..files import one_line, read_json
 from ..options import MOST, InputError, require
 
 KINDS = ("training", "validation", "test")
@@ -26,6 +27,7 @@ OF_STEPS = ("loss", "accuracy", "margin", "weight")  # figures of a source in a 
 # Figures of a source in a report, by what they are called in a step.
 OF_REPORTS = {"loss": "nll", "accuracy": "accuracy", "margin": "mean_margin", "ECE": "ece"}
 REPORTS = {"validation": "validation", "evaluation": "test"}  # keys of a record, and their kinds
+UNREADABLE = (InputError, AttributeError, KeyError, TypeError)  # what a damaged record raises
 
 
 class What(NamedTuple):
@@ -89,13 +91,16 @@ def read_history(run: str) -> History:
                 points[what].append((step, number_of(value)))
             best = record.get("best", best)
             require(best is None or type(best) is int, f'"best" is {best!r}')
-        except (InputError, AttributeError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             raise InputError(
                 f"{where}: is not the record of a step ({type(error).__name__}: {one_line(error)});"
                 " restore the log"
             ) from None
         last = step
     require(last, f"{path}: has no step yet; expected a run that has begun to train")
+    for what, value in final_figures(Path(run)):
+        if not points[what] or points[what][-1][0] < last:
+            points[what].append((last, value))
     series = {
         what: Series(*(np.array(column, float) for column in zip(*pairs)))
         for what, pairs in points.items()
@@ -156,11 +161,35 @@ def figures_of(record: Mapping[str, Any]) -> list[tuple[What, Any]]:
         accuracies = [row["accuracy"] for row in sources.values()]
         figures.append((What("training", ALL, "accuracy"), mean_of(accuracies)))
     for key, kind in REPORTS.items():
-        report = record.get(key)
-        rows = {**report["sources"], ALL: report["mean"]} if report else {}
-        for source, row in rows.items():
-            for figure, name in OF_REPORTS.items():
-                figures.append((What(kind, source, figure), row[name]))
+        if record.get(key):
+            figures += figures_of_report(record[key], kind)
+    return figures
+
+
+def figures_of_report(report: Mapping[str, Any], kind: str) -> list[tuple[What, Any]]:
+    """Every figure of a report on pairs of this kind, with what it is of."""
+    rows = {**report["sources"], ALL: report["mean"]}
+    return [
+        (What(kind, source, figure), row[name])
+        for source, row in rows.items()
+        for figure, name in OF_REPORTS.items()
+    ]
+
+
+def final_figures(run: Path) -> list[tuple[What, float]]:
+    """The figures of a finished run's reports, which are of its last step; none before the end."""
+    figures = []
+    for key, kind in REPORTS.items():
+        path = run / f"{key}.json"
+        if not path.is_file():
+            continue
+        report = read_json(path)
+        try:
+            figures += [(w, number_of(value)) for w, value in figures_of_report(report, kind)]
+        except UNREADABLE as error:
+            raise InputError(
+                f"{path}: is not a report ({type(error).__name__}: {one_line(error)}); restore it"
+            ) from None
     return figures
 
 

@@ -263,13 +263,7 @@ def _bins(values: np.ndarray, count: int = 40) -> np.ndarray:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    """Write the figure whole or not at all; a directory made for it goes, too, if it fails."""
-    is_new = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with written_whole(path) as unfinished:
-            figure.savefig(unfinished, dpi=120, format="png")
-    finally:
-        if is_new and not any(path.parent.iterdir()):
-            path.parent.rmdir()
+    """Write the figure whole or not at all."""
+    with written_whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
     return path

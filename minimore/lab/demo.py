@@ -45,7 +45,7 @@ def demo(options: DemoOptions) -> int:
     check_ranges(options)
     device_of(options)
     name = options.output if options.output is not None else free_name()
-    refuse_existing(name, make_parents=True)
+    refuse_existing(name)
     output = Path(name)
     world = World(train_pairs=(options.pairs,), ties=0.05, seed=options.seed)
     paths = world.write(output / "world")

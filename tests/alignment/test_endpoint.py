@@ -478,7 +478,7 @@ def test_a_file_of_something_else_is_not_written_to(capsys, content):
     assert Path("answers.jsonl").read_text() == content
 
 
-@pytest.mark.parametrize("path", ["nowhere/answers.jsonl", "."])
+@pytest.mark.parametrize("path", ["a/answers.jsonl", "."])
 def test_answers_that_cannot_be_stored_are_not_paid_for(serve, capsys, path):
     files()
     server = serve(longest)

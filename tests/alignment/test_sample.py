@@ -254,7 +254,7 @@ def test_more_tokens_than_positions_are_one_line(transformers, tmp_path, policy,
     assert "learned positions for 40" in said
 
 
-@pytest.mark.parametrize("output", ["", ".", "no/out", "file/out", "x" * 300, "/proc/out"])
+@pytest.mark.parametrize("output", ["", ".", "file/deep/out", "file/out", "x" * 300, "/proc/out"])
 def test_an_output_that_cannot_be_written_is_one_line(
     policy, tmp_path, monkeypatch, capsys, output
 ):

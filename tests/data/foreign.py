@@ -342,6 +342,10 @@ MESSAGES = [
     message("e", "d", "6", "assistant", 1),
     message("f", "d", "Six.", "assistant", 0, deleted=True),
 ]
+UNPAIRED = [  # as TRL's trainers of unpaired preferences read them
+    {"prompt": Q, "completion": text, "label": label}
+    for text, label in ((A, True), (B, False), ("Four.", True))
+]
 HELPSTEER = [
     {
         "prompt": Q, "response": response, "helpfulness": helpfulness, "correctness": 2,

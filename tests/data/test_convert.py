@@ -6,12 +6,27 @@ Rows of every shape are in foreign.py.
 import copy
 import gzip
 import json
+import re
 import sys
 import types
 
 import pytest
 from conftest import GOLDENS
-from foreign import HELPSTEER, MESSAGES, ROWS, THREAD, TREE, UKP, USER, A, B, Q, pair, scored
+from foreign import (
+    HELPSTEER,
+    MESSAGES,
+    ROWS,
+    THREAD,
+    TREE,
+    UKP,
+    UNPAIRED,
+    USER,
+    A,
+    B,
+    Q,
+    pair,
+    scored,
+)
 
 from minimore.cli import main
 from minimore.data.foreign import convert as conversion
@@ -58,6 +73,7 @@ def test_every_shape_has_a_row():
     assert {shape.name for shape in SHAPES} == set(ROWS) | grouped | {"ukp"}
     assert shape_of(MESSAGES[0]).name == "oasst-messages"
     assert shape_of(HELPSTEER[0]).name == "helpsteer"
+    assert shape_of(UNPAIRED[0]).name == "unpaired"
 
 
 @pytest.mark.parametrize("name, place", ALL)
@@ -96,6 +112,17 @@ def test_training_refuses_several_tastes_in_one_file(name, tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS[name][0].record)
     with pytest.raises(InputError, match="a.jsonl:1: .* several tastes .*minimore data convert"):
         load_source("s", path, Tokenizer(GOLDENS / "gpt_neox"), 200)
+
+
+@pytest.mark.parametrize("records", [MESSAGES, HELPSTEER, UNPAIRED])
+def test_records_that_make_pairs_together_are_converted_first(records, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", *records)
+    expected = "a.jsonl:1: has the shape .*; `minimore data convert` the file first"
+    with pytest.raises(InputError, match=expected):
+        load_source("s", path, Tokenizer(GOLDENS / "gpt_neox"), 200)
+    for arguments in (["look", path], ["split", path, "--output", str(tmp_path / "out")]):
+        assert main(["data", *arguments]) == 2
+        assert re.search(expected, capsys.readouterr().err)
 
 
 def test_comparisons_without_a_label_are_counted_by_training_and_by_score(tmp_path, capsys):
@@ -235,6 +262,24 @@ def test_helpsteer_rows_of_one_prompt_are_compared_in_every_attribute(tmp_path, 
     assert len(files) == 5
 
 
+def test_unpaired_completions_of_one_prompt_are_compared_by_their_label(tmp_path, capsys):
+    other = {"prompt": "other", "completion": A, "label": None}
+    path = write(tmp_path / "u.jsonl", *UNPAIRED, other, other | {"completion": B, "label": True})
+    code, said, files = run(tmp_path, capsys, path)
+    assert "2 pairs, 1 label ties, 1 left out (1 no score)" in said
+    assert files == {"pairs": [scored(Q, [A, B, "Four."], [1, 0, 1])]}
+    messages = [
+        {key: value if key == "label" else [{"role": role, "content": value}]
+         for (key, value), role in zip(row.items(), ("user", "assistant", ""))}
+        for row in UNPAIRED
+    ]  # fmt: skip
+    files = run(tmp_path, capsys, write(tmp_path / "m.jsonl", *messages), output="m")[2]
+    assert files["pairs"][0]["scores"] == [1, 0, 1]
+    path = write(tmp_path / "bad.jsonl", UNPAIRED[0], UNPAIRED[1] | {"label": "good"})
+    code, said, _ = run(tmp_path, capsys, path, output="no")
+    assert code == 2 and 'bad.jsonl:2: "label" is "good"; expected a number' in said
+
+
 def test_ukp_is_tab_separated_and_its_debate_stands_in_the_name(tmp_path, capsys):
     path = tmp_path / "ban-it_no-bad.csv"
     path.write_text(UKP, "utf-8")
@@ -248,10 +293,32 @@ def test_ukp_is_tab_separated_and_its_debate_stands_in_the_name(tmp_path, capsys
     assert code == 2 and "unnamed.csv:2: the topic and its side" in said
 
 
+def test_a_folder_of_ukp_is_converted_looked_at_and_trained_on(tmp_path, capsys):
+    (tmp_path / "ukp").mkdir()
+    for name in ("ban-it_yes.csv", "ban-it_no.csv"):
+        (tmp_path / "ukp" / name).write_text(UKP, "utf-8")
+    code, said, files = run(tmp_path, capsys, tmp_path / "ukp")
+    sides = [record["prompt"].split()[4] for record in files["pairs"]]
+    assert code == 0 and sides == ["no.", "yes."]
+    assert main(["data", "look", str(tmp_path / "ukp")]) == 0
+    assert ": 2 pairs, " in capsys.readouterr().out
+    source = load_source("s", str(tmp_path / "ukp"), Tokenizer(GOLDENS / "gpt_neox"), 200)
+    assert len(source.pairs) == 2
+    code, said, _ = run(tmp_path, capsys, tmp_path / "ukp")
+    assert code == 0 and "is finished" in said
+    (tmp_path / "ukp" / "more_yes.csv").write_text(UKP, "utf-8")
+    assert "with other files" in run(tmp_path, capsys, tmp_path / "ukp")[1]
+
+
 def test_tables_are_read_by_their_columns(tmp_path, capsys):
     plain = tmp_path / "a.csv"
     plain.write_text('prompt,chosen,rejected\r\n"P, ""x""","a\nb",c\r\n', "utf-8-sig")
     assert run(tmp_path, capsys, plain)[2]["pairs"] == [pair('P, "x"', "a\nb", "c")]
+    semicolons = tmp_path / "c.csv"
+    semicolons.write_text('prompt;chosen;"rejected"\n"P; x";a, b;"""c"""\n')
+    assert run(tmp_path, capsys, semicolons, output="c")[2]["pairs"] == [
+        pair("P; x", "a, b", '"c"')
+    ]
     labels = tmp_path / "b.tsv.gz"
     text = f"history\thuman_ref_A\thuman_ref_B\tlabels\n{Q}\t{A}\t{B}\t0\n{Q}\t{A}\t{B}\t\n"
     labels.write_bytes(gzip.compress(text.encode()))
@@ -262,6 +329,9 @@ def test_tables_are_read_by_their_columns(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text, expected",
     [
+        (b"a\n1\n", "t.csv:1: has one column only, 'a'; expected several, separated by commas,"),
+        (b"a|b\n1|2\n", "t.csv:1: has one column only, 'a|b'"),
+        (b"a;b\n1\n", "t.csv:2: has 1 fields; expected 2"),
         (b"a,b\n1\n", "t.csv:2: has 1 fields; expected 2"),
         (b"a,a\n1,2\n", "t.csv:1: the header"),
         (b"a,\n1,2\n", "t.csv:1: the header"),
@@ -332,6 +402,16 @@ TWO = (*NAMED, "--rejected-field", "y")
             [scored(Q, [A, B, "c"], [1, 2, 2])],
         ),
         (
+            {"q": Q, "x": [A, B, "c"], "s": [True, False, True]},
+            (*NAMED, "--score-field", "s"),
+            [scored(Q, [A, B, "c"], [1, 0, 1])],
+        ),
+        (
+            {"q": Q, "x": A, "y": B, "s": False, "t": "TRUE"},
+            (*TWO, "--score-field", "s,t"),
+            [scored(Q, [A, B], [0, 1])],
+        ),
+        (
             {"x": THREAD + A, "y": THREAD + B},
             ("--chosen-field", "x", "--rejected-field", "y"),
             [pair(THREAD, A, B)],
@@ -383,8 +463,76 @@ def test_an_unknown_shape_is_refused_with_the_command_that_would_read_it(tmp_pat
     path = write(tmp_path / "u.jsonl", {"id": 1, "user_question": Q, "winning": A, "bad_one": B})
     code, said, _ = run(tmp_path, capsys, path)
     assert code == 2 and "found keys: id, user_question, winning, bad_one" in said
-    options = said[said.index("--prompt-field") :].split()
-    assert run(tmp_path, capsys, path, *options)[2] == {"pairs": [pair(Q, A, B)]}
+    assert "if a field says which response is better, add --winner-field KEY" in said
+    assert run(tmp_path, capsys, path, *proposed(said))[2] == {"pairs": [pair(Q, A, B)]}
+
+
+def proposed(said):
+    """The options of fields that a message proposes."""
+    return said[said.index("--prompt-field") : said.index("; if a field")].split()
+
+
+@pytest.mark.parametrize(
+    "keys, values",
+    [
+        (("prompt", "answer_a", "answer_b", "winner"), ("answer_a", "answer_b", "tie")),
+        (("frage", "antwort_a", "antwort_b", "sieger"), ("a", "b", "tie")),
+        (("lang", "query", "y1", "y2", "better_one"), ("y1", "y2", "neither")),
+    ],
+)
+def test_a_proposal_never_takes_a_label_for_a_response(keys, values, tmp_path, capsys):
+    """What is proposed gives the true labels when it is followed, also where one side comes first.
+
+    The first records all prefer the first response.
+    """
+    says = [values[0]] * 3 + [values[1]] * 4 + [values[2]] * 3
+    texts = [f"text number {i}" for i in range(3 * len(says))]
+    lines = [
+        dict(zip(keys, (*["en"] * (len(keys) - 4), *texts[3 * i : 3 * i + 3], value)))
+        for i, value in enumerate(says)
+    ]
+    path = write(tmp_path / "u.jsonl", *lines)
+    code, said, _ = run(tmp_path, capsys, path)
+    assert code == 2 and f"--winner-field {keys[-1]};" in said
+    code, said, files = run(tmp_path, capsys, path, *proposed(said))
+    assert code == 0 and "7 pairs, 3 label ties, 0 left out" in said
+    firsts = [record["chosen"] == line[keys[-3]] for record, line in zip(files["pairs"], lines[:7])]
+    assert firsts == [True] * 3 + [False] * 4
+    assert ("fields not used: lang" in said) == (keys[0] == "lang")
+
+
+def test_a_proposal_leaves_open_what_only_the_user_knows(tmp_path, capsys):
+    path = write(tmp_path / "u.jsonl", {"question": Q, "one": A, "another": B, "id": 7})
+    said = run(tmp_path, capsys, path)[1]
+    assert "--prompt-field question --chosen-field KEY --rejected-field KEY --winner" in said
+
+
+def test_few_short_words_may_be_the_winner_and_are_refused_where_they_are_not(tmp_path, capsys):
+    winners = ["links", "rechts", "gleich"] * 3
+    lines = [
+        {"frage": f"Q{i}", "antwort_a": f"x {i}", "antwort_b": f"y {i}", "sieger": winner}
+        for i, winner in enumerate(winners)
+    ]
+    path = write(tmp_path / "u.jsonl", *lines)
+    said = run(tmp_path, capsys, path)[1]
+    assert "--winner-field sieger;" in said
+    code, said, _ = run(tmp_path, capsys, path, *proposed(said))
+    assert code == 2 and "as in --winner-field sieger=1,2,0" in said
+
+
+def test_a_name_of_another_field_is_no_response(tmp_path, capsys):
+    record = {"prompt": Q, "a": A, "b": B, "winner": "b"}
+    options = ("--prompt-field", "prompt", "--chosen-field", "winner", "--rejected-field", "b")
+    code, said, files = run(tmp_path, capsys, write(tmp_path / "u.jsonl", record), *options)
+    assert code == 2 and not files and said.count("\n") == 1
+    assert 'u.jsonl:1: "winner" is "b", the name of another field' in said
+    assert "give --winner-field winner" in said
+
+
+def test_fields_that_are_not_used_are_printed(tmp_path, capsys):
+    record = {"q": Q, "x": A, "y": B, "sieger": "y", "note": 1}
+    code, said, _ = run(tmp_path, capsys, write(tmp_path / "u.jsonl", record), *TWO)
+    assert code == 0 and "fields not used: sieger, note" in said
 
 
 def test_a_shape_can_be_forced_and_is_then_expected(tmp_path, capsys):

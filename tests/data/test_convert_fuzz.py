@@ -9,7 +9,7 @@ import os
 import random
 
 import pytest
-from foreign import HELPSTEER, MESSAGES, ROWS, UKP
+from foreign import HELPSTEER, MESSAGES, ROWS, UKP, UNPAIRED
 from test_fuzz import damage_bytes, damage_value
 
 from minimore.cli import main
@@ -22,6 +22,7 @@ FILES = {
     **{f"{name}.jsonl": [row.record for row in rows] for name, rows in ROWS.items()},
     "oasst-messages.jsonl": MESSAGES,
     "helpsteer.jsonl": HELPSTEER,
+    "unpaired.jsonl": UNPAIRED,
     "no_ban.csv": UKP,
     "columns.csv": "prompt,response_0,response_1,better_response_id,safer_response_id\nP,a,b,0,1\n",
 }
@@ -127,8 +128,9 @@ def expected_comparisons(file, lines):
         return twos_of_groups(json.dumps(r["q"]) for r in records)
     if name == "oasst-messages":
         return twos_of_groups(r["parent_id"] for r in records if r["role"] == "assistant")
-    if name == "helpsteer":
-        return 5 * twos_of_groups(json.dumps(r["prompt"]) for r in records)
+    if name in ("helpsteer", "unpaired"):
+        scores = 5 if name == "helpsteer" else 1
+        return scores * twos_of_groups(json.dumps(r["prompt"]) for r in records)
     return sum(comparisons_of(name, record) for record in records)
 
 
@@ -150,6 +152,9 @@ def comparisons_of(name, record):
     if name == "domains":
         responses = record["responses"]
         return (len(responses) - ("normal" in responses)) * (len(responses) - 1)
+    if name == "prism":
+        messages = record["conversation_history"]
+        return twos_of_groups(m["turn"] for m in messages if m["role"] == "model")
     if name in ("pairs", "rm-bench", "alpaca", "orca"):
         sides = (record["chosen"], record["rejected"])
         several = [isinstance(s, list) and not isinstance(s[0], dict) for s in sides]

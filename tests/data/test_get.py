@@ -28,7 +28,15 @@ from minimore.checksums import read_checked_json
 from minimore.cli import main
 from minimore.data.foreign.comparisons import LeftOut
 from minimore.data.foreign.shapes import BY_NAME, items_of
-from minimore.data.public.parts import copies_of_pairs, is_test, key_of, up_to_first_reply
+from minimore.data.public.changes import input_of
+from minimore.data.public.get import description
+from minimore.data.public.parts import (
+    Conversion,
+    copies_of_pairs,
+    is_test,
+    key_of,
+    up_to_first_reply,
+)
 from minimore.data.public.sources import SETS, File
 from minimore.options import InputError
 
@@ -461,6 +469,51 @@ def test_a_file_that_was_changed_or_is_somebody_elses_is_refused(capsys):
     with open("out/hh-harmless.test.jsonl", "a") as file:
         file.write("{}\n")
     assert "is not as it was written" in refused(capsys, "--from", "here")
+
+
+def test_the_training_part_is_refused_before_the_test_part_was_read_to_its_end():
+    lay_out("here")
+    inputs = [input_of(file, Path("here") / file.path) for file in known().files]
+    conversion = Conversion(known(), inputs)
+    test = conversion.test()
+    next(test)
+    with pytest.raises(RuntimeError, match="read all of test"):
+        next(conversion.train())
+    assert len(list(test)) == 39 and len(list(conversion.train())) == 300
+
+
+def test_a_hint_leads_on(capsys, monkeypatch):
+    """--test-only is named only where it would help: where the test files are there."""
+    assert "--from nowhere: no such directory" in refused(capsys, "--from", "nowhere")
+    lay_out("here")
+    (Path("here") / TEST).unlink()
+    for more in ((), ("--test-only",)):
+        line = refused(capsys, "--from", "here", *more)
+        assert f"has no {TEST}" in line and "or --test-only" not in line
+    without_test = known(test=(), train=(*known().train, File("absent.jsonl.gz")))
+    monkeypatch.setitem(SETS, NAME, without_test)
+    line = refused(capsys, "--from", "here")
+    assert "has no absent.jsonl.gz" in line and "or --test-only" not in line
+
+
+def test_the_sets_are_listed_whatever_else_is_missing(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "get", "--list"])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 0 and "licence" in header
+    assert [line.split()[0] for line in lines] == list(SETS)
+    (harmless,) = (line for line in lines if line.startswith(NAME))
+    size = sum(len(content) for content in FILES.values())
+    assert harmless.split()[1:] == ["300", "+", "40", f"{size:,}", REPOSITORY, "MIT"]
+
+
+def test_a_size_that_is_known_in_part_is_said_so(capsys):
+    lay_out("here")
+    files = known()
+    assert description("x", files).count(" bytes\n") == 1
+    some = replace(files, train=(files.train[0]._replace(size=None),))
+    size = len(FILES[REPOSITORY, TEST])
+    assert f"{size:,} bytes in 1 of 2 files; of the others it is" in description("x", some)
 
 
 def test_missing_files_are_named(capsys):

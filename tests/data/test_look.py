@@ -297,7 +297,7 @@ def test_counts_of_real_data_are_those_that_are_known():
         str(DATA / "native" / "text-score" / "webgpt.test.json.gz"), None, 512, False
     )
     assert (webgpt.pairs, webgpt.label_ties) == (656, 245)
-    assert webgpt.first_wins == [656, 348]
+    assert (webgpt.records_of_two, webgpt.first_preferred) == (656, 348)
     oasst = survey_of(str(DATA / "pairs" / "oasst1.train.jsonl.gz"), None, 512, False)
     assert oasst.counts["contradictions"].total == 2
 
@@ -327,6 +327,64 @@ def test_shared_prompts_and_near_duplicates_between_files(tmp_path):
     (finding,) = between(tmp_path, one, other + near[:30]).findings
     assert finding.name == "near duplicates between files" and finding.cases >= 25
     assert finding.lines[0] > len(other)
+
+
+def mostly_longer(seed, share=0.8, pairs=300):
+    """A clean file in which the longer response wins in this share of the pairs."""
+    records, rng = made_up(seed, pairs), random.Random(seed)
+    for record in records:
+        texts = sorted((record["chosen"], record["rejected"]), key=len)
+        record["rejected"], record["chosen"] = texts if rng.random() < share else texts[::-1]
+    return records
+
+
+def swapped(records):
+    return [
+        record | {"chosen": record["rejected"], "rejected": record["chosen"]} for record in records
+    ]
+
+
+TURNED = "labels turned round?"
+
+
+def test_labels_that_are_turned_round_in_one_part_of_a_source_are_found(tmp_path):
+    one, other = mostly_longer(1), mostly_longer(2)
+    assert not between(tmp_path, one, other).findings
+    (finding,) = between(tmp_path, one, swapped(other)).findings
+    assert finding.name == TURNED and 200 < finding.cases < 280 and finding.total == 300
+    assert "of a.test.jsonl are ranked against their labels" in str(finding)
+    for names in (
+        ("a.train.jsonl", "b.test.jsonl"),  # other sources may differ in taste
+        ("oasst1.train.jsonl", "oasst2.test.jsonl"),
+        ("a.train.jsonl", "b.train.jsonl"),
+        ("a.jsonl", "b.jsonl"),
+    ):
+        assert not between(tmp_path, one, swapped(other), names).findings, names
+    (finding,) = between(tmp_path, one, swapped(other), ("train.jsonl", "test.jsonl")).findings
+    assert finding.name == TURNED
+    assert not between(tmp_path, made_up(1), swapped(made_up(2))).findings  # nothing to go by
+
+
+def test_parts_of_one_source_lie_in_one_directory_if_they_have_no_other_name(tmp_path):
+    surveys = []
+    for directory, records in (("a", mostly_longer(1)), ("b", swapped(mostly_longer(2)))):
+        (tmp_path / directory).mkdir()
+        name = "train.jsonl" if directory == "a" else "test.jsonl"
+        path = write(tmp_path / directory / name, records)
+        surveys.append(survey_of(path, None, 512, False))
+    (two,) = all_between(surveys)
+    assert not two.findings
+
+
+@needs_data
+@pytest.mark.parametrize("name", slow_but(("webgpt",), SOURCES))
+def test_swapped_labels_of_real_data_are_found(name, tmp_path):
+    paths = [DATA / "pairs" / f"{name}.{part}.jsonl.gz" for part in ("train", "test")]
+    records = [record for _, record in read_records(str(paths[1]))]
+    path = write(tmp_path / f"{name}.test.jsonl", swapped(records))
+    surveys = [survey_of(str(path), None, 512, False) for path in (paths[0], path)]
+    (two,) = all_between(surveys)
+    assert [finding.name for finding in two.findings] == [TURNED]
 
 
 # ---- signs ---------------------------------------------------------------------------------------
@@ -397,6 +455,9 @@ def test_the_page_says_what_was_found_with_lines(tmp_path, capsys):
     assert "blank: 3 of 300 pairs have a blank response" in said and "(lines 11, 21, 31)" in said
     page = (tmp_path / "x" / "page.md").read_text("utf-8")
     assert "- **blank**: 3 of 300" in page and "2 records have votes: on average .875" in page
+    assert (
+        "can hardly rank more than .875 right" in page and f"{path}: 300 pairs, 1 finding\n" in said
+    )
     assert "Length and a few words alone reach" in page and "Pair 300:" in page
     numbers = json.loads((tmp_path / "x" / "look.json").read_text("utf-8"))
     (file,) = numbers["files"].values()
@@ -404,8 +465,22 @@ def test_the_page_says_what_was_found_with_lines(tmp_path, capsys):
     assert file["findings"][0]["name"] == "blank" and file["agreement"] == 0.875
     has_figure = (tmp_path / "x" / "look.png").is_file()
     assert has_figure == plots.available()
-    assert main(["data", "look", path]) == 0  # the same page on the screen
-    assert page == capsys.readouterr().out
+    assert main(["data", "look", path]) == 0  # the same page on the screen, behind the summary
+    summary = said[: said.index("written to")]
+    assert capsys.readouterr().out == f"{summary}\n{page}"
+
+
+def test_what_is_found_between_files_comes_before_the_pairs(tmp_path, capsys):
+    paths = [write(tmp_path / name, made_up(i, 30)) for i, name in enumerate(("a", "b"))]
+    assert main(["data", "look", *paths]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith(f"{paths[0]}: 30 pairs, 0 findings\n{paths[1]}: 30 pairs, 0 findings\n")
+    places = [page.index(f"# {heading}") for heading in (
+        paths[0], paths[1], "Between the files", f"Some pairs of {paths[0]}",
+        f"Some pairs of {paths[1]}",
+    )]  # fmt: skip
+    assert places == sorted(places) and page.count("None.") == 2  # once a file
+    assert "# Between the files\n\nNo two files share a prompt." in page
 
 
 def test_without_matplotlib_one_line_says_so(tmp_path, capsys, monkeypatch):

@@ -92,6 +92,40 @@ def test_what_lies_in_a_directory_and_would_not_be_read_is_refused(tmp_path):
     assert len(list(read_records(str(tmp_path)))) == 1
 
 
+def test_a_directory_of_tables_is_read_in_order_of_name(tmp_path):
+    for name in ("b.tsv", "a.csv", "c.CSV"):
+        mark = "\t" if name == "b.tsv" else ","
+        written(tmp_path / name, mark.join(("prompt", "chosen")) + f"\nq{mark}{name}\n")
+    read = list(read_rows(str(tmp_path)))
+    assert [where for where, _ in read] == [
+        f"{tmp_path}/{n}:2" for n in ("a.csv", "b.tsv", "c.CSV")
+    ]
+    assert [record["chosen"] for _, record in read] == ["a.csv", "b.tsv", "c.CSV"]
+    refused(lambda: read_records(str(tmp_path)), "without a file of data; expected .jsonl, ")
+    written(tmp_path / "d.json", "[]")
+    refused(lambda: read_rows(str(tmp_path)), "a.csv, d.json, tables and JSON; name the files")
+    (tmp_path / "d.json").unlink()
+    (tmp_path / "a.csv").rename(tmp_path / "a.train.csv")
+    (tmp_path / "b.tsv").rename(tmp_path / "b.test.tsv")
+    refused(lambda: read_rows(str(tmp_path)), "training and test files (a.train.csv, b.test.tsv,")
+    for name in ("a.train.csv", "b.test.tsv", "c.CSV"):
+        (tmp_path / name).unlink()
+    refused(lambda: read_rows(str(tmp_path)), ".csv, .tsv", ".parquet")
+
+
+@pytest.mark.parametrize("read", (read_records, read_rows))
+def test_a_run_is_no_data(read, tmp_path):
+    for name in ("best.json", "config.json", "metrics.jsonl"):
+        written(tmp_path / name, "{\n}\n")
+    refused(lambda: read(str(tmp_path)), "is a run or a checkpoint (it has config.json)")
+
+
+def test_names_that_a_message_leaves_out_are_shown_by_dots(tmp_path):
+    for name in ("converted.json", *(f"{taste}.jsonl" for taste in "abcde")):
+        written(tmp_path / name, "")
+    refused(lambda: read_records(str(tmp_path)), "(a.jsonl, b.jsonl, c.jsonl, d.jsonl, ...)")
+
+
 def test_a_row_of_a_table_is_bounded_as_a_line_is(tmp_path, monkeypatch):
     monkeypatch.setattr("minimore.data.columns.LONGEST_LINE", 100)
     row = '"' + "x" * 40 + '\n",'

@@ -225,3 +225,10 @@ def test_white_space_without_end_takes_no_time():
     assert opening_of("\n" * 10**6) == "\n" * 10**6
     assert LIST_ITEM.findall("\n" * 10**6 + " \t- a\n2) b\n") == [" \t- ", "2) "]
     assert _plain_text(" " * 10**6 + "x <br/> y<br/><br/>  z ") == " " * 10**6 + "x\ny\n\nz "
+
+
+def test_a_table_is_converted_first(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\np,a,b\n")
+    assert main(["data", "split", str(tmp_path / "a.csv"), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "a.csv: is a table; expected JSON lines, which `minimore data convert` makes" in error

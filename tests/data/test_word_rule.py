@@ -12,6 +12,7 @@ from minimore.data.inspection.word_rule import (
     STYLE,
     features,
     fit,
+    fitted_rule,
     frequent_words,
     word_rule,
 )
@@ -60,3 +61,12 @@ def test_labels_without_a_rule_give_one_half_also_where_prompts_repeat():
     honest = word_rule(pairs, prompts).accuracy
     assert honest.low < 0.5 < honest.high
     assert word_rule(pairs, np.arange(600)).accuracy.value > honest.value + 0.2
+
+
+def test_a_fitted_rule_has_the_same_margins_for_the_same_pairs_and_less_for_swapped_ones():
+    """All features are odd in the two responses, so swapped pairs have the opposite margin."""
+    pairs = pairs_of(200, random.Random(1), 0.8)
+    rule = fitted_rule(pairs)
+    turned = [pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+    assert np.allclose(rule.margins(turned), -rule.margins(pairs))
+    assert (rule.margins(pairs_of(200, random.Random(2), 0.8)) > 0).mean() > 0.7

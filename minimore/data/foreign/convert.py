@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -30,8 +30,9 @@ from ..columns import read_rows
 from ..records import CONVERTED, Record, json_line
 from ..values import keys_of
 from .comparisons import Item, LeftOut, Note
-from .fields import Fields, are_rows, fields_of_options, proposal
-from .rows import items_of_rows
+from .fields import Fields, are_rows, fields_of_options
+from .proposal import RECORDS_LOOKED_AT, proposal
+from .rows import KEYS_OF, items_of_rows
 from .shapes import BY_NAME, Shape, items_of, require_shape, shape_named, shape_of
 from .sift import FileCounts, sifted
 from .trees import WRITTEN, TreeRules, items_of_messages, items_of_tree
@@ -109,11 +110,15 @@ class Rules(NamedTuple):
 
 @dataclass
 class Tally:
-    """What became of a file: its records, its shape, the counts of every file, and notes."""
+    """What became of a file: its records, its shape, the counts of every file, and notes.
+
+    unused: in how many records a field stands that is not named, where fields are.
+    """
 
     records: int = 0
     shape: str = ""
     what: str = ""
+    unused: Counter[str] = field(default_factory=Counter)
     files: dict[str, FileCounts] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
 
@@ -166,25 +171,27 @@ def _items(
     first = next(records, None)
     if first is None:
         raise InputError(f"{path}: is empty; expected at least one record")
-    shape = _shape(first, shape_name, path, rules.fields)
+    shape = _shape(first, records, shape_name, path, rules.fields)
     tally.shape, tally.what = shape.name, shape.what
     require(
         rules.trees == TreeRules() or shape.name.startswith("oasst"),
         f"--language, --skip-deleted and --turns are for OASST; the shape of the file is"
         f" {shape.name!r}",
     )
-    yield from _compared(chain([first], records), shape, rules)
+    yield from _compared(chain([first], records), shape, rules, tally)
 
 
 def _compared(
-    records: Iterable[tuple[str, Record]], shape: Shape, rules: Rules
+    records: Iterable[tuple[str, Record]], shape: Shape, rules: Rules, tally: Tally
 ) -> Iterator[tuple[str, Item]]:
     """The comparisons of records of one shape: of all of them together, or of one by one."""
     located = _of_one_shape(records, shape)
+    if rules.fields is not None:
+        located = _unused_counted(located, rules.fields, tally)
     if shape.name == "oasst-messages":
         yield from items_of_messages(located, rules.trees)
-    elif shape.name == "helpsteer":
-        yield from items_of_rows(located)
+    elif shape.name in KEYS_OF:
+        yield from items_of_rows(located, KEYS_OF[shape.name])
     elif rules.fields is not None and shape.read is None:
         yield from items_of_rows(located, rules.fields.rows())
     else:
@@ -204,6 +211,15 @@ def _counted(records: Iterator[tuple[str, Record]], tally: Tally) -> Iterator[tu
         yield located
 
 
+def _unused_counted(
+    located: Iterable[tuple[str, Record]], fields: Fields, tally: Tally
+) -> Iterator[tuple[str, Record]]:
+    """The records; the fields that are not named are counted."""
+    for where, record in located:
+        tally.unused.update(key for key in record if key not in fields.keys)
+        yield where, record
+
+
 def _of_one_shape(
     located: Iterable[tuple[str, Record]], shape: Shape
 ) -> Iterator[tuple[str, Record]]:
@@ -213,8 +229,17 @@ def _of_one_shape(
         yield where, record
 
 
-def _shape(first: tuple[str, Record], name: str | None, path: str, fields: Fields | None) -> Shape:
-    """The shape of a file: the one that is named, or the one of its first record."""
+def _shape(
+    first: tuple[str, Record],
+    others: Iterator[tuple[str, Record]],
+    name: str | None,
+    path: str,
+    fields: Fields | None,
+) -> Shape:
+    """The shape of a file: the one that is named, or the one of its first record.
+
+    Where it is unknown, some of the other records are read, too, to say what would read it.
+    """
     where, record = first
     if fields is not None:
         read = None if are_rows(fields, record) else fields.items
@@ -223,9 +248,12 @@ def _shape(first: tuple[str, Record], name: str | None, path: str, fields: Field
         return shape_named(name)
     shape = shape_of(record)
     if shape is None:
+        some = [record, *(other for _, other in islice(others, RECORDS_LOOKED_AT - 1))]
         raise InputError(
             f"{where}: has no known shape; found keys: {keys_of(record)}. Name its fields:"
-            f" minimore data convert {shlex.quote(path)} --output DIR {proposal(record)}"
+            f" minimore data convert {shlex.quote(path)} --output DIR {proposal(some)}; if a field"
+            " says which response is better, add --winner-field KEY; if there are scores, add"
+            " --score-field KEY[,KEY]"
         )
     return shape
 
@@ -374,3 +402,5 @@ def print_report(options: ConvertOptions, tally: Tally) -> None:
     print(f"{os.path.join(options.output, '')}: {tally.total().line()}")
     for note, count in sorted(tally.notes.items()):
         print(f"{count} {note}")
+    if tally.unused:
+        print(f"fields not used: {', '.join(name for name, _ in tally.unused.most_common(20))}")

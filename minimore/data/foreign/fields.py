@@ -9,27 +9,19 @@
                                                         the others to the same prompt
 """
 
-import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ...options import InputError, require
 from ..messages import is_conversation
 from ..records import Record
-from ..values import is_absent, number_of, shown, value_of
+from ..values import grade_of, is_absent, shown, value_of
 from .comparisons import Item, LeftOut, apart, preferred, scored
 from .rows import Keys
 
 FIRST = ("a", "model_a", "response_a", "first")  # what a winner field says without being asked
 SECOND = ("b", "model_b", "response_b", "second")
 TIES = ("tie", "tie (bothbad)", "both", "neither")
-
-# Parts of names by which a command is proposed for a file of no known shape.
-LIKELY = {
-    "prompt": ("prompt", "question", "query", "instruction", "context", "post", "input"),
-    "chosen": ("chosen", "prefer", "accept", "better", "good", "win", "pos", "best"),
-    "rejected": ("reject", "worse", "bad", "los", "neg", "worst"),
-}
 
 
 class Fields(NamedTuple):
@@ -60,11 +52,11 @@ class Fields(NamedTuple):
     def items(self, record: Record, where: str) -> Iterator[Item]:
         """The comparisons of one record."""
         prompt = None if self.prompt is None else value_of(record, self.prompt, where)
-        first = value_of(record, self.chosen, where)
+        first = self._response_at(self.chosen, record, where)
         if self.rejected is None:
             yield self._scored_list(record, prompt, first, where)
             return
-        responses = [first, value_of(record, self.rejected, where)]
+        responses = [first, self._response_at(self.rejected, record, where)]
         if prompt is None:
             prompt, responses = apart(responses, where)
         if self.scores:
@@ -73,6 +65,16 @@ class Fields(NamedTuple):
             yield self._won(record, prompt, responses, where)
         else:
             yield preferred(prompt, responses, True)
+
+    def _response_at(self, key: str, record: Record, where: str) -> Any:
+        """A response, which is not the name of another one."""
+        value = value_of(record, key, where)
+        require(
+            not is_name_of_field(value, record),
+            f'{where}: "{key}" is {shown(value)}, the name of another field; expected a response.'
+            f" If it says which one is better, give --winner-field {key}",
+        )
+        return value
 
     def _scored_list(self, record: Record, prompt: Any, responses: Any, where: str) -> Item:
         """A list of responses, and one of as many scores."""
@@ -84,7 +86,7 @@ class Fields(NamedTuple):
             f'{where}: "{self.chosen}" and "{key}" are {shown(responses)} and {shown(scores)};'
             " expected two lists of the same length",
         )
-        scores = [number_of(score, f'{where}: "{key}"') for score in scores]
+        scores = [grade_of(score, f'{where}: "{key}"') for score in scores]
         if prompt is None:
             require(responses, f'{where}: "{self.chosen}" is empty; expected responses')
             prompt, responses = apart(responses, where)
@@ -97,7 +99,7 @@ class Fields(NamedTuple):
             return LeftOut("no score")
         named = zip(scores, self.scores)
         return scored(
-            prompt, responses, [number_of(score, f'{where}: "{key}"') for score, key in named]
+            prompt, responses, [grade_of(score, f'{where}: "{key}"') for score, key in named]
         )
 
     def _won(self, record: Record, prompt: Any, responses: list[Any], where: str) -> Item:
@@ -178,10 +180,6 @@ def are_rows(fields: Fields, record: Record) -> bool:
     return fields.rejected is None and not is_list
 
 
-def proposal(record: Record) -> str:
-    """The options that would name the fields of a record, as far as their names show it."""
-    options = []
-    for part, words in LIKELY.items():
-        key = next((key for key in record if any(word in str(key).lower() for word in words)), None)
-        options.append(f"--{part}-field {'KEY' if key is None else shlex.quote(str(key))}")
-    return " ".join(options)
+def is_name_of_field(value: Any, record: Record) -> bool:
+    """Whether a value is the name of a field of its own record: a label, and no response."""
+    return isinstance(value, str) and value.strip() in record

@@ -12,6 +12,7 @@ from typing import Any
 from ...options import require
 from ..records import Record
 from ..values import (
+    MOST_RESPONSES,
     choice_at,
     is_absent,
     keys_of,
@@ -157,7 +158,10 @@ def _by_strength(prompt: Any, first: Any, second: Any, strength: float | None) -
 
 
 def _individual_votes(record: Record, where: str, overall: float) -> Record:
-    """How many annotators agree with the overall preference and how many do not, if it is known."""
+    """How many annotators agree with the overall preference and how many do not, if it is known.
+
+    One who prefers neither (0) is half a vote for each side.
+    """
     named = f'{where}: "individual_preference"'
     individual = record.get("individual_preference")
     if not individual:
@@ -166,8 +170,11 @@ def _individual_votes(record: Record, where: str, overall: float) -> Record:
         choice_at(object_of(value, named), "score", named, PREFERENCES)
         for value in list_of(individual, named)
     ]
-    agree = [score * overall > 0 if score else None for score in scores if score is not None]
-    return {"votes": votes_of(agree)} if agree else {}
+    opinions: list[bool | None] = []
+    for score in scores:
+        if score is not None:
+            opinions.append(None if score == 0 else score * overall > 0)
+    return {"votes": votes_of(opinions)} if opinions else {}
 
 
 def two_outputs(record: Record, where: str) -> Iterator[Item]:
@@ -263,7 +270,10 @@ def domains(record: Record, where: str) -> Iterator[Item]:
     """
     responses = object_of(record["responses"], f'{where}: "responses"')
     require(len(responses) > 1, f'{where}: "responses" holds {len(responses)}; expected several')
-    list_of(list(responses), f'{where}: "responses"')
+    require(
+        len(responses) <= MOST_RESPONSES,
+        f'{where}: "responses" holds {len(responses)}; expected at most {MOST_RESPONSES}',
+    )
     prompt = text_at(record, "query", where)
     for taste in responses:
         if taste == "normal":

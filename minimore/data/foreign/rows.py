@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ...options import require
 from ..records import Record
-from ..values import MOST_RESPONSES, number_or_none, value_of
+from ..values import MOST_RESPONSES, grade_of, is_absent, value_of
 from .comparisons import Item, Note, rated
 
 # What HelpSteer and HelpSteer2 rate, from 0 to 4; each is a taste.
@@ -24,12 +24,14 @@ class Keys(NamedTuple):
     scores: tuple[str, ...]
 
 
-HELPSTEER = Keys("prompt", "response", ATTRIBUTES)
+# By the names of shapes (shapes.py).
+KEYS_OF = {
+    "helpsteer": Keys("prompt", "response", ATTRIBUTES),
+    "unpaired": Keys("prompt", "completion", ("label",)),  # true or false: good or not
+}
 
 
-def items_of_rows(
-    located: Iterable[tuple[str, Record]], keys: Keys = HELPSTEER
-) -> Iterator[tuple[str, Item]]:
+def items_of_rows(located: Iterable[tuple[str, Record]], keys: Keys) -> Iterator[tuple[str, Item]]:
     """("file:line", comparisons) of the rows of every prompt; those of a file are in memory.
 
     The line is that of the prompt's first row.
@@ -38,7 +40,9 @@ def items_of_rows(
     for where, record in located:
         values = {key: value_of(record, key, where) for key in (keys.prompt, keys.response)}
         for key in keys.scores:
-            values[key] = number_or_none(value_of(record, key, where), f'{where}: "{key}"')
+            score = value_of(record, key, where)
+            named = f'{where}: "{key}"'
+            values[key] = None if is_absent(score) else grade_of(score, named)
         prompt = json.dumps(values[keys.prompt])
         rows = groups.setdefault(prompt, [])
         rows.append((where, values))

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple
 
-from ...options import require
+from ...options import InputError, require
 from ..columns import read_rows
 from ..prompt_keys import PROMPT_KEYS, is_whole
 from ..records import Record
@@ -152,6 +152,12 @@ SHAPES = (
         None,
     ),
     Shape(
+        "unpaired",
+        "TRL's unpaired preferences, a good or a bad completion a row",
+        ("prompt", "completion", "label"),
+        None,
+    ),
+    Shape(
         "pandalm",
         "PandaLM, labels of several annotators",
         ("instruction", "response1", "response2", "annotator1"),
@@ -246,6 +252,16 @@ def require_shape(shape: Shape, record: Record, where: str) -> None:
         f"{where}: has not the shape {shape.name!r} ({shape.what}); expected the keys"
         f" {', '.join(shape.keys)}; found keys: {keys_of(record)}",
     )
+
+
+def refuse_part_of_pair(record: Record, where: str) -> None:
+    """Refuse a record that makes pairs only together with others of its file (InputError)."""
+    shape = shape_of(record)
+    if shape is not None and shape.read is None:
+        raise InputError(
+            f"{where}: has the shape {shape.name!r}, of which several records make a pair;"
+            " `minimore data convert` the file first"
+        )
 
 
 def house_records(record: Record, where: str) -> list[Record]:

@@ -1,16 +1,22 @@
-"""Between files: the prompts that two of them share, and which of that is a fault."""
+"""Between files: the prompts that two of them share, and labels that do not go together."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from .findings import Finding
+from ...tables import number
+from ...uncertainty import Interval, intervals
+from .findings import FEWEST_FOR_WORDS, Finding, longer_wins, sample_of
 from .near_duplicates import near_copies
 from .survey import LINES_SHOWN, Survey
+from .word_rule import fitted_rule
 
 NEAR_COPIES_BETWEEN = 0.02  # share of one file's prompts that nearly stand in another
+PARTS = ("train", "validation", "test")  # words of a name that say what a file is for
+ENDINGS = {"jsonl", "json", "csv", "tsv", "parquet", "gz"}
 
 
 class Between(NamedTuple):
@@ -32,16 +38,41 @@ def all_between(surveys: Sequence[Survey]) -> list[Between]:
     for i, one in enumerate(surveys):
         for other in surveys[:i]:
             shared = one.number_of.keys() & other.number_of.keys()
-            are_alike = part_of(one) is not None and part_of(one) == part_of(other)
-            findings = [] if are_alike else list(findings_between(one, other, shared))
-            results.append(Between(one, other, shared, findings))
+            results.append(Between(one, other, shared, list(findings_of_two(one, other, shared))))
     return results
+
+
+def findings_of_two(one: Survey, other: Survey, shared: set[int]) -> Iterator[Finding]:
+    """What is wrong between two files, by what their names say that they are for."""
+    parts = part_of(one), part_of(other)
+    if parts[0] != parts[1] or parts[0] is None:
+        yield from findings_between(one, other, shared)
+    if parts[0] != parts[1] and are_of_one_source(one, other):
+        yield from labels_turned_round(one, other)
 
 
 def part_of(survey: Survey) -> str | None:
     """What the name of a file says that it is for; None if it says nothing."""
-    words = re.split("[^a-z]+", survey.name.lower())
-    return next((part for part in ("train", "validation", "test") if part in words), None)
+    return next((part for part in PARTS if part in words_of_name(survey)), None)
+
+
+def words_of_name(survey: Survey) -> list[str]:
+    """The words and numbers of a file's name, without those of its ending."""
+    words = re.findall("[a-z]+|[0-9]+", survey.name.lower())
+    return [word for word in words if word not in ENDINGS]
+
+
+def are_of_one_source(one: Survey, other: Survey) -> bool:
+    """Whether two files are parts of one source: their names differ in what they are for alone.
+
+    helpful.train.jsonl and helpful.test.jsonl are; so are train.jsonl and test.jsonl of one
+    directory.
+    """
+    if part_of(one) is None or part_of(other) is None:
+        return False
+    rests = [[w for w in words_of_name(survey) if w not in PARTS] for survey in (one, other)]
+    directories = {os.path.dirname(os.path.realpath(survey.path)) for survey in (one, other)}
+    return rests[0] == rests[1] and (bool(rests[0]) or len(directories) == 1)
 
 
 def findings_between(one: Survey, other: Survey, shared: set[int]) -> Iterator[Finding]:
@@ -71,3 +102,30 @@ def findings_between(one: Survey, other: Survey, shared: set[int]) -> Iterator[F
             [one.signature_lines[place] for place in places[:LINES_SHOWN]],
             f"prompts of {one.name} are near duplicates of prompts of {other.name}. {flatters}",
         )
+
+
+def labels_turned_round(one: Survey, other: Survey) -> Iterator[Finding]:
+    """Labels of two parts of a source that contradict each other, as when all of one are swapped.
+
+    The word rule that is fitted on either part is clearly worse than a coin on the other one.
+    """
+    if min(len(survey.sample.items) for survey in (one, other)) < FEWEST_FOR_WORDS:
+        return
+    here, there = rule_transferred(other, one), rule_transferred(one, other)
+    if here.high < 0.5 and there.high < 0.5:
+        yield Finding(
+            "labels turned round?",
+            round((1 - here.value) * one.pairs),
+            one.pairs,
+            [],
+            f"pairs of {one.name} are ranked against their labels by what length and a few words"
+            f" say in {other.name}; the longer response wins in {number(longer_wins(one).value)} of"
+            f" {one.name} and in {number(longer_wins(other).value)} of {other.name}. Chosen and"
+            " rejected may be mixed up in one of them; read a few pairs of each.",
+        )
+
+
+def rule_transferred(fitted: Survey, tested: Survey) -> Interval:
+    """The accuracy on one file of the word rule that is fitted on another."""
+    pairs, prompts = sample_of(tested)
+    return intervals(fitted_rule(sample_of(fitted)[0]).margins(pairs), prompts)[0]

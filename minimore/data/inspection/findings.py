@@ -5,13 +5,14 @@ files, the training and test files of the paper's five kinds of source. Below it
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ...tables import number, with_interval
 from ...uncertainty import Interval, intervals
+from ..forms import Pair
 from .survey import Survey
 from .word_rule import WordRule, word_rule
 
@@ -141,14 +142,25 @@ class SimpleRules(NamedTuple):
 
 def rules_of(survey: Survey) -> SimpleRules:
     """How often the longer response wins, and the accuracy of the word rule."""
-    prompts = np.array(survey.prompts)
-    longer = intervals(np.sign(np.array(survey.longer)), prompts)[0]
-    places, pairs = zip(*survey.sample.items)
-    sampled = prompts[list(places)]
-    if len(np.unique(sampled)) < FEWEST_PROMPTS:
-        sampled = np.arange(len(pairs))  # one prompt for all pairs, say: each pair by itself
+    pairs, prompts = sample_of(survey)
     has_enough = len(pairs) >= FEWEST_FOR_WORDS
-    return SimpleRules(longer, word_rule(pairs, sampled) if has_enough else None)
+    return SimpleRules(longer_wins(survey), word_rule(pairs, prompts) if has_enough else None)
+
+
+def longer_wins(survey: Survey) -> Interval:
+    """In which share of the pairs the longer response wins."""
+    return intervals(np.sign(np.array(survey.length_gaps)), np.array(survey.prompts))[0]
+
+
+def sample_of(survey: Survey) -> tuple[Sequence[Pair], np.ndarray]:
+    """The pairs whose texts a survey holds, and the numbers of their prompts, (N,).
+
+    If nearly all have one prompt, each pair counts as a prompt of its own.
+    """
+    places, pairs = zip(*survey.sample.items)
+    prompts = np.array(survey.prompts)[list(places)]
+    has_enough = len(np.unique(prompts)) >= FEWEST_PROMPTS
+    return pairs, prompts if has_enough else np.arange(len(pairs))
 
 
 # ---- of one file ---------------------------------------------------------------------------------
@@ -175,7 +187,7 @@ def findings_about_labels(survey: Survey) -> Iterator[Finding]:
             [],
             "pairs have equal scores, and are left out. Ask for finer scores, or use their votes.",
         )
-    records, first = survey.first_wins
+    records, first = survey.records_of_two, survey.first_preferred
     most = max(first, records - first)
     if records >= FEWEST_FOR_ONE_WAY and most >= ONE_WAY * records:
         yield Finding(

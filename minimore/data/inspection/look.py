@@ -2,7 +2,8 @@
 
 survey     one pass over every file: what is counted (survey.py)
 findings   which counts are faults, and what to do (findings.py)
-page       Markdown, to the screen or with a figure and every number into a directory
+summary    a line for every finding, to the screen
+page       Markdown, to the screen behind it, or with a figure and every number into a directory
 """
 
 from collections.abc import Iterator, Sequence
@@ -71,15 +72,17 @@ def look(options: LookOptions) -> None:
     looks = [look_at(path, tokenizer, options) for path in options.file]
     between = all_between([file.survey for file in looks])
     page = page_of(looks, between)
+    print_summary(looks, between)
     if options.output is None:
-        print(page)
+        print(f"\n{page}")
         return
     with directory_written_whole(Path(options.output)) as directory:
         write_text(directory / "page.md", page + "\n")
         write_json(directory / "look.json", numbers_of(looks, between))
         if plots.available():
             draw(looks, directory / "look.png")
-    print_what_was_found(options.output, looks, between)
+    figure = "look.png" if plots.available() else "no figure, since matplotlib is not installed"
+    print(f"written to {options.output}: page.md, look.json, {figure}")
 
 
 def tokenizer_of(options: LookOptions) -> Tokenizer | None:
@@ -108,27 +111,28 @@ def look_at(path: str, tokenizer: Tokenizer | None, options: LookOptions) -> Loo
     return Look(survey, rules, findings_of(survey, rules))
 
 
-def print_what_was_found(output: str, looks: Sequence[Look], between: Sequence[Between]) -> None:
-    """One line for every finding, and where the page is."""
+def print_summary(looks: Sequence[Look], between: Sequence[Between]) -> None:
+    """One line for every file, and for every finding."""
     for file in looks:
-        print(f"{file.survey.path}: {file.survey.pairs} pairs, {len(file.findings)} findings")
+        count = len(file.findings)
+        print(f"{file.survey.path}: {file.survey.pairs} pairs, {count} finding{'s' * (count != 1)}")
         for finding in file.findings:
             print(f"  {finding}")
     for finding in findings_of_all(between):
         print(f"between files: {finding}")
-    figure = "look.png" if plots.available() else "no figure, since matplotlib is not installed"
-    print(f"written to {output}: page.md, look.json, {figure}")
 
 
 # ---- the page ------------------------------------------------------------------------------------
 
 
 def page_of(looks: Sequence[Look], between: Sequence[Between]) -> str:
-    """The whole page, as Markdown."""
-    parts = ["\n\n".join(section_of(file)) for file in looks]
+    """The whole page, as Markdown: every file, what they share, and last some of their pairs."""
+    paragraphs = [paragraph for file in looks for paragraph in section_of(file)]
     if len(looks) > 1:
-        parts.append("\n\n".join(between_lines(between)))
-    return "\n\n".join(parts)
+        paragraphs += between_lines(between)
+    for file in looks:
+        paragraphs += [f"# Some pairs of {file.survey.path}", *pair_lines(file.survey)]
+    return "\n\n".join(paragraphs)
 
 
 def section_of(file: Look) -> Iterator[str]:
@@ -143,7 +147,7 @@ def section_of(file: Look) -> Iterator[str]:
         reasons = (f"{count} {reason}" for reason, count in sorted(survey.unlabelled.items()))
         yield f"Comparisons without a label: {', '.join(reasons)}."
     yield "## Findings"
-    yield from finding_lines(file.findings)
+    yield finding_lines(file.findings) or "None."
     yield "## Counts"
     if survey.counts:
         yield str(counts_table(survey))
@@ -156,14 +160,14 @@ def section_of(file: Look) -> Iterator[str]:
     yield "\n".join(rule_lines(file.rules))
     if survey.agreement:
         yield agreement_line(survey)
-    yield "## Some pairs"
-    yield from pair_lines(survey)
 
 
 def between_lines(between: Sequence[Between]) -> Iterator[str]:
     """The paragraphs on what files share."""
     yield "# Between the files"
-    yield from finding_lines(findings_of_all(between))
+    findings = findings_of_all(between)
+    if findings:
+        yield finding_lines(findings)
     table = MarkdownTable("file", "shares with", "prompts")
     for two in between:
         if two.shared:
@@ -176,9 +180,9 @@ def findings_of_all(between: Sequence[Between]) -> list[Finding]:
     return [finding for two in between for finding in two.findings]
 
 
-def finding_lines(findings: Sequence[Finding]) -> list[str]:
-    """A list of findings, or that there is none."""
-    return ["\n".join(f"- **{f.name}**: {str(f).partition(': ')[2]}" for f in findings) or "None."]
+def finding_lines(findings: Sequence[Finding]) -> str:
+    """A list of findings; empty if there is none."""
+    return "\n".join(f"- **{f.name}**: {str(f).partition(': ')[2]}" for f in findings)
 
 
 def asked(survey: Survey) -> list[str]:
@@ -213,10 +217,11 @@ def lengths_table(survey: Survey) -> MarkdownTable:
 def agreement_line(survey: Survey) -> str:
     """How far annotators agree."""
     agreement = np.array(survey.agreement)
+    mean = number(agreement.mean())
     return (
-        f"{len(agreement)} records have votes: on average {number(agreement.mean())} of the"
-        f" annotators of a pair are of one opinion, and {number((agreement == 1).mean())} of the"
-        f" pairs are unanimous. A model can hardly be right more often than that."
+        f"{len(agreement)} records have votes: on average {mean} of the annotators of a pair are of"
+        f" one opinion, and {number((agreement == 1).mean())} of the pairs are unanimous. Of single"
+        f" votes a model can hardly rank more than {mean} right."
     )
 
 
@@ -267,7 +272,7 @@ def numbers_of_file(file: Look) -> dict[str, Any]:
         "word_rule": None
         if words is None
         else {"accuracy": finite(words.accuracy), "strongest": words.strongest},
-        "first_preferred": {"records": survey.first_wins[0], "first": survey.first_wins[1]},
+        "first_preferred": {"records": survey.records_of_two, "first": survey.first_preferred},
         "agreement": float(np.mean(survey.agreement)) if survey.agreement else None,
         "findings": [finding._asdict() for finding in file.findings],
     }

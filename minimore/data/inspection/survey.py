@@ -71,12 +71,12 @@ class Survey:
     """What a file holds.
 
     counts: by the name of a sign or a fault. lengths: of every pair, of prompt, chosen and rejected
-    response, in `unit`. longer: characters of the chosen response minus the rejected one's.
+    response, in `unit`. length_gaps: characters of the chosen response minus the rejected one's.
     prompts: of every pair, the number of its prompt.
 
-    unlabelled: comparisons of a foreign shape that have no label, by reason. first_wins: of records
-    with the scores of two responses, how many there are and how many prefer the first. agreement:
-    of every pair with votes, the share of them on the larger side.
+    unlabelled: comparisons of a foreign shape that have no label, by reason. records_of_two: how
+    many records have different scores of two responses; first_preferred: how many of these prefer
+    the first. agreement: of every pair with votes, the share of them on the larger side.
     """
 
     path: str
@@ -89,7 +89,7 @@ class Survey:
     lengths: tuple[array, array, array] = field(
         default_factory=lambda: (array("q"), array("q"), array("q"))
     )
-    longer: array = field(default_factory=lambda: array("q"))
+    length_gaps: array = field(default_factory=lambda: array("q"))
     prompts: array = field(default_factory=lambda: array("q"))
     number_of: dict[int, int] = field(default_factory=dict)  # of a prompt, by its hash
     signature_rows: list[np.ndarray] = field(default_factory=list)  # of different prompts
@@ -99,7 +99,8 @@ class Survey:
     sides: tuple[Counter[int], Counter[int]] = field(
         default_factory=lambda: (Counter(), Counter())
     )  # how often a response is chosen and rejected, by its hash
-    first_wins: list[int] = field(default_factory=lambda: [0, 0])
+    records_of_two: int = 0
+    first_preferred: int = 0
     agreement: array = field(default_factory=lambda: array("d"))
     sample: EvenSample = field(default_factory=lambda: EvenSample(SAMPLE))
 
@@ -111,7 +112,7 @@ class Survey:
     @property
     def pairs(self) -> int:
         """How many pairs there are."""
-        return len(self.longer)
+        return len(self.length_gaps)
 
     def count(self, name: str, line: int) -> None:
         """Count a sign or a fault in a line."""
@@ -130,7 +131,8 @@ def survey_of(path: str, tokenizer: Tokenizer | None, max_length: int, chat: boo
     """
     unit = "characters" if tokenizer is None else "tokens"
     survey = Survey(path, unit, None if tokenizer is None else max_length)
-    records = Reading(tokenizer or PLAIN_TURNS, chat).records(path, survey.unlabelled)
+    reading = Reading(tokenizer or PLAIN_TURNS, chat)
+    records = reading.records(path, survey.unlabelled)  # which it fills while it is read
     for some in in_portions(records):
         for read in some:
             count_record(survey, read)
@@ -173,8 +175,8 @@ def count_record(survey: Survey, read: ReadRecord) -> None:
     survey.label_ties += read.label_ties
     scores = scores_of(read.record)
     if len(scores) == 2 and scores[0] != scores[1]:
-        survey.first_wins[0] += 1
-        survey.first_wins[1] += scores[0] > scores[1]
+        survey.records_of_two += 1
+        survey.first_preferred += scores[0] > scores[1]
     if read.record.get("votes") is None:
         return
     try:
@@ -204,7 +206,7 @@ def count_pair(survey: Survey, pair: Pair, line: int, tokenizer: Tokenizer | Non
     for side, response in zip(survey.sides, (chosen, rejected)):
         if response:
             side[text_hash(response)] += 1
-    survey.longer.append(len(pair.chosen) - len(pair.rejected))
+    survey.length_gaps.append(len(pair.chosen) - len(pair.rejected))
     survey.prompts.append(number_of_prompt(survey, prompt, line))
     survey.sample.add(pair)
 
@@ -223,10 +225,10 @@ def count_repeats(survey: Survey, key: int, reversed_key: int, line: int) -> Non
 def number_of_prompt(survey: Survey, prompt: str, line: int) -> int:
     """The number of a normalised prompt; a new one leaves its signature.
 
-    A pair without a prompt has a number that no other pair has.
+    A pair without a prompt has a number that no other pair has: its own place, below 0.
     """
     if not prompt:
-        return -1 - survey.pairs
+        return -1 - len(survey.prompts)
     key = text_hash(prompt)
     if key in survey.number_of:
         return survey.number_of[key]

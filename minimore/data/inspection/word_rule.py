@@ -37,12 +37,34 @@ class WordRule(NamedTuple):
     strongest: list[tuple[str, float]]
 
 
+class FittedRule(NamedTuple):
+    """The rule after a fit: the words that it counts, and per feature its scale and weight, (F,).
+
+    scale: the root mean square of the differences that it was fitted on.
+    """
+
+    words: list[str]
+    scale: np.ndarray
+    weights: np.ndarray
+
+    def margins(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """The rule's margins of pairs: (N,)."""
+        return differences(pairs, self.words) / self.scale @ self.weights
+
+
+def fitted_rule(pairs: Sequence[Pair]) -> FittedRule:
+    """Fit the rule on all of these pairs."""
+    words = frequent_words(text for pair in pairs for text in looked_at(pair))
+    x = differences(pairs, words)
+    scale = scale_of(x)
+    return FittedRule(words, scale, fit(x / scale))
+
+
 def word_rule(pairs: Sequence[Pair], prompts: np.ndarray) -> WordRule:
     """Fit and test the rule on pairs (at least two prompts). prompts: (N,), of each its number."""
-    texts = [(pair.chosen[:LONGEST], pair.rejected[:LONGEST]) for pair in pairs]
-    words = frequent_words(text for pair in texts for text in pair)
-    x = np.array([features(a, words) - features(b, words) for a, b in texts])  # (N, F)
-    x /= np.maximum(np.sqrt((x**2).mean(0)), 1e-9)
+    words = frequent_words(text for pair in pairs for text in looked_at(pair))
+    x = differences(pairs, words)  # (N, F)
+    x /= scale_of(x)
     group = np.unique(prompts, return_inverse=True)[1]
     fold = np.random.default_rng(0).permutation(group.max() + 1)[group] % FOLDS
     margins = np.zeros(len(x))
@@ -53,6 +75,22 @@ def word_rule(pairs: Sequence[Pair], prompts: np.ndarray) -> WordRule:
     order = np.argsort(-np.abs(weights), kind="stable")[:5]
     strongest = [(names[i], float(weights[i])) for i in order]
     return WordRule(intervals(margins, prompts)[0], strongest)
+
+
+def looked_at(pair: Pair) -> tuple[str, str]:
+    """What is looked at of the chosen and the rejected response."""
+    return pair.chosen[:LONGEST], pair.rejected[:LONGEST]
+
+
+def differences(pairs: Sequence[Pair], words: Sequence[str]) -> np.ndarray:
+    """(N, F) features of the chosen response minus those of the rejected one."""
+    texts = map(looked_at, pairs)
+    return np.array([features(a, words) - features(b, words) for a, b in texts])
+
+
+def scale_of(x: np.ndarray) -> np.ndarray:
+    """The root mean square of every feature, (F,); never 0."""
+    return np.maximum(np.sqrt((x**2).mean(0)), 1e-9)
 
 
 def frequent_words(texts: Iterable[str]) -> list[str]:

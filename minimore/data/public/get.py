@@ -31,6 +31,20 @@ SHOWN_CHANGES = 3
 DOWNLOADS = "downloads"  # in the output directory: what came from the hub, by repository
 
 
+def list_of_sets() -> Table:
+    """The public sets by name, with records, size and licence as far as they are known."""
+    header = ("name", "records, train + test", "bytes", "repository", "licence")
+    table = Table(*header, left=header[3:])
+    for name, public_set in SETS.items():
+        records = [public_set.train_records, public_set.test_records]
+        known = [f"{count:,}" for count in records if count is not None]
+        sizes = [file.size for file in public_set.files]
+        size = "not known" if None in sizes else f"{sum(size or 0 for size in sizes):,}"
+        shown = " + ".join(known) or "not known"
+        table.add(name, shown, size, public_set.repository, public_set.licence)
+    return table
+
+
 @dataclass(frozen=True, kw_only=True)
 class GetOptions:
     """What `minimore data get` takes."""
@@ -53,6 +67,7 @@ class GetOptions:
     accept_change: bool = option(
         False, help="take files that are not what is known of the set; the manifest will say so"
     )
+    list: bool = option(False, help="print the sets, and leave", prints=list_of_sets)
 
 
 def get(options: GetOptions) -> None:
@@ -130,7 +145,7 @@ def description(name: str, public_set: PublicSet) -> str:
     count = len(public_set.files)
     size = f"{sum(sizes):,} bytes" if sizes else "said by the hub before the download"
     if 0 < len(sizes) < count:
-        size += f" for {len(sizes)} of the files; the hub says that of the others"
+        size += f" in {len(sizes)} of {count} files; of the others it is not known beforehand"
     commit = public_set.revision or f"not pinned: what {public_set.branch} has at the first time"
     lines = [
         f"{name}: {public_set.about}",
@@ -192,11 +207,14 @@ def obtain(
 
 def require_files(directory: Path, public_set: PublicSet, files: tuple[File, ...]) -> None:
     """Refuse a directory that lacks files of the set."""
+    require(directory.is_dir(), f"--from {directory}: no such directory")
     missing = [file.path for file in files if not (directory / file.path).is_file()]
+    has_test = public_set.test and not any(file.path in missing for file in public_set.test)
+    hint = ", or --test-only for the test files alone" if has_test else ""
     require(
         not missing,
         f"--from {directory}: has no {' and no '.join(missing[:2])}; expected the files of"
-        f" {public_set.repository} as they lie there, or --test-only for the test files alone",
+        f" {public_set.repository} as they lie there{hint}",
     )
 
 

@@ -114,26 +114,35 @@ class Counts:
 class Conversion:
     """The records of a set as pairs: its test part and its training part, as often as asked for.
 
-    The test part comes first. tallies: by file, what its last conversion read and left out.
-    test_prompts: their keys. shared: the training pairs that were left out for their prompts.
+    The test part comes first: the training part leaves out its prompts, so it is refused before the
+    test part was read to its end. tallies: by file, what its last conversion read and left out.
+    test_prompts: their keys, None until then. shared: the training pairs that were left out for
+    their prompts.
     """
 
     public_set: PublicSet
     inputs: Sequence[Input]
     tallies: dict[str, Tally] = field(default_factory=dict)
-    test_prompts: set[bytes] = field(default_factory=set)
+    test_prompts: set[bytes] | None = None
     shared: int = 0
 
     def test(self) -> Iterator[Record]:
         """The records of the test files, or those of some openings of all files."""
         has_parts = bool(self.public_set.test)
+        prompts = set()
         for record in self._records(self.public_set.test or self.public_set.train):
             if has_parts or is_test(record):
-                self.test_prompts.add(prompt_key(record))
+                prompts.add(prompt_key(record))
                 yield record
+        self.test_prompts = prompts
 
     def train(self) -> Iterator[Record]:
-        """The other records, without those whose prompt the test part has."""
+        """The other records, without those whose prompt the test part has.
+
+        Raises RuntimeError before the test part was read to its end.
+        """
+        if self.test_prompts is None:
+            raise RuntimeError("read all of test() first: train() leaves out its prompts")
         self.shared = 0
         has_parts = bool(self.public_set.test)
         for record in self._records(self.public_set.train):
@@ -155,7 +164,8 @@ class Conversion:
         total = Counter({SHARED: self.shared})
         for tally in self.tallies.values():
             for name, counts in tally.files.items():
-                if self.public_set.taste in (None, name.rpartition(".")[2]):
+                taste = name.rpartition(".")[2]  # file_of names a file SPLIT.TASTE
+                if self.public_set.taste in (None, taste):
                     total += counts.left_out
         return dict(sorted(total.items()))
 
@@ -206,7 +216,8 @@ def copies_of_pairs(keys: list[bytes], count: int, random: np.random.Generator) 
     place_of = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     prompts = np.array([place_of[key] for key in keys])
     turns = random.permutation(len(place_of))  # of the prompts
-    order = np.lexsort((random.random(len(keys)), turns[prompts]))  # whole prompts, by their turn
+    # Whole prompts, by their turn; lexsort sorts by its last key first.
+    order = np.lexsort((random.random(len(keys)), turns[prompts]))
     copies = np.full(len(keys), rounds)
     copies[order[:rest]] += 1
     return copies

@@ -217,7 +217,8 @@ def resident_memory():
 
 
 def test_many_long_texts_take_no_more_than_their_share_of_memory(monkeypatch):
-    assert sandbox.peak_memory() >= resident_memory()
+    # Linux brings its counter of the peak up to date now and then.
+    assert sandbox.peak_memory() + 8e6 >= resident_memory()
     monkeypatch.setattr(sandbox, "peak_memory", resident_memory)  # earlier tests had their peaks
     monkeypatch.setattr(sandbox.watched.__wrapped__, "__defaults__", (60, 50e6))
     text = "".join(f"{{%- set a{i} = 'x' * 9000000 ~ {i} -%}}" for i in range(300))  # 2.7 GB

@@ -33,6 +33,8 @@ alignment.judges alignment.answers alignment.endpoint alignment.questions alignm
 lab.features lab.probe lab.published lab.policies lab.best_of lab.association lab.scale_matters
 lab.recipes lab.grid lab.drift lab.testbed lab.cells lab.estimate lab.statistics lab.scheme_tables
 lab.finished lab.alignment_figures lab.figure7 lab.table1 lab.experiments lab.reproduce lab.demo
+exercises.expect exercises.learning_checks exercises.calibration_checks exercises.engine_checks
+exercises.catalogue exercises.blank exercises.judge exercises.exercise
 check cli
 """  # one order; a line may be a wing, or a part of one
 ORDER = PAGE.split()

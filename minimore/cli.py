@@ -22,6 +22,7 @@ from .data.split import SplitOptions, split
 from .engine.distributed import started_processes
 from .engine.plan import PlanOptions, plan
 from .evaluate import EvaluateOptions, evaluate
+from .exercises.exercise import ExerciseOptions, exercise
 from .figures.plot import PlotOptions, plot
 from .files import is_out_of_memory
 from .lab.demo import DemoOptions, demo
@@ -103,6 +104,11 @@ VERBS = {
         PlotOptions,
         plot,
         "a page on one run or several: losses, accuracies, weights, cosines, calibration",
+    ),
+    "exercise": Verb(
+        ExerciseOptions,
+        exercise,
+        "functions of this package to write yourself, with a check that says what is wrong",
     ),
     "features": Verb(FeaturesOptions, features, "store the pooled states of a frozen checkpoint"),
     "probe": Verb(

@@ -288,6 +288,8 @@ def from_arguments(options_class: type, arguments: argparse.Namespace) -> Any:
 
 
 def _check_positional(field: dataclasses.Field, value: Any) -> None:
+    if value is None and field.default is None:
+        return  # it may be left out
     choices = field.metadata["choices"]
     is_missing = value is None or value == []
     require(not is_missing, f"{field.name.upper()} is missing: {field.metadata['help']}")

@@ -42,6 +42,8 @@ lab.recipes lab.grid lab.drift lab.testbed lab.learners lab.cells lab.estimate l
 lab.scheme_tables
 lab.neighbours lab.finished lab.alignment_figures lab.figure7 lab.table1 lab.learned
 lab.experiments lab.reproduce lab.demo
+exercises.expect exercises.learning_checks exercises.calibration_checks exercises.engine_checks
+exercises.catalogue exercises.blank exercises.judge exercises.exercise
 check cli
 """  # one order; a line may be a wing, or a part of one
 ORDER = PAGE.split()

@@ -1,6 +1,7 @@
-"""Mistakes that students make in the exercises, as edits of the right answer.
+"""Mistakes that students make in the exercises, and answers that are right in another way.
 
 MISTAKES: name of the function -> (the mistake in words, what stands there, what stands there then).
+RIGHT_TOO: name of the function -> imports, and a body that does what the hints say.
 """
 
 MISTAKES = {
@@ -206,4 +207,109 @@ MISTAKES = {
         ("d_y for d_x", "return d_x, gradients", "return d_y, gradients"),
         ("others forgotten", "gradients | dict(zip(others, d_others))", "gradients"),
     ],
+}  # fmt: skip
+
+RIGHT_TOO = {
+    "pair_losses": ("", """
+    s = smoothing
+    return -(1 - s) * F.logsigmoid(margins) - s * F.logsigmoid(-margins)
+"""),
+    "pair_ece": ("", """
+    p = np.array([1 / (1 + np.exp(-s * m)) for m in margins for s in (1, -1)])
+    y = np.array([v for o in np.broadcast_to(outcomes, len(margins)) for v in (o, 1 - o)])
+    total = 0.0
+    for low in np.arange(bins) / bins:
+        is_here = (p > low) & (p <= low + 1 / bins)
+        total += abs((y - p)[is_here].sum())
+    return total / len(p)
+"""),
+    "head_gradients": ("from minimore.more import bradley_terry_losses", """
+    head = head.detach().requires_grad_()
+    losses = bradley_terry_losses(head, z_chosen, z_rejected, source, sources, smoothing)
+    rows = [torch.autograd.grad(loss, head, retain_graph=True)[0] for loss in losses]
+    return torch.stack([r if n else r * torch.nan for r, n in zip(rows, losses.isfinite())])
+"""),
+    "group_dro_weights": ("", """
+    present = pairs > 0
+    log_q = state.get("mine", torch.zeros(len(losses), dtype=losses.dtype))
+    log_q[present] += rate * losses.detach()[present]
+    state["mine"] = log_q = log_q - log_q.max()
+    weights = log_q.exp() * present
+    return weights / weights.sum()
+"""),
+    "adamw_": ("", """
+    b1, b2 = betas
+    m.mul_(b1).add_(g, alpha=1 - b1)
+    v.mul_(b2).addcmul_(g, g, value=1 - b2)
+    step = coefficients.rate * m / (v.sqrt() / coefficients.root + eps)
+    value.mul_(coefficients.keep).sub_(step)
+"""),
+    "fit_temperature": ("", """
+    m = np.asarray(margins, float)
+    y = np.broadcast_to(np.asarray(outcomes, float), len(m))
+    m, y = np.concatenate([m, -m]), np.concatenate([y, 1 - y])  # a vote for either side
+    m, y = m[y > 0], y[y > 0]
+    if (y * m).sum() <= 0:
+        return np.inf
+    if m.min() >= 0:
+        return 0.0
+    low, high = 0.0, 1e3 / np.abs(m).max()
+    for _ in range(100):
+        t = (low + high) / 2
+        low, high = (t, high) if (y * m / (1 + np.exp(t * m))).sum() > 0 else (low, t)
+    return 1 / t
+"""),
+    "weights_of_ranks": ("from math import comb", """
+    if not 1 <= n <= N:
+        raise ValueError("n")
+    return np.array([comb(i, n - 1) / comb(N, n) for i in range(N)])
+"""),
+    "visible_keys": ("", """
+    T, Q, L = *queries.shape, keys.shape[1]
+    visible = np.zeros((T, Q, L), bool)
+    for t, q, key in np.ndindex(T, Q, L):
+        behind = queries[t, q] - keys[t, key]
+        is_near = window is None or behind < window
+        visible[t, q, key] = behind >= 0 and is_near and not key_is_padding[t, key]
+    if window is not None:
+        visible[~visible.any(-1), -1] = True
+    return visible
+"""),
+    "round_at_random": ("", """
+    whole = x.view(torch.int32).long()
+    low = whole & 0xFFFF
+    up = (bits & 0xFFFF) >= 65536 - low
+    return ((whole - low + 65536 * up).int()).view(torch.float32).bfloat16()
+"""),
+    "noise_floor": ("from minimore.calibration import pair_ece", """
+    random = np.random.default_rng(seed)
+    m = np.abs(np.asarray(margins))
+    n = 1 if votes is None else votes
+    shares = random.binomial(n, 1 / (1 + np.exp(-m)), size=(replicates, len(m))) / n
+    eces = [pair_ece(m, bins, share) for share in shares]
+    return Floor(np.mean(eces), np.quantile(eces, 0.95))
+"""),
+    "min_norm_weights": ("from itertools import combinations", """
+    G = _checked(gradients)
+    best = None
+    for size in range(1, len(G) + 1):
+        for S in combinations(range(len(G)), size):
+            own = G[list(S)] / G.norm(dim=1).max()
+            M, ones = own @ own.T, torch.ones(size, dtype=G.dtype)
+            inside = torch.linalg.solve(M + 1e-13 * torch.eye(size), ones)
+            weights = torch.zeros(len(G), dtype=G.dtype)
+            weights[list(S)] = inside / inside.sum()
+            length = (weights @ G).norm()
+            if weights.min() >= 0 and (best is None or length < best[0]):
+                best = length, weights
+    return best[1]
+"""),
+    "recomputed_gradients": ("", """
+    leaf = x.detach().requires_grad_()
+    names = dict(block.named_parameters())
+    with torch.enable_grad():
+        y = block(leaf, rotation, stream)
+    d_x, *others = torch.autograd.grad(y, [leaf, *names.values()], d_y)
+    return d_x, dict(zip(names, others))
+"""),
 }  # fmt: skip

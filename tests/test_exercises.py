@@ -1,13 +1,15 @@
 """Exercises are graded fairly: our own code is right, every mistake is seen and said in a line."""
 
 import doctest
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from mistakes import MISTAKES
+from conftest import ROOT
+from mistakes import MISTAKES, RIGHT_TOO
 
 import minimore.exercises.judge as judging
 from minimore.cli import main
@@ -58,6 +60,15 @@ def test_a_mistake_is_seen_and_said(name, mistake, tmp_path):
     assert verdict.line.startswith("wrong: ") and len(verdict.line) <= 300
     is_compared = "expected" in verdict.line
     assert is_compared or f"{name}.py:" in verdict.line, verdict.line
+
+
+@pytest.mark.parametrize("name", RIGHT_TOO)
+def test_another_way_is_right_too(name, tmp_path):
+    imports, body = RIGHT_TOO[name]
+    parts = cut(BY_NAME[name].function)
+    text = f"{parts.imports}\n{imports}\n\n\n{parts.head}{body}"
+    verdict = verdict_on(text, BY_NAME[name], tmp_path)
+    assert verdict.is_right, verdict.line
 
 
 def test_every_exercise_has_five_mistakes_at_least():
@@ -195,6 +206,22 @@ def test_the_docstring_in_the_file_is_tested_as_it_stands(name, tmp_path):
     for example in doctest.DocTestFinder().find(function, globs=function.__globals__):
         runner.run(example)
     assert runner.summarize(verbose=False).failed == 0 and runner.tries >= 1
+
+
+def test_the_page_of_the_tutorials_names_each_of_them_and_every_exercise_once():
+    page = (ROOT / "tutorials" / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+\.py)` \|.*\|([\d, ]*)\|$", page, re.M)
+    assert [file for file, _ in rows] == sorted(p.name for p in (ROOT / "tutorials").glob("*.py"))
+    numbers = [int(number) for _, cell in rows for number in cell.replace(",", " ").split()]
+    assert sorted(numbers) == list(NUMBERS)
+    assert max(map(len, page.splitlines())) <= 100
+
+
+def test_the_list_on_the_page_of_the_wing_is_what_is_printed(capsys):
+    page = (ROOT / "minimore" / "exercises" / "README.md").read_text("utf-8")
+    main(["exercise"])
+    table = capsys.readouterr().out.partition("\n\n")[0]
+    assert f"```\n{table}\n```" in page
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from ..files import make_directory, refuse_existing, write_text
 from ..options import Range, check_ranges, option, require
 from ..tables import Table
 from .blank import blank, cut
-from .catalogue import EXERCISES, Exercise
+from .catalogue import EXERCISES
 from .judge import judge
 
 FOLDER = "exercises"
@@ -66,14 +66,12 @@ def number_of(text: str) -> int:
 
 def list_of_exercises() -> str:
     """One table of all exercises, and how to begin."""
-    table = Table("", "exercise", "function", "in", "teaches", left=LEFT)
+    words = ("exercise", "function", "in", "teaches")
+    table = Table("", *words, left=words)
     for number, entry in enumerate(EXERCISES, 1):
         file = entry.file.removeprefix("minimore/")
         table.add(f"{number:2}", entry.title, entry.name, file, entry.teaches)
     return f"{table}\n\n`minimore exercise 1` writes the first one to {FOLDER}/."
-
-
-LEFT = ("exercise", "function", "in", "teaches")
 
 
 def write_exercise(number: int, options: ExerciseOptions, path: Path) -> None:
@@ -88,7 +86,7 @@ def write_exercise(number: int, options: ExerciseOptions, path: Path) -> None:
 
 def docstring_of(number: int, options: ExerciseOptions) -> str:
     """What stands at the top of the file of an exercise."""
-    chosen: Exercise = EXERCISES[number - 1]
+    chosen = EXERCISES[number - 1]
     return (
         f"Exercise {number}: {chosen.title}.\n\n"
         f"Fill in `{chosen.name}`, which is cut out of {chosen.file}.\n\n"

@@ -51,7 +51,7 @@ def check_pack(pack: Callable) -> None:
 
 def expect_segments(case: str, stream: Stream, right: list[tuple]) -> None:
     """Raise WrongAnswer unless the segments are these."""
-    segments = [tuple(segment) for segment in stream.segments]
+    segments = [tuple(segment[:4]) for segment in stream.segments]  # all of their tokens ask
     expect(
         segments == right,
         f"{case}: segments (start, end, prefix, prefix_end)",

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -100,7 +101,7 @@ def read_pairs(directory, options):
 
 
 def our_side(directory, pairs, recipe):
-    """A function that takes all steps and returns their losses; each call goes on from the last."""
+    """A function that takes all steps: clock -> losses, seconds; each call goes on from the last."""
     model, _ = open_reward_model(ModelOptions(model=str(directory)))
     optimizer = AdamW()
     optimizer.adopt_all(model)
@@ -109,19 +110,19 @@ def our_side(directory, pairs, recipe):
     weigh = WEIGHTINGS["proportional"]
     objective = RewardObjective(1, lambda *seen: weigh(*seen, {}), method="proportional")
 
-    def train():
-        losses = []
+    def train(clock):
+        losses, began = [], clock()
         for first in range(0, len(pairs), PAIRS_A_STEP):
             items = pairs[first : first + PAIRS_A_STEP]
             result = engine.step(items, [0] * len(items), objective)
             losses.append(result.loss.item())
-        return losses
+        return losses, clock() - began
 
     return train
 
 
 def their_side(directory, pairs):
-    """The same by trl."""
+    """The same by trl; the making of the trainer is not timed."""
     import datasets
     import transformers
     import trl
@@ -136,6 +137,8 @@ def their_side(directory, pairs):
             losses.append(loss.item())
             return loss
 
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)  # names that change within a major version
     losses = []
     rows = [{"chosen_ids": list(p.chosen), "rejected_ids": list(p.rejected)} for p in pairs]
     model = transformers.AutoModelForSequenceClassification.from_pretrained(directory)
@@ -164,19 +167,18 @@ def their_side(directory, pairs):
     )
     kept = {}
 
-    def train():
+    def train(clock):
         losses.clear()
         trainer = InOrder(
             model, args=settings, train_dataset=dataset, processing_class=tokenizer, **kept
         )
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.create_optimizer()
         kept.setdefault("optimizers", (trainer.optimizer, None))  # its moments go on, as ours do
         began = clock()
         trainer.train()
-        train.seconds = clock() - began  # without the making of the trainer
-        return list(losses)
+        return list(losses), clock() - began
 
-    clock = CLOCKS["wall"]
     return train
 
 
@@ -215,7 +217,7 @@ def measure_time(directory, pairs, options):
     clock = CLOCKS[options.clock]
     sides = {name: our_side(directory, pairs, recipe) for name, recipe in RECIPES.items()}
     sides = {"trl": their_side(directory, pairs), **sides}
-    losses = {name: train() for name, train in sides.items()}  # warms up, too
+    losses = {name: train(clock)[0] for name, train in sides.items()}  # warms up, too
     apart = max(abs(a - b) / abs(a) for own in losses.values() for a, b in zip(losses["trl"], own))
     print(f"losses of {options.steps} steps: at most {apart:.1e} apart, relatively")
     seconds = {name: [] for name in sides}
@@ -224,9 +226,7 @@ def measure_time(directory, pairs, options):
         rates.append(product_rate(pairs, options, clock))
         names = list(sides) if turn % 2 == 0 else list(sides)[::-1]
         for name in names:
-            began = clock()
-            sides[name]()
-            seconds[name].append(clock() - began)
+            seconds[name].append(sides[name](clock)[1])
     config = Checkpoint(str(directory)).config
     rate = statistics.median(rates)
     table = Table("side", "pairs/s", "times trl", "least", "most", "GFLOP/s", "share")
@@ -273,7 +273,7 @@ def print_peak(directory, pairs, options):
         if is_theirs
         else our_side(directory, pairs, RECIPES[options.side])
     )
-    train()
+    train(time.perf_counter)
     print(json.dumps({"side": options.side, "peak": peak.stop() - before}))
 
 

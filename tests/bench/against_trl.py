@@ -101,7 +101,7 @@ def read_pairs(directory, options):
 
 
 def our_side(directory, pairs, recipe):
-    """A function that takes all steps: clock -> losses, seconds; each call goes on from the last."""
+    """A function that takes all steps, from where it was: clock -> losses, seconds."""
     model, _ = open_reward_model(ModelOptions(model=str(directory)))
     optimizer = AdamW()
     optimizer.adopt_all(model)

@@ -170,11 +170,10 @@ def temperature_table(report: Report) -> str:
             *(or_none(version["ece"]) for version in versions),
             *(or_none(version["nll"]) for version in versions),
         )
-    return (
-        f"temperature fitted on held-out pairs; one for all: {or_none(report['pooled'])}"
-        " (none: no such pairs were given, or they are separable, or not informative)\n"
-        f"{rows}"
-    )
+    text = f"temperature fitted on held-out pairs; one for all: {or_none(report['pooled'])}\n{rows}"
+    if "none" not in text:
+        return text
+    return f"{text}\nnone: no such pairs were given, or they are separable, or not informative"
 
 
 def or_none(value: float | None) -> str:

@@ -10,7 +10,9 @@ from .comparison import compare, comparison_table, temperature_table, temperatur
 from .data.labels import LabelOptions
 from .data.overlap import (
     hashes_of,
+    overlap_line,
     print_overlap,
+    prompts_of,
     read_training_prompts,
     refuse_training_files,
 )
@@ -27,7 +29,7 @@ from .reward import (
     run_of,
     run_options,
 )
-from .temperature import store_temperature
+from .temperature import store_temperature, stored_temperature
 
 Paths = Mapping[str, str]  # name of a source -> its file
 
@@ -89,6 +91,9 @@ def evaluate(options: EvaluateOptions) -> None:
     report = report_of(measured.margins, measured.sources)
     report |= {"model": options.model, "files": paths, **measured.rules._asdict()}
     print(table(report))
+    stored = stored_temperature(run_of(Checkpoint(options.model)))
+    if stored != 1:
+        print(f"the run's stored temperature, {stored:.3f}, is not applied to these figures")
     if options.baseline:
         baseline = read(replace(options, model=options.baseline), options.baseline, paths, {})
         report["baseline"] = options.baseline
@@ -115,11 +120,13 @@ def keep_temperature(
 ) -> None:
     """Store the temperature of all held-out pairs in the run."""
     run = run_of(Checkpoint(options.model))
+    before = stored_temperature(run)
     if temperature is None:
         raise InputError("--store-temperature: the held-out pairs leave no temperature to store")
     pairs = sum(len(margins) for margins in measured.held_out.values())
     path = store_temperature(run, temperature, files, pairs)
-    print(f"temperature {temperature:.3f}, fitted on {pairs} pairs, is stored in {path}")
+    replaced = "" if before == 1 else f", in the place of {before:.3f}"
+    print(f"temperature {temperature:.3f}, fitted on {pairs} pairs, is stored in {path}{replaced}")
 
 
 # ---- what is refused before the work -------------------------------------------------------------
@@ -165,6 +172,15 @@ def check_baseline(options: EvaluateOptions) -> None:
         raise InputError(str(error).replace("--model", "--baseline")) from None
 
 
+def refuse_trained_prompts(held_out: Sequence[Source], training: set[int]) -> None:
+    """Refuse to store a temperature fitted where the model was trained: it would be too low."""
+    for source in held_out:
+        overlap = overlap_line(
+            source.name, prompts_of(source), training, ("calibration", "training")
+        )
+        require(not overlap, f"--store-temperature: {overlap}")
+
+
 def print_overlaps(tests: Sequence[Source], held_out: Sequence[Source], training: set[int]) -> None:
     """Warn of prompts that the test, the held-out pairs and the model's training share.
 
@@ -208,6 +224,7 @@ def read(
     print_how_texts_end(checkpoint, rules)
     if not options.allow_overlap:
         refuse_training_files(run_options(checkpoint), paths)
+        refuse_training_files(run_options(checkpoint), held_out_paths, "--calibrate")
 
     def load(paths: Paths) -> list[Source]:
         labels, field = options.label_rules, options.source_field
@@ -224,7 +241,10 @@ def read(
         if len(prompts) == 1 and len(source.pairs) > 1:
             print(f"{source.name}: one prompt for all pairs, so they are taken as independent")
     if not options.allow_overlap:
-        print_overlaps(sources, held_out, read_training_prompts(run_of(checkpoint)))
+        training = read_training_prompts(run_of(checkpoint))
+        if options.store_temperature:
+            refuse_trained_prompts(held_out, training)
+        print_overlaps(sources, held_out, training)
     model = load_reward_model(checkpoint, options)
 
     def margins_of(sources: list[Source]) -> Margins:

@@ -7,6 +7,7 @@ model.score([{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "conte
 model.prefers("2 + 2 =", " 4", " 5")        # P(the first response is better)
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,10 @@ def load(model: str, **options: Any) -> "OpenedRewardModel":
     """
     chosen = ReadingOptions(model=model, **options)
     opened, checkpoint = open_reward_model(chosen)
+    if not checkpoint.has_head:
+        warnings.warn(
+            f"{model}: no score.weight, so the rewards are those of an untrained head", stacklevel=2
+        )
     return OpenedRewardModel(
         opened,
         checkpoint,

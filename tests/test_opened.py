@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import GOLDENS
+from runs import options
 
 import minimore
 from minimore.calibration import probability
 from minimore.cli import main
 from minimore.options import InputError
 from minimore.temperature import TEMPERATURE, store_temperature, stored_temperature
+from minimore.train import train
 
 PROMPT, RESPONSES = "amber basil", [" cedar", " d e f", " basil amber coral"]
 QUESTION = [{"role": "user", "content": "hi"}]
@@ -143,3 +145,24 @@ def test_a_damaged_temperature_is_refused(run):
 def test_a_temperature_needs_pairs_to_be_fitted_on(run, tmp_path, capsys):
     words = ["evaluate", "--model", str(run), "--source", "a=x.jsonl", "--store-temperature"]
     assert main(words) == 2 and "needs --calibrate" in capsys.readouterr().err
+
+
+def test_a_temperature_is_not_fitted_where_the_model_was_trained(world, tmp_path, capsys):
+    """Neither on the file itself, nor on its prompts in another file."""
+    run, (train_file, test_file) = tmp_path / "trained", world[1]["ana"]
+    assert train(options(world, run)) == 0
+    words = ["evaluate", "--model", str(run), "--source", f"ana={test_file}", "--store-temperature"]
+    capsys.readouterr()
+    assert main([*words, "--calibrate", f"ana={train_file}"]) == 2
+    assert "--calibrate ana=" in (said := capsys.readouterr().err) and "was trained on" in said
+    copy = shutil.copy(train_file, tmp_path / "copy.jsonl")
+    assert main([*words, "--calibrate", f"ana={copy}"]) == 2
+    assert "calibration prompts are training prompts" in capsys.readouterr().err
+    assert not (run / TEMPERATURE).exists()
+    assert main([*words, "--calibrate", f"ana={copy}", "--allow-overlap"]) == 0
+    assert (run / TEMPERATURE).exists()
+
+
+def test_an_untrained_head_is_told(world):
+    with pytest.warns(UserWarning, match="untrained head"):
+        assert not minimore.load(str(world[0] / "model"), device="cpu").has_head

@@ -131,6 +131,7 @@ def demo(tmp_path_factory):
     return home
 
 
+@pytest.mark.filterwarnings("ignore:.*untrained head")  # of the stand-in for demo/more
 @pytest.mark.parametrize("page", ["README.md", "minimore/README.md"])
 def test_code_on_the_pages_runs_as_it_stands(page, demo, monkeypatch):
     monkeypatch.chdir(demo)

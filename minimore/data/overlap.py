@@ -126,10 +126,12 @@ def read_training_prompts(run: Path) -> set[int]:
         ) from None
 
 
-def refuse_training_files(run_options: dict[str, Any], paths: Mapping[str, str]) -> None:
-    """Refuse a test file on which a run was trained.
+def refuse_training_files(
+    run_options: dict[str, Any], paths: Mapping[str, str], flag: str = "--source"
+) -> None:
+    """Refuse a test file, or what another flag names, on which a run was trained.
 
-    run_options: its options.json; {} for no run. paths: test file by source.
+    run_options: its options.json; {} for no run. paths: file by source.
     """
     sources = run_options.get("source")
     if not isinstance(sources, list) or not all(isinstance(value, str) for value in sources):
@@ -138,6 +140,6 @@ def refuse_training_files(run_options: dict[str, Any], paths: Mapping[str, str])
     for name, path in paths.items():
         require(
             os.path.realpath(path) not in training,
-            f"--source {name}={path}: the model was trained on this file; expected other pairs, or"
+            f"{flag} {name}={path}: the model was trained on this file; expected other pairs, or"
             " --allow-overlap if it is meant",
         )

@@ -61,9 +61,9 @@ def check_head_gradients(head_gradients: Callable) -> None:
         expect_close(case, gradients, torch.stack(right))
         expect(not gradients.requires_grad, case, "gradients that are detached", "a graph")
     gradients = head_gradients(head, z_chosen, z_rejected, source, 4)
-    expect_close(
-        "4 sources, of which the last has no pair", gradients[3:], np.full((1, 5), math.nan)
-    )
+    case = "4 sources, of which the last has no pair"
+    expect(tuple(gradients.shape) == (4, 5), case, "shape (4, 5)", str(tuple(gradients.shape)))
+    expect_close(f"{case}: its row", gradients[3:], np.full((1, 5), math.nan))
 
 
 # ---- weights -------------------------------------------------------------------------------------

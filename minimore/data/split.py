@@ -54,8 +54,9 @@ class SplitOptions:
     )
 
     def shares(self) -> tuple[float, float, float]:
-        """The share of every part."""
-        return (1 - self.validation - self.test, self.validation, self.test)
+        """The share of every part; training may have none."""
+        train = round(1 - self.validation - self.test, 12)  # .9 + .1 is 1
+        return (train, self.validation, self.test)
 
 
 def split(options: SplitOptions) -> None:
@@ -97,9 +98,9 @@ def check_options(options: SplitOptions) -> None:
     """Refuse what cannot be split (InputError)."""
     check_ranges(options)
     require(
-        options.validation + options.test < 1,
-        f"--validation {options.validation} and --test {options.test} leave nothing to train on;"
-        " expected shares of which the sum is less than 1",
+        options.shares()[0] >= 0,
+        f"--validation {options.validation} and --test {options.test}: expected shares of which the"
+        " sum is at most 1",
     )
     require(
         options.validation or options.test, "--validation and --test are 0: there is nothing to do"
@@ -166,10 +167,10 @@ def part_of(position: float, shares: tuple[float, float, float]) -> int:
     >>> [PARTS[part_of(position, (0.7, 0.2, 0.1))] for position in (0.05, 0.15, 0.5)]
     ['test', 'validation', 'train']
     """
-    _, validation, test = shares
+    train, validation, test = shares
     if position < test:
         return 2
-    return 1 if position < test + validation else 0
+    return 1 if position < test + validation or not train else 0
 
 
 # ---- lines as they are ---------------------------------------------------------------------------

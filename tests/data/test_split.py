@@ -129,6 +129,15 @@ def refused(capsys, *arguments):
     return said
 
 
+def test_a_test_file_may_be_split_without_a_training_part(file, tmp_path):
+    """Half of it to fit a temperature on, say. In floating point .9 + .1 is 1, and .7 + .3, too."""
+    for validation, test in ((0.5, 0.5), (0.9, 0.1), (0.7, 0.3)):
+        output = tmp_path / f"{test}"
+        assert split(file, output, "--validation", validation, "--test", test) == 0
+        parts = parts_of(output)
+        assert set(parts) == {"validation", "test"} and sum(map(len, parts.values())) == 230
+
+
 def test_what_cannot_be_split_is_one_line_and_leaves_nothing(file, tmp_path, capsys):
     out = ("--output", tmp_path / "out")
     listed = tmp_path / "list.json"
@@ -140,7 +149,7 @@ def test_what_cannot_be_split_is_one_line_and_leaves_nothing(file, tmp_path, cap
     assert "not a file" in refused(capsys, tmp_path, *out)
     assert "not a file" in refused(capsys, tmp_path / "absent.jsonl", *out)
     assert "nothing to do" in refused(capsys, file, *out, "--test", 0)
-    assert "less than 1" in refused(capsys, file, *out, "--test", 0.5, "--validation", 0.5)
+    assert "at most 1" in refused(capsys, file, *out, "--test", 0.5, "--validation", 0.6)
     assert "falls to test" in refused(capsys, file, *out, "--test", 1e-9)
     assert "FILE is missing" in refused(capsys, *out)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..checksums import file_checksum
 from ..data.dialogues import prompt_end
+from ..data.forms import texts_of
 from ..data.messages import is_conversation, messages_of
 from ..data.pairs import encode, refuse_doubled_bos
 from ..data.prompt_keys import with_prompt
@@ -178,8 +179,11 @@ def read_prompts(options: SampleOptions, tokenizer: Tokenizer) -> list[Prompt]:
 
 def prompt_of(record: Record, where: str, chat: bool) -> Any:
     """What stands in front of the responses of a record."""
-    if "chosen" in record and "prompt" not in record:
-        sides = [record["chosen"], record.get("rejected", record["chosen"])]
+    if "prompt" not in record and ("chosen" in record or "text" in record):
+        if "chosen" in record:
+            sides = [record["chosen"], record.get("rejected", record["chosen"])]
+        else:
+            sides = texts_of(record, where)
         if all(isinstance(side, str) for side in sides) and prompt_end(sides):
             return sides[0][: prompt_end(sides)]
     record = with_prompt(record, where, chat)

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 import minimore.alignment.sample as sampling
 from minimore.alignment.generate import Sample
 from minimore.alignment.responses import texts_to_learn
-from minimore.alignment.sample import response_text, stop_at
+from minimore.alignment.sample import prompt_of, response_text, stop_at
 from minimore.cli import main
 from minimore.data.world import World
 from minimore.model.checkpoint import Checkpoint
 from minimore.model.tensors import write_tensors
+from minimore.options import InputError
 
 PROMPTS = [
     {"prompt": f"\n\nHuman: {word}\n\nAssistant:"}
@@ -308,3 +309,12 @@ def test_a_sample_of_messages_is_learned_as_it_was_written(policy, tmp_path, mon
     assert texts.prompt + texts.responses[0] == "\n\nHuman: q\n\nAssistant: yes "
     strings = command(policy, tmp_path / "strings")
     assert main(strings) == 0 and read(tmp_path / "strings")[0]["responses"][0] == " yes "
+
+
+def test_whole_texts_have_the_prompt_that_they_share():
+    """As the demo writes label ties: a list of texts with scores, and no prompt of its own."""
+    prompt = "\n\nHuman: amber?\n\nAssistant:"
+    record = {"text": [prompt + " basil", prompt + " cedar"], "score": [0, 0]}
+    assert prompt_of(record, "a.jsonl:1", False) == prompt
+    with pytest.raises(InputError, match='"text" is "one"'):
+        prompt_of({"text": "one"}, "a.jsonl:1", False)

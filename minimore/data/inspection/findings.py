@@ -58,8 +58,8 @@ FAULTS = {
     "cut off": Fault(
         0.4,
         "hold a response that ends inside a sentence",
-        "The texts were probably cut before they came here, and the reward is read at their end;"
-        " export them again, whole.",
+        "Unless they are no sentences, they were probably cut before they came here, and the reward"
+        " is read at their end; export them again, whole.",
     ),
     "further turns": Fault(
         0.05,

@@ -122,7 +122,10 @@ def keep_temperature(
     run = run_of(Checkpoint(options.model))
     before = stored_temperature(run)
     if temperature is None:
-        raise InputError("--store-temperature: the held-out pairs leave no temperature to store")
+        raise InputError(
+            "--store-temperature: the held-out pairs leave no temperature to store: all of them are"
+            " ranked right, or no better than by chance; expected more pairs, or another model"
+        )
     pairs = sum(len(margins) for margins in measured.held_out.values())
     path = store_temperature(run, temperature, files, pairs)
     replaced = "" if before == 1 else f", in the place of {before:.3f}"

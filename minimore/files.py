@@ -274,4 +274,8 @@ def blame(error: BaseException) -> None:
 
 def one_line(error: BaseException) -> str:
     """An error's text on one line, at most 160 characters."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # of an error that a reader's code has made
+        text = ""
+    return " ".join(text.split())[:160] or type(error).__name__

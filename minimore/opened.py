@@ -7,6 +7,7 @@ model.score([{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "conte
 model.prefers("2 + 2 =", " 4", " 5")        # P(the first response is better)
 """
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from .data.messages import is_conversation
 from .data.pairs import TextRules
 from .data.values import shown
 from .model.checkpoint import Checkpoint
-from .options import require
+from .options import check_types, require
 from .reward import ReadingOptions, RewardModel, open_reward_model, run_of
 from .score import score_texts
 from .temperature import stored_temperature
 
 
-def load(model: str, **options: Any) -> "OpenedRewardModel":
+def load(model: str | os.PathLike[str], **options: Any) -> "OpenedRewardModel":
     """Open a reward model: the directory of a run or of a checkpoint, or a name on the hub.
 
     options: those of `minimore score`, with its defaults: device, compute_dtype, max_length,
@@ -31,7 +32,10 @@ def load(model: str, **options: Any) -> "OpenedRewardModel":
     read as the run was trained. Raises InputError as the command does, and TypeError for an option
     that is not there.
     """
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     chosen = ReadingOptions(model=model, **options)
+    check_types(chosen)
     opened, checkpoint = open_reward_model(chosen)
     if not checkpoint.has_head:
         warnings.warn(

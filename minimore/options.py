@@ -127,6 +127,27 @@ def check_ranges(options: Any) -> None:
             raise InputError(f"{flag_of(field.name)} {value}: expected {within}")
 
 
+def check_types(options: Any) -> None:
+    """Raise InputError for what a command line would not let through: for options from Python.
+
+    These are a value that is none of the choices, and one of another type than the field.
+    """
+    for field in dataclasses.fields(options):
+        value, choices = getattr(options, field.name), field.metadata.get("choices")
+        if value is None and field.default is None:
+            continue
+        if choices is not None and (type(value) is not str or value not in choices):
+            raise InputError(f"{field.name} {value!r}: expected one of {', '.join(choices)}")
+        expected = next((kind for kind in (bool, int, str) if is_of(field.type, kind)), None)
+        if expected is not None and type(value) is not expected:
+            raise InputError(f"{field.name} {value!r}: expected {expected.__name__}")
+
+
+def is_of(annotation: Any, kind: type) -> bool:
+    """Whether a field's type is this one, or this one or None."""
+    return annotation in (kind, kind | None)
+
+
 # ---- from a dataclass to a command line, and back ------------------------------------------------
 
 

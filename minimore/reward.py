@@ -212,6 +212,11 @@ class ReadingOptions(ModelOptions):
         append_eos = self.append_eos == "yes"
         if self.append_eos == "auto":
             append_eos = was_trained_with_eos(checkpoint)
+        require(
+            not append_eos or checkpoint.tokenizer.eos is not None,
+            f"--append-eos yes: {checkpoint.directory} names no EOS token; expected an"
+            ' "eos_token" in tokenizer_config.json',
+        )
         return TextRules(max_length, self.truncate or truncate, chat, append_eos)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .checksums import read_checked_json, write_checked_json
-from .options import require
+from .options import InputError, require
 
 TEMPERATURE = "temperature.json"
 
@@ -24,10 +24,13 @@ def store_temperature(run: Path, temperature: float, files: Mapping[str, str], p
 def stored_temperature(run: Path) -> float:
     """The temperature of a run, 1 if it has none. Raises InputError for a file that is damaged."""
     path = run / TEMPERATURE
-    if not path.is_file():
+    if not path.exists():
         return 1.0
-    temperature = read_checked_json(path).get("temperature")
+    try:
+        temperature = read_checked_json(path).get("temperature")
+    except InputError as error:
+        raise InputError(f"{error}; remove it, and fit a temperature again") from None
     is_number = isinstance(temperature, float) and 0 < temperature < math.inf
-    require(is_number, f"{path}: holds no positive temperature; remove it, or fit one again")
+    require(is_number, f"{path}: holds no positive temperature; remove it, and fit one again")
     assert isinstance(temperature, float)
     return temperature

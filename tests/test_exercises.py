@@ -231,3 +231,18 @@ def test_the_command_ends_with_the_exit_code(tmp_path):
     checked = subprocess.run([*command, "--check"], capture_output=True, text=True)
     assert checked.returncode == 1 and checked.stdout.startswith("still blank: ")
     assert not checked.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "raise GeneratorExit",
+        "raise type('X', (BaseException,), {})('a\\nb')",
+        "raise type('X', (Exception,), {'__str__': lambda self: 1 / 0})()",
+    ],
+)
+def test_whatever_an_answer_raises_is_one_wrong_line(line, tmp_path):
+    path = tmp_path / "answer.py"
+    path.write_text(f"def pair_losses(*arguments, **options):\n    {line}\n")
+    verdict = judge(path, "pair_losses", EXERCISES[0].check)
+    assert not verdict.is_right and "\n" not in verdict.line and "answer.py:2" in verdict.line

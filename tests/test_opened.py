@@ -166,3 +166,23 @@ def test_a_temperature_is_not_fitted_where_the_model_was_trained(world, tmp_path
 def test_an_untrained_head_is_told(world):
     with pytest.warns(UserWarning, match="untrained head"):
         assert not minimore.load(str(world[0] / "model"), device="cpu").has_head
+
+
+@pytest.mark.parametrize(
+    "model, options, words",
+    [
+        (3, {}, "model 3: expected str"),
+        (b"demo/more", {}, "model b'demo/more': expected str"),
+        (None, {}, "model None: expected str"),
+        ("x", {"device": "tpu"}, "device 'tpu': expected one of auto"),
+        ("x", {"append_eos": True}, "append_eos True: expected one of auto"),
+        ("x", {"max_length": 1.5}, "max_length 1.5: expected int"),
+        ("x", {"max_length": True}, "max_length True: expected int"),
+        ("x", {"micro_tokens": None}, "micro_tokens None: expected int"),
+        ("x", {"chat": "yes"}, "chat 'yes': expected bool"),
+        (GOLDENS / "nowhere", {}, "nowhere"),
+    ],
+)
+def test_options_from_python_are_checked_as_those_of_the_command(model, options, words):
+    with pytest.raises(InputError, match=words):
+        minimore.load(model, **options)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import make_directory, refuse_existing, write_text
-from ..options import Range, check_ranges, option, require
+from ..options import Range, check_ranges, option, printable, require
 from ..tables import Table
 from .blank import blank, cut
 from .catalogue import EXERCISES
@@ -51,7 +51,7 @@ def exercise(options: ExerciseOptions) -> int:
     if options.check:
         require(path.is_file(), f"{path}: no such file; `{command(number, options)}` writes it")
         verdict = judge(path, chosen.name, chosen.check)
-        print(verdict.line)
+        print(printable(verdict.line))
         return 0 if verdict.is_right else 1
     write_exercise(number, options, path)
     return 0

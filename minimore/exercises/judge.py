@@ -35,7 +35,9 @@ def judge(path: Path, name: str, check: Callable, seconds: float = SECONDS) -> V
         return Verdict(False, f"wrong: {wrong}")
     except NotImplementedError as error:
         return Verdict(False, f"still blank: {where(error, path)}: {one_line(error)}")
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a reader's code may raise
         return Verdict(False, f"wrong: {where(error, path)}: {named(error)}")
     return Verdict(True, f"right: {name} passes every case")
 

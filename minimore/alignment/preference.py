@@ -204,6 +204,7 @@ class PreferenceObjective:
         policy = response_log_probabilities(states, unembedding, targets, lengths)
         policy = policy.view(len(source), -1)  # (B, S)
         pair_losses = self.loss_of_pairs.losses(policy, reference)  # (B,)
+        # L_k is NaN for a source without a pair here; `weighted_loss` leaves it out.
         losses = torch.stack([pair_losses[source == k].mean() for k in range(self.sources)])  # L_k
         require_finite(losses, source)
         tokens = torch.tensor(lengths, device=device).view(len(source), -1).sum(1)
@@ -211,7 +212,7 @@ class PreferenceObjective:
         if self.method == "more":
             gradients = shift_gradients(losses, states, source_of_target)
         else:
-            gradients = states.new_full((self.sources, 1), torch.nan)  # no other looks at them
+            gradients = states.new_full((self.sources, 1), torch.nan)  # unused by other weightings
         weights = self.weigh(losses, gradients, torch.bincount(source, minlength=self.sources))
         loss = weighted_loss(weights, losses)  # ()  2312.07401, Eq. 7
         margins = self.loss_of_pairs.margins(policy, reference)
@@ -225,11 +226,11 @@ def shift_gradients(losses: Tensor, states: Tensor, source: Tensor) -> Tensor:
         h_k = ∂L_k/∂δ = Σ_{t of source k} ∂L_k/∂s_t,    states s_t + δ, at δ = 0
 
     A reward model is weighted by the gradients of its head, a vector (D,) at the top of the trunk.
-    A policy has a matrix (V, D) there, of which K gradients would be larger than most models. The
-    shift is what it has as a vector at the same place: where the final norm has a bias, δ is a
-    change of that. It takes one backward pass of the top for all sources, since each token belongs
-    to one of them. So the promise of min-norm weights holds for δ: a small step of it along
-    -Σ_k λ_k h_k raises no source's loss.
+    A policy has a matrix (V, D) there, and K gradients of that would be larger than most models.
+    The shift δ is a vector (D,) at the same place: if the final norm has a bias, δ is added to it.
+    One backward pass of the top serves all sources, since each token belongs to one of them. So
+    the promise of min-norm weights holds for δ: a small step of it along -Σ_k λ_k h_k raises no
+    source's loss.
 
     losses: (K,), each a function of the states of its own tokens; states: (M, D); source: (M,) of
     every state. Returns (K, D), a zero row for a source without a state.

@@ -113,9 +113,9 @@ class AdamW:
 
     @torch.no_grad()
     def update(self, name: str, p: Tensor, gradient: Tensor, state: State | None = None) -> None:
-        """Step `steps + 1` of one parameter, in place.
+        """Change one parameter in place, as step number `self.steps + 1` does.
 
-        state: its state where it lies now, if that is not self.state.
+        state: what to change in place of self.state[name], such as a copy of it on the GPU.
         """
         if state is None:
             state = self.state[name]

@@ -231,11 +231,11 @@ class MicroBatch(NamedTuple):
         return output if is_all else output.index_select(0, self.reads)
 
     def unread(self, d_read: Tensor) -> Tensor:
-        """The gradient of the last block's output from that of what is read, zero elsewhere."""
+        """The gradient of the last block's output: d_read (M, D) at the places read, else zero."""
         if self.streams[-1].asked is not None:
-            return d_read
+            return d_read  # this output has no other rows
         d_output = d_read.new_zeros(len(self.streams[-1].tokens), d_read.shape[1])
-        return d_output.index_add_(0, self.reads, d_read)
+        return d_output.index_add_(0, self.reads, d_read)  # adds, as a place may be read twice
 
 
 class BlockInputs:
@@ -322,7 +322,7 @@ def recomputed_gradients(
         if last.bias is not None:
             gradients["mlp.down.bias"] = d_y.sum(0).to(last.bias.dtype)  # vectors are fp32
     others = {name: p for name, p in block.named_parameters() if name not in gradients}
-    # Backward starts at their places in the graph, and needs no numbers of theirs: free them.
+    # Backward needs where residual and hidden are in the graph, not their values: free the memory.
     starts = [get_gradient_edge(residual), get_gradient_edge(hidden)]
     del residual, hidden
     d_x, *d_others = torch.autograd.grad(starts, [x, *others.values()], [d_y, d_hidden])

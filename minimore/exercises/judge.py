@@ -25,7 +25,7 @@ class Verdict(NamedTuple):
 def judge(path: Path, name: str, check: Callable, seconds: float = SECONDS) -> Verdict:
     """Load a reader's file, and check the function `name` in it.
 
-    Code that raises, leaves or does not end is a wrong answer, too.
+    Code that raises, exits or does not end in time is wrong, too. A blank body is "still blank".
     """
     try:
         with watched(seconds), warnings.catch_warnings():

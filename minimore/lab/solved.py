@@ -34,7 +34,7 @@ def solved_runs(method: str, sources: Sources, seeds: int) -> Runs:
         rows[f"{method}, source known"] = True
     runs: Runs = {row: {"accuracy": [], "ece": [], "nll": []} for row in rows}
     for seed in range(seeds):
-        if seed == 0 or method in DRAWN:
+        if seed == 0 or method in DRAWN:  # what other methods learn is the same for every seed
             parameters = METHODS[method].fit(train, seed)
         for row, knows_source in rows.items():
             margins = METHODS[method].margins(parameters, test, knows_source).double()

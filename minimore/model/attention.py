@@ -97,9 +97,10 @@ class Stream:
 
     @cached_property
     def at_ends(self) -> "Stream":
-        """The same tokens, of which only the last of each text asks: enough for a last block.
+        """The same tokens, of which only the last of each text is a query (it "asks").
 
-        Every text ends where its segment ends.
+        That is enough for the last block where texts are read at their ends alone. Each segment
+        ends where its text ends, so all its tokens but the last are silent.
         """
         silent = [segment.end - segment.start - 1 for segment in self.segments]
         segments = [segment._replace(silent=n) for segment, n in zip(self.segments, silent)]
@@ -254,9 +255,10 @@ def cuts_of(stream: Stream) -> Cuts:
 
 
 def copies_of(source: np.ndarray, is_padding: np.ndarray, device: torch.device) -> Copies:
-    """The copies that `source` (M,) names; every token of 0 to N - 1 is named at least once.
+    """Which of the M places are copies of each token: place i is a copy of token source[i].
 
-    is_padding: (M,) the places whose gradients are zero.
+    Every token of 0 to N - 1 has a place that is no padding. is_padding: (M,) the places that only
+    fill a tile up. Their gradients are zero, so backward leaves them out.
 
     >>> copies_of(np.array([0, 1, 0, 2]), np.zeros(4, dtype=bool), torch.device("cpu")).others
     [(tensor([0]), tensor([2]))]
@@ -382,6 +384,7 @@ def tiling_of(stream: Stream, window: int | None, dtype: torch.dtype) -> Tiling:
         query_rows.append((queries.ravel(), query_is_padding.ravel()))
         key_rows.append((keys.ravel(), key_is_padding.ravel()))
     places, is_padding = map(np.concatenate, zip(*query_rows))
+    # q has one row for each token that asks; k and v have one for each token of the stream.
     query_copies = copies_of(numbered(places), is_padding, device)
     places, is_padding = map(np.concatenate, zip(*key_rows))
     return Tiling(query_copies, copies_of(places, is_padding, device), tiles)
@@ -452,25 +455,27 @@ def _heads_first(x: Tensor, segments: int) -> Tensor:
 
 
 def group_by_length(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Segments of similar length together, each group within TILE_AREA and TILE_WASTE of a tile.
+    """Segments of similar length together, in groups that become one tile each.
 
-    Square segments and others are never together: the square ones need no mask. Greedy: from the
-    shortest segment on, a group takes the next one as long as it fits.
+    A tile of several segments has at most TILE_AREA scores after padding, and at most TILE_WASTE
+    times as many as the segments need. Square segments and others are never together: the square
+    ones need no mask. Greedy: from the shortest segment on, a group takes the next if it fits.
     """
 
     def order(segment: Segment) -> tuple[bool, int, int]:
         return not segment.is_square, segment.queries, segment.keys
 
     groups: list[list[Segment]] = []
-    queries = keys = area = 0  # of the last group: the most queries, the most keys, the real area
+    # Of the last group together with the segment at hand: most queries, most keys, real area.
+    queries = keys = area = 0
     for segment in sorted(segments, key=order):
         queries, keys = max(queries, segment.queries), max(keys, segment.keys)
         area += segment.queries * segment.keys
-        largest = min(TILE_AREA, TILE_WASTE * area)
+        largest_area = min(TILE_AREA, TILE_WASTE * area)
         if (
             not groups
             or segment.is_square != groups[-1][0].is_square
-            or (len(groups[-1]) + 1) * queries * keys > largest
+            or (len(groups[-1]) + 1) * queries * keys > largest_area
         ):
             groups.append([])
             queries, keys, area = segment.queries, segment.keys, segment.queries * segment.keys

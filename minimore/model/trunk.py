@@ -264,9 +264,9 @@ class Trunk(nn.Module):
         return self._through_blocks(stream, stream)
 
     def _through_blocks(self, stream: Stream, last_stream: Stream) -> Tensor:
-        """The residual at those tokens of last_stream that ask: the last block computes no others.
+        """The residual after all blocks, at the tokens that are queries ("ask") in last_stream.
 
-        Of all other tokens the last block makes keys and values alone.
+        Only the last block runs on last_stream. Of the other tokens it needs keys and values alone.
         """
         x = self.embed(stream)
         streams = [stream] * (len(self.blocks) - 1) + [last_stream]

@@ -30,8 +30,9 @@ LABELS = {"winner", "preference", "label", "labels", "choice", "verdict"}
 def proposal(records: Sequence[Record]) -> str:
     """The options by which `data convert` would read a file, as far as its first records show it.
 
-    Where names do not say which response is better, two that are alike are proposed, and the field
-    that says it. KEY stands for a name that only the user knows.
+    Where names do not say which response is better, two fields with similar names are proposed as
+    the first and the second response, and with them a field that may say which one is better. KEY
+    stands for a name that only the user knows.
     """
     keys = list(records[0])
     texts = [key for key in keys if holds_texts(key, records)]
@@ -43,7 +44,7 @@ def proposal(records: Sequence[Record]) -> str:
         chosen, rejected = two_alike(others)
         labels = [key for key in keys if is_label(key, records)]
         labels += [key for key in keys if holds_few_words(key, records)]
-        label = next(iter(labels), None)  # a wrong one is refused for its values
+        label = next(iter(labels), None)  # a guess: `data convert` refuses it if its values misfit
         names = {"chosen": chosen, "rejected": rejected, "winner": label}
     if prompt is None:
         prompt = next((key for key in others if key not in names.values()), None)

@@ -111,11 +111,12 @@ def labels_turned_round(one: Survey, other: Survey) -> Iterator[Finding]:
     """
     if min(len(survey.sample.items) for survey in (one, other)) < FEWEST_FOR_WORDS:
         return
-    here, there = rule_transferred(other, one), rule_transferred(one, other)
-    if here.high < 0.5 and there.high < 0.5:
+    on_one = rule_transferred(fitted=other, tested=one)
+    on_other = rule_transferred(fitted=one, tested=other)
+    if on_one.high < 0.5 and on_other.high < 0.5:
         yield Finding(
             "labels turned round?",
-            round((1 - here.value) * one.pairs),
+            round((1 - on_one.value) * one.pairs),
             one.pairs,
             [],
             f"pairs of {one.name} are ranked against their labels by what length and a few words"

@@ -72,7 +72,7 @@ class MaxMin:
     prior: float = PRIOR
 
     def mixture(self, train: StatePairs, seed: int) -> tuple[Parameters, Tensor, list[float]]:
-        """Heads (U, D), groups (K,), and after every round the penalised log-likelihood a pair.
+        """Heads (U, D), groups (K,), and a list: the penalised log-likelihood per pair, by round.
 
         It never falls: each step raises it, or leaves it.
         """
@@ -84,8 +84,9 @@ class MaxMin:
             loss = partial(mixture_loss, groups=groups, pairs=train)
             heads = solve(loss, heads, self.prior)
             likelihoods.append(-float(loss(heads) + penalty(heads["heads"], self.prior)))
-            before, groups = groups, expectation(heads["heads"], train)
-            if torch.equal(groups, before):
+            groups_before = groups
+            groups = expectation(heads["heads"], train)  # E-step; `solve` above is the M-step
+            if torch.equal(groups, groups_before):
                 break
         return heads, groups, likelihoods
 

@@ -299,7 +299,13 @@ def test_a_field_makes_sources_of_training_plan_and_evaluation(voted, tmp_path, 
     command += [
         word for name, (_, test) in paths.items() for word in ("--source", f"{name}={test}")
     ]
-    command += ["--calibrate", f"ana={paths['ana'][0]}", "--json", str(tmp_path / "report.json")]
+    command += [
+        "--allow-overlap",
+        "--calibrate",
+        f"ana={paths['ana'][0]}",
+        "--json",
+        str(tmp_path / "report.json"),
+    ]
     capsys.readouterr()
     assert main(command) == 0
     report = json.loads((tmp_path / "report.json").read_text())

@@ -21,6 +21,7 @@ from .data.pairs import (
     TextRules,
     TokenPair,
     batches_by_length,
+    eos_to_append,
     pack_pairs,
     shared_length,
 )
@@ -212,11 +213,8 @@ class ReadingOptions(ModelOptions):
         append_eos = self.append_eos == "yes"
         if self.append_eos == "auto":
             append_eos = was_trained_with_eos(checkpoint)
-        require(
-            not append_eos or checkpoint.tokenizer.eos is not None,
-            f"--append-eos yes: {checkpoint.directory} names no EOS token; expected an"
-            ' "eos_token" in tokenizer_config.json',
-        )
+        if append_eos:
+            eos_to_append(checkpoint.tokenizer)  # refused before anything is written
         return TextRules(max_length, self.truncate or truncate, chat, append_eos)
 
 

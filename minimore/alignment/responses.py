@@ -23,7 +23,7 @@ from ..data.pairs import CHARACTERS_AT_ONCE, refuse_doubled_bos
 from ..data.prompt_keys import refuse_unread_system, with_prompt
 from ..data.records import Record, read_records
 from ..data.values import MOST_RESPONSES, shown, string_of
-from ..model.checkpoint import Checkpoint, named_id
+from ..model.checkpoint import Checkpoint
 from ..model.tokenizer import Tokenizer
 from ..options import InputError, require
 from .language import Responses
@@ -163,7 +163,7 @@ def eos_of(checkpoint: Checkpoint) -> int | None:
 
     None if neither names one that is a row of the embedding.
     """
-    named = named_id(checkpoint.tokenizer, "eos_token")
+    named = checkpoint.tokenizer.eos
     if named is not None:
         return named
     stored = checkpoint.json.get("eos_token_id")

@@ -401,16 +401,21 @@ def encode(
     return cut, [count > 0 for count in excess]
 
 
-def _encode_with_eos(
-    texts: list[str], tokenizer: Tokenizer, rendered: list[bool]
-) -> list[np.ndarray]:
-    """The same with the EOS token behind every text that is not rendered."""
-    eos = tokenizer.eos
-    if eos is None:
+def eos_to_append(tokenizer: Tokenizer) -> int:
+    """The id of the EOS token. Raises InputError for a tokenizer that names none."""
+    if tokenizer.eos is None:
         raise InputError(
             f"--append-eos yes: {tokenizer.directory} names no EOS token; expected an"
             ' "eos_token" in tokenizer_config.json'
         )
+    return tokenizer.eos
+
+
+def _encode_with_eos(
+    texts: list[str], tokenizer: Tokenizer, rendered: list[bool]
+) -> list[np.ndarray]:
+    """The same with the EOS token behind every text that is not rendered."""
+    eos = eos_to_append(tokenizer)
     name = tokenizer.special["eos_token"]
     bare = [t if is_rendered else t.removesuffix(name) for t, is_rendered in zip(texts, rendered)]
     return [

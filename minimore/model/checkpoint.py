@@ -412,7 +412,7 @@ def keys_of_language_model(origin: Checkpoint) -> dict[str, Any]:
         "architectures": [origin.family.language_class],
         "tie_word_embeddings": origin.is_tied,
     }
-    stored, named = origin.json.get("eos_token_id"), named_id(origin.tokenizer, "eos_token")
+    stored, named = origin.json.get("eos_token_id"), origin.tokenizer.eos
     if named is None or named == stored or (isinstance(stored, list) and named in stored):
         return ours
     ends = sorted(ids_of_eos(origin))
@@ -459,7 +459,7 @@ def ids_outside_texts(tokenizer: Tokenizer) -> set[int]:
 def ids_of_eos(origin: Checkpoint) -> set[int]:
     """The ids of EOS, by the tokenizer and by config.json."""
     stored = origin.json.get("eos_token_id")
-    ids = [named_id(origin.tokenizer, "eos_token")]
+    ids = [origin.tokenizer.eos]
     ids += stored if isinstance(stored, list) else [stored]
     return {id for id in ids if type(id) is int}
 

@@ -39,17 +39,19 @@ def beside(path: Path) -> Path:
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Give the name of a file beside `path` to write to; at the end it takes the place of `path`.
+    """Give an empty file beside `path` to write to; at the end it takes the place of `path`.
 
         with written_whole("report.json") as unfinished:
             unfinished.write_text("{}")
 
     At the end it is on the disk. If the body raises, nothing changes at `path` and nothing is left
-    beside it. Directories above it that are missing are made.
+    beside it. What a killed process left of an earlier try is removed first. Directories above it
+    that are missing are made.
     """
     path = Path(path)
-    unfinished = beside(path)
     with directories_above(path):
+        sweep_beside(path)
+        unfinished, descriptor = new_file_beside(path)
         try:
             yield unfinished
             to_disk(unfinished)
@@ -57,6 +59,44 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             to_disk(path.parent)
         finally:
             unfinished.unlink(missing_ok=True)
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def new_file_beside(path: Path) -> tuple[Path, int | None]:
+    """Make an empty file beside `path`, locked until the descriptor is closed.
+
+    The descriptor is None on Windows, which has no such locks and renames no open file.
+    """
+    while True:
+        unfinished = beside(path)
+        descriptor = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        if fcntl is None:
+            os.close(descriptor)
+            return unfinished, None
+        # Another process that sweeps may have seen it before it was locked, and removed it.
+        if lock(descriptor) is not False and unfinished.exists():
+            return unfinished, descriptor
+        os.close(descriptor)
+
+
+def sweep_beside(path: Path) -> None:
+    """Remove the unfinished files of `path` that killed processes left.
+
+    That of a living process is locked. Where there are no locks, all stay.
+    """
+    ours = re.compile(re.escape(path.name[:200]) + r"\.[0-9a-f]{8}\.partial")
+    left = []
+    with suppress(OSError):  # a directory that may be written to, but not listed
+        left = [file for file in path.parent.iterdir() if ours.fullmatch(file.name)]
+    for unfinished in left:
+        with suppress(OSError):  # somebody else has removed it, or it is not ours to open
+            descriptor = os.open(unfinished, os.O_RDWR)
+            try:
+                if lock(descriptor):
+                    unfinished.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager
@@ -155,14 +195,23 @@ def locked(path: Path, taken: str) -> int | None:
     if fcntl is None:
         return None
     descriptor = os.open(path, os.O_RDONLY)
+    if lock(descriptor) is False:
+        os.close(descriptor)
+        raise InputError(taken)
+    return descriptor
+
+
+def lock(descriptor: int) -> bool | None:
+    """Try to lock an open file: whether it worked; None where the system has no such locks."""
+    if fcntl is None:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError(taken) from None
+    except BlockingIOError:  # another process, or another descriptor of this one, holds it
+        return False
     except OSError:  # a file system without locks
-        pass
-    return descriptor
+        return None
+    return True
 
 
 # ---- text and JSON -------------------------------------------------------------------------------
@@ -176,7 +225,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    with written_whole(path) as unfinished, open(unfinished, "x", encoding="utf-8") as file:
+    with written_whole(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         file.write(text)
 
 

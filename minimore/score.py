@@ -101,7 +101,7 @@ def score(options: ScoreOptions) -> None:
         scorer = Scorer(model, checkpoint, rules, options.micro_tokens, temperature)
         with (
             written_whole(options.output) as unfinished,
-            open(unfinished, "x", encoding="utf-8") as file,
+            open(unfinished, "w", encoding="utf-8") as file,
         ):
             for where, record in scorer.scored(chain([first], records)):
                 if options.best:

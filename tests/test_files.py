@@ -1,6 +1,9 @@
 """Files that last: whole or not at all, never over another, and JSON that is read back."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 from power_cut import DIRECTORY, Disk
@@ -75,6 +78,50 @@ def test_two_names_beside_a_file_differ_and_fit(tmp_path):
     first, second = beside(path), beside(path)
     assert first != second and first.parent == second.parent == tmp_path
     first.write_text("a name of 255 bytes at most")
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path):
+    path = tmp_path / "report.txt"
+    killed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os, signal, sys\n"
+            "from minimore.files import written_whole\n"
+            "with written_whole(sys.argv[1]) as unfinished:\n"
+            "    unfinished.write_text('half')\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n",
+            path,
+        ]
+    )
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.read_text() == "half"
+    other = tmp_path / "report.txt.copy.0123abcd.partial"
+    other.write_text("of another file")
+    write_text(path, "whole")
+    assert path.read_text() == "whole" and names_in(tmp_path) == ["report.txt", other.name]
+
+
+def test_what_a_living_process_writes_stays(tmp_path):
+    path = tmp_path / "report.txt"
+    with written_whole(path) as first:
+        with written_whole(path) as second:
+            first.write_text("first")
+            second.write_text("second")
+        assert path.read_text() == "second" and first.exists()
+    assert path.read_text() == "first" and names_in(tmp_path) == ["report.txt"]
+
+
+def test_without_locks_nothing_is_removed(tmp_path, monkeypatch):
+    path, left = tmp_path / "report.txt", tmp_path / "report.txt.0123abcd.partial"
+    left.write_text("half")
+    monkeypatch.setattr("minimore.files.lock", lambda _: None)
+    write_text(path, "whole")
+    assert names_in(tmp_path) == ["report.txt", left.name]
+    monkeypatch.setattr("minimore.files.fcntl", None)
+    write_text(path, "again")
+    assert path.read_text() == "again" and names_in(tmp_path) == ["report.txt", left.name]
 
 
 def test_a_directory_takes_its_place_only_at_the_end(tmp_path):

@@ -113,7 +113,7 @@ def sample(options: SampleOptions) -> None:
         work = written_in_portions(path, prompts, checkpoint, options)
         with (
             written_whole(options.output) as unfinished,
-            open(unfinished, "x", encoding="utf-8") as file,
+            open(unfinished, "w", encoding="utf-8") as file,
         ):
             for prompt, record in zip(prompts, work.stored(), strict=True):
                 file.write(json_line(record, prompt.where) + "\n")

@@ -114,7 +114,7 @@ def write_selected(
     records: Sequence[tuple[str, Record]], choices: Sequence[Choice], output: str
 ) -> None:
     """Write every record with the response that was chosen, in the place of all its responses."""
-    with written_whole(output) as unfinished, open(unfinished, "x", encoding="utf-8") as file:
+    with written_whole(output) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         for (where, record), choice in zip(records, choices, strict=True):
             file.write(json_line(with_one_response(record, *choice), where) + "\n")
 

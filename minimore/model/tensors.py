@@ -351,7 +351,7 @@ def write_tensors(path: Path, tensors: Named, notes: dict[str, str] | None = Non
     header += b" " * (-len(header) % 8)
     beginning = len(header).to_bytes(8, "little") + header
     total = checksum(beginning)
-    with written_whole(path) as unfinished, open(unfinished, "xb") as file:
+    with written_whole(path) as unfinished, open(unfinished, "wb") as file:
         file.write(beginning)
         for _, tensor in ordered:
             value = tensor.make() if isinstance(tensor, Lazy) else tensor

@@ -1,19 +1,23 @@
 """Whether a file is as it was written.
 
 Whatever we write and read again has a checksum: a safetensors file in its header
-(model/tensors.py), a JSON file as its last key, the other files of a directory in checksums.json,
-the log of a run in its saved states. Standard library only.
+(model/tensors.py), a JSON file as its last key, a file of records beside it (scores.jsonl.crc32),
+the other files of a directory in checksums.json, the log of a run in its saved states. Standard
+library only.
 """
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from .files import as_text, read_json, write_json
+from .files import as_text, read_json, write_json, write_text, written_whole
 from .options import InputError
 
 CHECKSUM = "crc32"  # the key of a file's own checksum
 CHECKSUMS = "checksums.json"  # the checksums of other files of a directory
+BESIDE = ".crc32"  # what is added to a file's name for the file that holds its checksum
 
 
 def checksum(data: bytes | memoryview, before: str = "0") -> str:
@@ -36,6 +40,9 @@ def file_checksum(path: Path) -> str:
     return result
 
 
+# ---- one JSON object -----------------------------------------------------------------------------
+
+
 def write_checked_json(path: str | Path, value: dict[str, Any]) -> None:
     """Write a JSON object with a checksum of all its other keys as its last key."""
     write_json(path, value | {CHECKSUM: checksum(as_text(value).encode())})
@@ -54,6 +61,9 @@ def read_checked_json(path: str | Path) -> dict[str, Any]:
             f"{path}: is not as it was written: its checksum is another or missing; restore it"
         )
     return value
+
+
+# ---- a directory ---------------------------------------------------------------------------------
 
 
 def write_checksums(directory: Path, checksums: dict[str, str]) -> None:
@@ -77,3 +87,53 @@ def require_directory_as_written(directory: Path) -> None:
                 f"{file}: is not as it was written: its checksum is another; restore it, or remove"
                 f" {path} to take the directory as it is"
             )
+
+
+# ---- a file of records ---------------------------------------------------------------------------
+
+
+@contextmanager
+def records_written_whole(path: str | Path) -> Iterator[TextIO]:
+    """Give a file of text to write to; at the end it is at `path`, and its checksum beside it.
+
+    If the body raises, neither is there.
+    """
+    with written_whole(path) as unfinished:
+        with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+        # First the checksum: a kill between the two then leaves no file that looks finished.
+        write_checksum_beside(Path(path), file_checksum(unfinished))
+
+
+def write_checksum_beside(path: Path, total: str) -> None:
+    """Write the checksum of a file to another one beside it."""
+    write_text(f"{path}{BESIDE}", f"{total}\n")
+
+
+def require_records_as_written(path: str | Path) -> None:
+    """Refuse a file that is not as we wrote it; one that we did not write has no checksum.
+
+    It stands beside the file, or in checksums.json of its directory or of the one above.
+    """
+    path = Path(path)
+    beside = Path(f"{path}{BESIDE}")
+    if beside.is_file():
+        _require_checksum(path, beside.read_bytes().decode(errors="replace").strip(), beside)
+        return
+    above = path.absolute().parent
+    for directory in (above, above.parent):
+        listing = directory / CHECKSUMS
+        if listing.is_file() and CHECKSUM in read_json(listing):  # else it is somebody else's
+            stored = read_checked_json(listing).get(
+                path.absolute().relative_to(directory).as_posix()
+            )
+            if stored is not None:
+                _require_checksum(path, stored, listing)
+
+
+def _require_checksum(path: Path, stored: str, listing: Path) -> None:
+    if path.is_file() and file_checksum(path) != stored:
+        raise InputError(
+            f"{path}: is not as it was written: its checksum is another; restore it, or remove"
+            f" {listing} if it was changed on purpose"
+        )

@@ -147,14 +147,16 @@ def build_parser() -> Parser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; return the exit code."""
     show_what_cannot_be_shown()
-    parsed = build_parser().parse_args(arguments)
+    command = "minimore"
     try:
+        parsed = build_parser().parse_args(arguments)
+        command = f"minimore {parsed.verb}"
         with termination_unwinds():
             return run(parsed)
     except BaseException as error:
         code, message = outcome_of(error)
     if message:
-        print(f"minimore {parsed.verb}: {printable(message)}", file=sys.stderr)
+        print(f"{command}: {printable(message)}", file=sys.stderr)
     return code
 
 

@@ -172,6 +172,13 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unexpected {' '.join(unexpected)}; expected no further arguments")
         return parsed, unexpected
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help or an error. argparse would pass over a device too full for the help."""
+        if file is sys.stdout:
+            print(message, end="", flush=True)
+        else:
+            super()._print_message(message, file)
+
     def flags_among(self, arguments: Sequence[str]) -> list[str]:
         """The flags, as argparse tells them from values; where a command follows, those before."""
         flags = []

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .calibration import probability
+from .checksums import records_written_whole
 from .data.dialogues import prompt_end
 from .data.foreign.shapes import read_house_records
 from .data.forms import (
@@ -32,7 +33,7 @@ from .data.pairs import CHARACTERS_AT_ONCE, TextRules, encode, refuse_doubled_bo
 from .data.prompt_keys import refuse_unread_system, with_prompt
 from .data.records import Record, json_line
 from .data.values import MOST_RESPONSES, keys_of, shown, text_at
-from .files import refuse_existing, written_whole
+from .files import refuse_existing
 from .model.checkpoint import Checkpoint
 from .model.tokenizer import Tokenizer
 from .options import InputError, check_ranges, option, require
@@ -99,10 +100,7 @@ def score(options: ScoreOptions) -> None:
         temperature = stored_temperature(run_of(checkpoint))
         print_how_texts_end(checkpoint, rules)
         scorer = Scorer(model, checkpoint, rules, options.micro_tokens, temperature)
-        with (
-            written_whole(options.output) as unfinished,
-            open(unfinished, "w", encoding="utf-8") as file,
-        ):
+        with records_written_whole(options.output) as file:
             for where, record in scorer.scored(chain([first], records)):
                 if options.best:
                     record = best_of_record(record, where)

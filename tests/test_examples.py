@@ -50,7 +50,10 @@ def print_to_full():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_device_behind_stdout_is_one_line(tmp_path):
-    command = Command(["plan", "--model", GOLDENS / "llama"], tmp_path, before=print_to_full)
+@pytest.mark.parametrize(
+    "words", [["plan", "--model", GOLDENS / "llama"], ["--help"], ["train", "--help"]]
+)
+def test_a_full_device_behind_stdout_is_one_line(tmp_path, words):
+    command = Command(words, tmp_path, before=print_to_full)
     assert command.wait() == 2
     assert command.error.count("\n") == 1 and "No space left on device" in command.error

@@ -13,6 +13,7 @@ from runs import content, options, use_small_design
 
 import minimore.training as training
 from minimore.cli import main
+from minimore.data.records import read_records
 from minimore.figures import plots
 from minimore.lab import testbed
 from minimore.lab.features import load_features
@@ -183,3 +184,73 @@ def test_a_world(world, tmp_path, capsys):
     assert verdict(tmp_path / "world") is not None
     for copy, _ in flipped_copies(tmp_path / "world", tmp_path, random.Random(5)):
         assert verdict(copy) is None
+
+
+# ---- files of records ----------------------------------------------------------------------------
+
+
+def files_of_records(world, home):
+    """A file of each kind that we write and read again, and how it is damaged in `test_records`."""
+    directory, paths = world
+    pairs = str(paths["ana"][1])
+    samples = home / "samples.jsonl"
+    records = [json.loads(line) for line in paths["ana"][1].read_text().splitlines()]
+    samples.write_text(
+        "".join(
+            json.dumps({"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"]]}) + "\n"
+            for r in records
+        )
+    )
+    model = str(directory / "model")
+    for words in (
+        ["score", "--model", model, "--input", pairs, "--output", "scores.jsonl"],
+        ["align", "select", "--by", "longest", "--input", str(samples), "--output", "best.jsonl"],
+        ["data", "convert", pairs, "--output", "converted"],
+        ["data", "split", pairs, "--output", "parts"],
+        ["align", "sample", "--model", model, "--input", pairs, "--max-new-tokens", "2"]
+        + ["--samples", "1", "--output", "drawn.jsonl"],
+    ):
+        place = words.index("--output") + 1
+        words[place] = str(home / words[place])
+        assert main(words) == 0, words
+    shutil.copytree(directory / "data", home / "world" / "data")
+    shutil.copy(directory / "checksums.json", home / "world")
+    return {
+        "scores": home / "scores.jsonl",
+        "selection": home / "best.jsonl",
+        "samples": home / "drawn.jsonl",
+        "conversion": home / "converted" / "pairs.jsonl",
+        "split": home / "parts" / "train.jsonl",
+        "world": home / "world" / "data" / "ana.test.jsonl",
+    }
+
+
+def test_records(world, tmp_path, capsys):
+    """Whatever happens to a file of records that we wrote, it is refused; others are not."""
+    chance = random.Random(6)
+    for kind, path in files_of_records(world, tmp_path).items():
+        whole = path.read_bytes()
+        assert list(read_records(str(path))), kind
+        flipped = bytearray(whole)
+        flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        lines = whole.splitlines(keepends=True)
+        swapped = b"".join([lines[1], lines[0], *lines[2:]])
+        for damaged in (bytes(flipped), b"".join(lines[:-1]), swapped, whole + lines[0], b""):
+            path.write_bytes(damaged)
+            with pytest.raises(InputError, match="is not as it was written.*changed on purpose"):
+                list(read_records(str(path)))
+        path.rename(tmp_path / "mine.jsonl")  # a copy of another name has no checksum
+        list(read_records(str(tmp_path / "mine.jsonl")))
+
+
+def test_a_checksum_that_is_damaged_or_somebody_elses(world, tmp_path, capsys):
+    path = files_of_records(world, tmp_path)["scores"]
+    beside = tmp_path / "scores.jsonl.crc32"
+    for damaged in (b"", b"\xff", b"0" * 8, beside.read_bytes()[:7]):
+        beside.write_bytes(damaged)
+        with pytest.raises(InputError, match="remove .*scores.jsonl.crc32 if it was changed"):
+            list(read_records(str(path)))
+    beside.unlink()
+    assert list(read_records(str(path)))
+    (tmp_path / "checksums.json").write_text('{"scores.jsonl": "md5 of another tool"}')
+    assert list(read_records(str(path)))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checksums import file_checksum
+from ..checksums import file_checksum, records_written_whole
 from ..data.dialogues import prompt_end
 from ..data.forms import texts_of
 from ..data.messages import is_conversation, messages_of
@@ -21,7 +21,7 @@ from ..data.pairs import encode, refuse_doubled_bos
 from ..data.prompt_keys import with_prompt
 from ..data.records import Record, json_line, read_records
 from ..data.values import MOST_RESPONSES, string_of
-from ..files import refuse_existing, written_whole
+from ..files import refuse_existing
 from ..model.checkpoint import Checkpoint, ids_of_eos
 from ..model.tokenizer import Tokenizer
 from ..options import COUNT, Range, check_ranges, option, require
@@ -111,10 +111,7 @@ def sample(options: SampleOptions) -> None:
     path = Path(f"{options.output}.unfinished")
     with alone(path):
         work = written_in_portions(path, prompts, checkpoint, options)
-        with (
-            written_whole(options.output) as unfinished,
-            open(unfinished, "w", encoding="utf-8") as file,
-        ):
+        with records_written_whole(options.output) as file:
             for prompt, record in zip(prompts, work.stored(), strict=True):
                 file.write(json_line(record, prompt.where) + "\n")
         work.remove()

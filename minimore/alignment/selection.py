@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checksums import file_checksum
+from ..checksums import file_checksum, records_written_whole
 from ..data.messages import is_conversation
 from ..data.prompt_keys import with_prompt
 from ..data.records import Record, json_line, read_records
 from ..data.values import shown
-from ..files import refuse_existing, written_whole
+from ..files import refuse_existing
 from ..model.checkpoint import Checkpoint
 from ..options import COUNT, Range, check_ranges, option, require
 from ..reward import ReadingOptions, load_reward_model
@@ -114,7 +114,7 @@ def write_selected(
     records: Sequence[tuple[str, Record]], choices: Sequence[Choice], output: str
 ) -> None:
     """Write every record with the response that was chosen, in the place of all its responses."""
-    with written_whole(output) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+    with records_written_whole(output) as file:
         for (where, record), choice in zip(records, choices, strict=True):
             file.write(json_line(with_one_response(record, *choice), where) + "\n")
 

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, BinaryIO
 
+from ..checksums import CHECKSUMS, require_records_as_written
 from ..files import refuse_pointer
 from ..options import InputError, require
 
@@ -35,7 +36,8 @@ def read_records(path: str) -> Generator[tuple[str, Record], None, None]:
 
     Blank lines are passed over. A file that begins with [ is one JSON list, and "file:item" is
     yielded. A directory stands for the data files in it, in order of name. Raises InputError, which
-    names file and line, for anything that is not UTF-8 JSON objects.
+    names file and line, for anything that is not UTF-8 JSON objects, and for a file that we wrote
+    and that was changed.
     """
     if os.path.isdir(path):
         for file_path in data_files(path):
@@ -48,6 +50,7 @@ def read_records(path: str) -> Generator[tuple[str, Record], None, None]:
     line = blank_lines = 0
     try:
         refuse_pointer(path)
+        require_records_as_written(path)
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             for line, raw in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
                 if line == 1 and raw.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
@@ -77,7 +80,7 @@ def data_files(directory: str, kinds: tuple[str, ...] = DATA_FILES) -> list[str]
     Refused are training and test files in one directory, and files of data that would not be read:
     tables beside JSON, say, which may hold the same records.
     """
-    listed = sorted(os.listdir(directory))
+    listed = sorted(name for name in os.listdir(directory) if name != CHECKSUMS)
     require(
         "config.json" not in listed,
         f"{directory}: is a run or a checkpoint (it has config.json), not data; expected pairs",

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checksums import file_checksum, write_checked_json
+from ..checksums import file_checksum, write_checked_json, write_checksums
 from ..files import directory_written_whole, refuse_existing
 from ..options import Range, check_ranges, option, require
 from ..tables import Table
@@ -87,6 +87,9 @@ def split(options: SplitOptions) -> None:
             for part, name in enumerate(PARTS)
         }
         description = {"file": options.file, "seed": options.seed, "by": options.by}
+        write_checksums(
+            directory, {file.name: file_checksum(file) for file in directory.glob("*.jsonl")}
+        )
         write_checked_json(directory / "split.json", description | {"parts": counts})
     table = Table("part", "lines", "prompts")
     for name, count in counts.items():

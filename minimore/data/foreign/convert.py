@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from ... import __version__
-from ...checksums import file_checksum, read_checked_json, write_checked_json
+from ...checksums import (
+    file_checksum,
+    read_checked_json,
+    require_directory_as_written,
+    write_checked_json,
+    write_checksums,
+)
 from ...files import directory_written_whole, refuse_existing
 from ...options import InputError, check_ranges, option, require
 from ...tables import Table
@@ -284,7 +290,8 @@ def convert(options: ConvertOptions) -> None:
             f"{options.file}: has no pair and no label tie: of {tally.records} records,"
             f" {total.line()}",
         )
-        write_checked_json(unfinished / CONVERTED, description(identity, tally, unfinished))
+        write_checksums(unfinished, {file.name: file_checksum(file) for file in written})
+        write_checked_json(unfinished / CONVERTED, description(identity, tally, written))
     print_report(options, tally)
 
 
@@ -324,7 +331,7 @@ def identity_of(options: ConvertOptions) -> dict[str, Any]:
 def is_converted(output: Path, identity: dict[str, Any]) -> bool:
     """Whether a directory holds this very conversion, as it was written.
 
-    Raises InputError if it holds another, or if one of its files was changed.
+    Raises InputError if it holds another, or if one of its files was changed or is missing.
     """
     if not (output / CONVERTED).is_file():
         return False
@@ -335,12 +342,9 @@ def is_converted(output: Path, identity: dict[str, Any]) -> bool:
             f"--output {output}: holds a conversion with other {key}; choose another name or"
             " remove it",
         )
-    for name, counts in stored["written"].items():
-        file = output / name
-        require(
-            file.is_file() and file_checksum(file) == counts["checksum"],
-            f"{file}: is not as it was written; remove {output} and convert again",
-        )
+    require_directory_as_written(output)
+    for name in stored["written"]:
+        require((output / name).is_file(), f"{output / name}: no such file; remove {output}")
     return True
 
 
@@ -356,8 +360,8 @@ def file_of(record: Record, where: str) -> str:
     return name or PLAIN_NAME
 
 
-def write_files(located: Iterable[tuple[str, Record]], directory: Path) -> list[str]:
-    """Write records to JSON-lines files by split and taste; returns the names of the files."""
+def write_files(located: Iterable[tuple[str, Record]], directory: Path) -> list[Path]:
+    """Write records to JSON-lines files by split and taste; returns the files."""
     files: dict[str, TextIO] = {}
     with ExitStack() as opened:
         for where, record in located:
@@ -371,17 +375,16 @@ def write_files(located: Iterable[tuple[str, Record]], directory: Path) -> list[
                 file = open(path, "x", encoding="utf-8", newline="\n")  # noqa: SIM115
                 files[name] = opened.enter_context(file)
             files[name].write(json_line(record, where) + "\n")
-    return list(files)
+    return [directory / f"{name}.jsonl" for name in sorted(files)]
 
 
-def description(identity: dict[str, Any], tally: Tally, directory: Path) -> dict[str, Any]:
+def description(identity: dict[str, Any], tally: Tally, files: list[Path]) -> dict[str, Any]:
     """What converted.json says."""
-    written = {}
-    for name, counts in sorted(tally.files.items()):
-        file = directory / f"{name}.jsonl"
-        if file.is_file():
-            numbers = {"pairs": counts.pairs, "label_ties": counts.ties}
-            written[file.name] = numbers | {"checksum": file_checksum(file)}
+    counts = {file.name: tally.files[file.stem] for file in files}
+    written = {
+        name: {"pairs": of_file.pairs, "label_ties": of_file.ties}
+        for name, of_file in counts.items()
+    }
     return identity | {
         "shape": tally.shape,
         "records": tally.records,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...checksums import write_checked_json
+from ...checksums import file_checksum, write_checked_json, write_checksum_beside
 from ...files import locked, make_directory, to_disk
 from ...options import COUNT, Range, check_ranges, option, require
 from ...tables import Table
@@ -300,6 +300,7 @@ def put_in_place(outputs: dict[str, Any], output: Path) -> None:
         )
     for values in outputs.values():
         path = output / values["file"]
+        write_checksum_beside(path, file_checksum(unfinished(path)))
         unfinished(path).replace(path)
     to_disk(output)
 

@@ -30,6 +30,7 @@ from .lab.features import FeaturesOptions, features
 from .lab.grid import ReproduceOptions
 from .lab.probe import ProbeOptions, probe
 from .lab.reproduce import reproduce
+from .lab.trial import TrialOptions, compare_methods
 from .options import InputError, Parser, add_options, from_arguments, printable, require
 from .score import ScoreOptions, score
 from .train import TrainOptions, train
@@ -93,6 +94,11 @@ VERBS = {
     ),
     "evaluate": Verb(
         EvaluateOptions, evaluate, "accuracy and calibration of a reward model, per source"
+    ),
+    "compare-methods": Verb(
+        TrialOptions,
+        compare_methods,
+        "does a method help on these sources: train each with several seeds, and say how sure",
     ),
     "check": Verb(
         CheckOptions,

@@ -41,7 +41,7 @@ lab.published lab.policies lab.best_of lab.association lab.scale_matters
 lab.recipes lab.grid lab.drift lab.testbed lab.learners lab.cells lab.estimate lab.statistics
 lab.scheme_tables
 lab.neighbours lab.finished lab.alignment_figures lab.figure7 lab.table1 lab.learned
-lab.experiments lab.reproduce lab.demo
+lab.experiments lab.reproduce lab.verdict lab.trial lab.demo
 exercises.expect exercises.learning_checks exercises.calibration_checks exercises.engine_checks
 exercises.catalogue exercises.blank exercises.judge exercises.exercise
 check cli

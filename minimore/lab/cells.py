@@ -32,7 +32,7 @@ from ..report import source_margins
 from ..reward import ModelOptions, RewardModel, open_reward_model
 from ..train import TrainOptions, train
 from .drift import DriftWatch
-from .grid import Cell, ReproduceOptions, train_options
+from .grid import Cell, train_options
 from .learners import LEARNINGS, chooser_worth, learner_worth
 from .testbed import chosen_for, open_testbed
 
@@ -206,7 +206,7 @@ def margins_and_prompts(
 # ---- reading back --------------------------------------------------------------------------------
 
 
-def margins_of(output: Path, cell: Cell, options: ReproduceOptions) -> ModelMargins:
+def margins_of(output: Path, cell: Cell, protocol: str) -> ModelMargins:
     """The stored margins of a finished cell, by source.
 
     Under the protocol "clean", a quarter of the prompts is held out, if a source has enough.
@@ -216,7 +216,7 @@ def margins_of(output: Path, cell: Cell, options: ReproduceOptions) -> ModelMarg
         for k, name in enumerate(cell.tests):
             margins, prompts = file.get_tensor(f"margins.{k}"), file.get_tensor(f"prompt.{k}")
             is_test = np.ones(len(margins), bool)
-            if options.protocol == "clean" and len(np.unique(prompts)) >= HELD_OUT:
+            if protocol == "clean" and len(np.unique(prompts)) >= HELD_OUT:
                 is_test = prompts % HELD_OUT != 0
             sources[name] = SourceMargins(margins, is_test, prompts)
     return sources

@@ -237,9 +237,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its place as the name of a file."""
-        parts = [quote(str(value), safe=" ").replace(" ", "_") for value in self.at.values()]
-        return "-".join(parts)
+        """Its place as the name of a file; a path in it is written with _ for /."""
+        values = [str(value).strip("/").replace("/", "_") for value in self.at.values()]
+        return "-".join(quote(value, safe=" ").replace(" ", "_") for value in values)
 
 
 # ---- the places of an experiment -----------------------------------------------------------------

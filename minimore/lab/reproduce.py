@@ -90,19 +90,28 @@ def identity_of(options: ReproduceOptions) -> dict[str, Any]:
 
 def check_same_grid(options: ReproduceOptions, output: Path) -> None:
     """Refuse a directory that holds another grid, or something else (InputError)."""
+    check_stored_identity(output, "grid", identity_of(options))
+
+
+def check_stored_identity(output: Path, kind: str, wanted: dict[str, Any]) -> None:
+    """Refuse a directory that holds another one of its kind, or something else (InputError).
+
+    kind: such as "grid", of which grid.json holds the identity. wanted: that of the command.
+    """
     if not output.exists():
         return
     if output.is_dir() and all(path.suffix == ".partial" for path in output.iterdir()):
         return  # no more than what a kill left of the beginning
-    path, wanted = output / "grid.json", identity_of(options)
+    path = output / f"{kind}.json"
     require(
-        path.is_file(), f"--output {output}: exists already and holds no grid; choose another name"
+        path.is_file(),
+        f"--output {output}: exists already and holds no {kind}; choose another name",
     )
     stored = read_checked_json(path)
     for name in (*wanted, *stored):
         if stored.get(name) != wanted.get(name):
             raise InputError(
-                f"--output {output}: holds a grid with {name} {stored.get(name)!r}, not"
+                f"--output {output}: holds a {kind} with {name} {stored.get(name)!r}, not"
                 f" {wanted.get(name)!r}; choose another name, or give the same options"
             )
 
@@ -142,7 +151,7 @@ def run_cells(output: Path, cells: Sequence[Cell], unfinished: Sequence[Cell]) -
 
 def report(options: ReproduceOptions, cells: Sequence[Cell], output: Path) -> None:
     """Print the experiment's tables, and write them, every figure and the drawings."""
-    results = {cell.name: margins_of(output, cell, options) for cell in cells}
+    results = {cell.name: margins_of(output, cell, options.protocol) for cell in cells}
     grid = Grid(options, cells, results, output)
     text = REPORTS[options.experiment](grid)
     write_json(output / "report.json", every_entry(grid))

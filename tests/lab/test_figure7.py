@@ -118,7 +118,7 @@ def test_the_report_is_what_stored_rewards_say(whole):
     assert len(entries) == len(grid)
     for cell, entry in zip(grid, entries):
         assert (entry["recipe"], entry["seed"]) == (cell.at["recipe"], cell.at["seed"])
-        margins = margins_of_test_pairs(margins_of(whole, cell, options)).values()
+        margins = margins_of_test_pairs(margins_of(whole, cell, options.protocol)).values()
         assert entry["accuracy"] == pytest.approx(np.mean([accuracy(m) for m in margins]))
         assert entry["ece"] == pytest.approx(np.mean([pair_ece(m) for m in margins]))
         stored = load_file(cells.margins_file(whole, cell))

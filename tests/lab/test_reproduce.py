@@ -72,7 +72,8 @@ def stored(whole):
     )
     grid = cells_of(options)
     margins = {
-        (cell.at["scheme"], cell.at["seed"]): margins_of(whole[0], cell, options) for cell in grid
+        (cell.at["scheme"], cell.at["seed"]): margins_of(whole[0], cell, options.protocol)
+        for cell in grid
     }
     return grid, margins
 

@@ -1,0 +1,271 @@
+"""Does a method help, on these sources and with this model? `minimore compare-methods`.
+
+    sweep      every method at every learning rate, with the first seed
+    choice     each method keeps the rate with the lowest NLL on held-out prompts
+    seeds      every method at its rate, with the other seeds
+    verdict    what each method changes against the first one, and how sure that is (verdict.py)
+
+A quarter of the prompts of every TEST file is held out: it chooses the rates, and the rest is the
+test. Every training is an ordinary run directory, and whatever is finished is not computed again.
+So the same command continues, and more seeds, rates and methods may be asked for later.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..calibration import accuracy, negative_log_likelihood
+from ..checksums import write_checked_json
+from ..data.overlap import print_overlap_of_files
+from ..data.texts import Reading
+from ..engine.cost import in_time
+from ..files import make_directory, sweep, write_json, write_text
+from ..model.checkpoint import Checkpoint
+from ..model.recompute import RECOMPUTE
+from ..options import COUNT, Range, check_ranges, option, parse_sources, require, require_tests
+from ..train import check_options
+from .cells import is_finished, margins_of, run_cell
+from .grid import SCHEMES, Cell, train_options
+from .reproduce import check_stored_identity
+from .statistics import ModelMargins, Results, by_seed, every_figure
+from .verdict import verdict_text
+
+PROTOCOL = "clean"  # of the margins: a quarter of the test prompts is held out
+METHODS = tuple(name for name in SCHEMES if name not in ("raw", "single"))
+# Options that leave a comparison what it is. It may be continued with other values of these.
+FREE = (
+    *("output", "method", "learning_rate", "seeds"),
+    *("device", "micro_tokens", "recompute", "memory", "allow_overlap", "dry_run"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialOptions:
+    """What `compare-methods` takes."""
+
+    model: str = option(value="DIR|HUB", help="the checkpoint with which every training begins")
+    source: tuple[str, ...] = option(
+        (), repeat=True, value="NAME=TRAIN,TEST", help="once per source, with a test file"
+    )
+    output: str = option(
+        value="DIR", help="directory for the runs and the report; the same command continues it"
+    )
+    method: tuple[str, ...] = option(
+        (),
+        repeat=True,
+        choices=METHODS,
+        help="once per method; the others are compared with the first one (default: uniform, more)",
+    )
+    learning_rate: tuple[float, ...] = option(
+        (),
+        repeat=True,
+        help="peak learning rate (default: 1e-6, the paper's). Several are tried with one seed, and"
+        " each method keeps the one with the lowest NLL on held-out prompts",
+    )
+    seeds: int = option(
+        3, within=Range(least=1, most=100), help="trainings of each method (at least 3 to be sure)"
+    )
+    epochs: int = option(1, within=COUNT, help="passes over the sampled pairs")
+    batch_size: int | None = option(None, within=COUNT, help="pairs a step (default: 16 x sources)")
+    max_length: int = option(512, within=COUNT, help="tokens a text, cut on the left")
+    micro_tokens: int = option(8192, within=COUNT, help="unique tokens computed at a time")
+    recompute: str | None = option(
+        None, choices=RECOMPUTE, help="what is made again in backward (default: none)"
+    )
+    memory: str | None = option(
+        None, value="24GB", help="what a training may take of the device's memory: see train"
+    )
+    device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    allow_overlap: bool = option(
+        False, help="training and test files are meant to share prompts: do not warn of it"
+    )
+    dry_run: bool = option(False, help="print the trainings of the sweep, and stop")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods, the first of which the others are compared with."""
+        return self.method or ("uniform", "more")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates of the sweep."""
+        return self.learning_rate or (1e-6,)
+
+
+def compare_methods(options: TrialOptions) -> int:
+    """Sweep, train, and print the verdict; returns the exit code."""
+    sources = checked_sources(options)
+    output = Path(options.output)
+    check_stored_identity(output, "comparison", identity_of(options))
+    swept = [
+        cell_of(options, sources, method, rate, 0)
+        for rate in options.rates
+        for method in options.methods
+    ]
+    total = len(swept) + (options.seeds - 1) * len(options.methods)
+    print(f"{total} trainings of {', '.join(options.methods)} on {', '.join(sources)}", flush=True)
+    if options.dry_run:
+        for cell in swept:
+            print(f"  {'finished' if is_finished(output, cell) else 'to do   '}  {cell.name}")
+        return 0
+    if not options.allow_overlap:
+        reading = Reading(Checkpoint(options.model).tokenizer)
+        print_overlap_of_files(parse_sources(options.source), reading)
+    make_directory(output)
+    sweep(output)
+    if not (output / "comparison.json").exists():
+        write_checked_json(output / "comparison.json", identity_of(options))
+    exit_code = run_all(output, swept)
+    if exit_code:
+        return exit_code
+    trials = [trial_of(output, cell, options) for cell in swept]
+    best = best_rates(options, trials)
+    print_sweep(options, trials, best)
+    cells = [
+        cell_of(options, sources, method, best[method], seed)
+        for seed in range(options.seeds)
+        for method in options.methods
+    ]
+    exit_code = run_all(output, cells)
+    if exit_code:
+        return exit_code
+    results = {cell.name: margins_of(output, cell, PROTOCOL) for cell in cells}
+    report(options, output, cells, results)
+    return 0
+
+
+def checked_sources(options: TrialOptions) -> dict[str, tuple[str, str]]:
+    """The files of every source. Raises InputError for what cannot be run."""
+    check_ranges(options)
+    paths = parse_sources(options.source)
+    require(paths, "--source is missing: NAME=TRAIN,TEST, once per source")
+    require_tests(paths)
+    sources = {name: (train, str(test)) for name, (train, test) in paths.items()}
+    require(len(options.methods) > 1, "--method: expected two or more, to be compared")
+    for name, values in (("--method", options.methods), ("--learning-rate", options.rates)):
+        require(len(set(values)) == len(values), f"{name}: expected every value once")
+    for method in options.methods:
+        for rate in options.rates:
+            cell = cell_of(options, sources, method, rate, 0)
+            check_options(train_options(Path(options.output), cell), len(sources))
+    return sources
+
+
+def identity_of(options: TrialOptions) -> dict[str, Any]:
+    """The options that make a comparison what it is, as comparison.json holds them."""
+    identity = {name: value for name, value in asdict(options).items() if name not in FREE}
+    return json.loads(json.dumps(identity))
+
+
+def cell_of(
+    options: TrialOptions, sources: dict[str, tuple[str, str]], method: str, rate: float, seed: int
+) -> Cell:
+    """One training of a method."""
+    own_options = {
+        "learning_rate": rate,
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "max_length": options.max_length,
+        "micro_tokens": options.micro_tokens,
+        "recompute": options.recompute,
+        "memory": options.memory,
+        "device": options.device,
+        "seed": seed,
+        "log_steps": 100,
+    }
+    return Cell(
+        at={"scheme": method, "rate": f"{rate:g}", "seed": seed},
+        model=options.model,
+        sources=sources,
+        tests={name: test for name, (_, test) in sources.items()},
+        options=own_options | SCHEMES[method],
+    )
+
+
+def run_all(output: Path, cells: Sequence[Cell]) -> int:
+    """Run the cells that are not finished; returns the first exit code that is not 0, or 0."""
+    for cell in cells:
+        if is_finished(output, cell):
+            continue
+        began = time.monotonic()
+        exit_code = run_cell(output, cell)
+        if exit_code:
+            return exit_code
+        print(f"{cell.name}: {in_time(time.monotonic() - began)}", flush=True)
+    return 0
+
+
+# ---- the sweep -----------------------------------------------------------------------------------
+
+
+class Trial(NamedTuple):
+    """A method at a learning rate, and how it does on held-out prompts, mean over sources."""
+
+    method: str
+    rate: float
+    accuracy: float
+    nll: float
+
+
+def trial_of(output: Path, cell: Cell, options: TrialOptions) -> Trial:
+    """What a finished cell shows on its held-out prompts."""
+    sources: ModelMargins = margins_of(output, cell, PROTOCOL)
+    held_out = [margins[~is_test] for margins, is_test, _ in sources.values()]
+    held_out = [margins for margins in held_out if len(margins)]
+    require(
+        held_out or len(options.rates) == 1,
+        "several --learning-rate: no TEST file has the four prompts of which one can be held out"
+        " to choose between them; give one rate",
+    )
+    return Trial(
+        cell.at["scheme"],
+        cell.options["learning_rate"],
+        float(np.mean([accuracy(margins) for margins in held_out])) if held_out else 0.5,
+        float(np.mean([negative_log_likelihood(m) for m in held_out])) if held_out else 0.0,
+    )
+
+
+def best_rates(options: TrialOptions, trials: Sequence[Trial]) -> dict[str, float]:
+    """The learning rate of every method: that with the lowest NLL on held-out prompts."""
+    return {
+        method: min((t for t in trials if t.method == method), key=lambda trial: trial.nll).rate
+        for method in options.methods
+    }
+
+
+def print_sweep(options: TrialOptions, trials: Sequence[Trial], best: dict[str, float]) -> None:
+    """A line for every method and rate, and what to look at where the best one is at an end."""
+    if len(options.rates) == 1:
+        return
+    for trial in trials:
+        mark = "  <- kept" if best[trial.method] == trial.rate else ""
+        print(
+            f"learning rate {trial.rate:g}  {trial.method}: held-out accuracy"
+            f" {trial.accuracy:.3f}, NLL {trial.nll:.4f}{mark}"
+        )
+    rates = sorted(options.rates)
+    for method, rate in best.items():
+        if rate in (rates[0], rates[-1]):
+            end = "smallest" if rate == rates[0] else "largest"
+            print(f"{method} keeps the {end} rate of the sweep: a further one may be better")
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def report(options: TrialOptions, output: Path, cells: Sequence[Cell], results: Results) -> None:
+    """Print the verdict, and write it and every figure."""
+    schemes = {
+        method: rows
+        for method, rows in by_seed(list(cells), results).items()
+        if method in options.methods
+    }
+    text = verdict_text(schemes, list(cells[0].tests))
+    write_json(output / "report.json", every_figure(cells, results))
+    write_text(output / "report.txt", text + "\n")
+    print(f"\n{text}\n\nwritten to {output}/report.txt, every figure to report.json")

@@ -83,8 +83,13 @@ def negative_log_likelihood(margins: ArrayLike, outcomes: ArrayLike = 1.0) -> fl
 
     With shares of votes it is the mean over votes.
     """
+    return float(np.mean(pair_likelihoods(margins, outcomes)))
+
+
+def pair_likelihoods(margins: ArrayLike, outcomes: ArrayLike = 1.0) -> np.ndarray:
+    """The negative log likelihood of each pair, (N,), nats; a mean over its votes."""
     m = _vector(margins, "margins")
-    return float(np.mean(_expected(outcomes, np.logaddexp(0, -m), np.logaddexp(0, m))))
+    return _expected(outcomes, np.logaddexp(0, -m), np.logaddexp(0, m))
 
 
 def _expected(outcomes: ArrayLike, if_chosen: np.ndarray, if_rejected: np.ndarray) -> np.ndarray:

@@ -11,6 +11,10 @@ from .options import require
 from .report import Margins, Report, ends_of
 from .tables import Table, number, with_interval
 
+# The figures that are compared, with their keys in a report.
+FIGURES = {"accuracy": "accuracy", "nll": "nll", "ece": "ece_debiased"}
+NAMES = {"nll": "NLL", "ece": "ECE"}  # where they are not called by their keys
+
 # ---- two models ----------------------------------------------------------------------------------
 
 
@@ -56,12 +60,14 @@ def difference(
     shares: np.ndarray,
     votes: np.ndarray,
 ) -> Report:
-    """Accuracy and ECE of margins (N,) minus those of baseline (N,), with paired intervals.
+    """Accuracy, NLL and ECE of margins (N,) minus those of baseline, with paired intervals.
 
     ece_interval is None where both lie near the floor: two such ECEs are not ranked.
     """
     accuracy, ece = uncertainty.difference_intervals(margins, baseline, prompts, outcomes=shares)
     both = (margins, baseline)
+    mine, theirs = (calibration.pair_likelihoods(m, shares) for m in both)
+    nll = uncertainty.mean_interval(mine - theirs, prompts)
     my_ece, their_ece = (calibration.pair_ece(m, outcomes=shares) for m in both)
     my_floor, their_floor = (
         uncertainty.noise_floor(m, prompts, outcomes=shares, votes=votes) for m in both
@@ -70,37 +76,67 @@ def difference(
     one_is_clear = any(map(uncertainty.is_miscalibrated, eces, floors))
     exceeds_noise = {
         "accuracy": accuracy.excludes_zero,
+        "nll": nll.excludes_zero,
         "ece": uncertainty.may_rank(ece, eces, floors),
     }
     return {
         "pairs": len(margins),
         "accuracy": accuracy.value,
         "accuracy_interval": ends_of(accuracy),
+        "nll": nll.value,
+        "nll_interval": ends_of(nll),
         "ece_debiased": ece.value,
         "ece_interval": ends_of(ece) if one_is_clear else None,
         "exceeds_noise": [name for name, exceeds in exceeds_noise.items() if exceeds],
     }
 
 
+def mean_difference(differences: Report) -> Report:
+    """The mean over sources of what `compare` found, whose prompts are independent.
+
+    Half an interval is the root of the sum of the squares of the sources' halves, over their
+    number. There is none where a source has none, and for the ECE where a source's two are not
+    ranked.
+    """
+    rows = list(differences.values())
+    mean: Report = {"pairs": sum(row["pairs"] for row in rows), "exceeds_noise": []}
+    for figure, key in FIGURES.items():
+        value = float(np.mean([row[key] for row in rows]))
+        ends = [row[f"{figure}_interval"] for row in rows]
+        mean |= {key: value, f"{figure}_interval": None}
+        if all(both is not None and None not in both for both in ends):
+            half = math.hypot(*((high - low) / 2 for low, high in ends)) / len(rows)
+            mean[f"{figure}_interval"] = [value - half, value + half]
+            if abs(value) > half:
+                mean["exceeds_noise"].append(figure)
+    return mean
+
+
 def comparison_table(differences: Report, baseline: str) -> str:
     """What `compare` found, as text. baseline: the name of the other model."""
-    aligned_left = ("accuracy [95%]", "ECE less noise [95%]", "exceeds noise")
+    aligned_left = ("accuracy [95%]", "NLL [95%]", "ECE less noise [95%]", "exceeds noise")
     rows = Table("source", "pairs", *aligned_left, left=aligned_left)
-    for name, row in differences.items():
-        ece = "both near the floor"
-        if row["ece_interval"] is not None:
-            ece = with_interval(row["ece_debiased"], row["ece_interval"])
-        rows.add(
-            name,
-            row["pairs"],
-            with_interval(row["accuracy"], row["accuracy_interval"]),
-            ece,
-            " and ".join(row["exceeds_noise"]) or "nothing",
-        )
+    lines = dict(differences)
+    if len(differences) > 1:
+        lines["mean"] = mean_difference(differences)
+    for name, row in lines.items():
+        texts = [
+            difference_text(row[key], row[f"{figure}_interval"], figure)
+            for figure, key in FIGURES.items()
+        ]
+        exceeds = " and ".join(NAMES.get(figure, figure) for figure in row["exceeds_noise"])
+        rows.add(name, row["pairs"], *texts, exceeds or "nothing")
     return (
         f"minus {baseline}, on the same pairs (at 95%, one in 20 differences that are only noise"
         f" seems to exceed it):\n{rows}"
     )
+
+
+def difference_text(value: float, interval: list | None, figure: str) -> str:
+    """A difference with its interval; a word where an ECE has none."""
+    if interval is not None:
+        return with_interval(value, interval)
+    return "both near the floor" if figure == "ece" else number(value)
 
 
 # ---- temperature ---------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .comparison import compare, comparison_table, temperature_table, temperatures
+from .comparison import compare, comparison_table, mean_difference, temperature_table, temperatures
 from .data.labels import LabelOptions
 from .data.overlap import (
     hashes_of,
@@ -87,6 +87,8 @@ def evaluate(options: EvaluateOptions) -> None:
     check_held_out(held_out_paths, paths)
     check_baseline(options)
 
+    if options.baseline:
+        print(f"{options.model}:")
     measured = read(options, options.model, paths, held_out_paths)
     report = report_of(measured.margins, measured.sources)
     report |= {"model": options.model, "files": paths, **measured.rules._asdict()}
@@ -95,11 +97,15 @@ def evaluate(options: EvaluateOptions) -> None:
     if stored != 1:
         print(f"the run's stored temperature, {stored:.3f}, is not applied to these figures")
     if options.baseline:
+        print(f"\n{options.baseline}, the baseline:")
         baseline = read(replace(options, model=options.baseline), options.baseline, paths, {})
         report["baseline"] = options.baseline
+        report["baseline_report"] = report_of(baseline.margins, baseline.sources)
+        print(f"{table(report['baseline_report'])}\n")
         report["differences"] = compare(
             measured.margins, measured.sources, baseline.margins, baseline.sources
         )
+        report["mean_difference"] = mean_difference(report["differences"])
         print(comparison_table(report["differences"], options.baseline))
     if measured.held_out:
         report["temperatures"] = temperatures(

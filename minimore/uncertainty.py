@@ -303,6 +303,25 @@ def difference_intervals(
     )
 
 
+def mean_interval(values: ArrayLike, prompts: ArrayLike | None = None) -> Interval:
+    """The mean of values (N,) of pairs, of which whole prompts are independent.
+
+    half = t √(G / (G - 1) Σ over prompts of (Σ of their values less the mean)²) / N
+
+    t: of Student's distribution with G - 1 degrees of freedom. prompts: as in `prompt_sums`.
+    """
+    v = np.asarray(values, dtype=np.float64)
+    group = np.arange(len(v))
+    if prompts is not None and len(np.unique(np.asarray(prompts))) > 1:
+        group = np.unique(np.asarray(prompts), return_inverse=True)[1]
+    mean, G = float(v.mean()), int(group.max()) + 1
+    if G < 3:
+        return Interval(mean, math.nan, math.nan)
+    squares = np.bincount(group, v - mean) ** 2
+    half = student_t(G - 1) * math.sqrt(G / (G - 1) * squares.sum()) / len(v)
+    return Interval(mean, mean - half, mean + half)
+
+
 def may_rank(ece: Interval, eces: tuple[float, float], floors: tuple[Floor, Floor]) -> bool:
     """Whether two ECEs may be ranked.
 

@@ -595,7 +595,12 @@ def test_evaluate_compares_and_calibrates(world, run, tmp_path, capsys):
     assert (row["ece_interval"] is None) == (row["calibration"] == "indistinguishable")
     low, high = difference["accuracy_interval"]
     assert difference["pairs"] == row["pairs"] and low <= difference["accuracy"] <= high
-    assert "exceeds noise" in said
+    low, high = difference["nll_interval"]
+    assert low <= difference["nll"] <= high
+    theirs = report["baseline_report"]["sources"][name]
+    assert difference["nll"] == pytest.approx(row["nll"] - theirs["nll"])
+    assert report["mean_difference"]["nll_interval"] == pytest.approx([low, high])
+    assert "exceeds noise" in said and f"{world[0] / 'model'}, the baseline:" in said
     pooled = report["temperatures"]["pooled"]
     assert pooled == report["temperatures"]["sources"][name]["temperature"]
     assert f"{pooled:.3f}" in said

@@ -28,6 +28,7 @@ from minimore.uncertainty import (
     intervals,
     is_miscalibrated,
     may_rank,
+    mean_interval,
     noise_floor,
     prompt_sums,
     student_t,
@@ -267,3 +268,16 @@ def test_temperatures_that_do_not_exist_are_flagged():
     assert fit_temperature([0.1, 0.2, -0.3]) == math.inf  # their mean is 0 but for rounding
     with np.errstate(all="raise"):
         assert 0 < fit_temperature([1e308, 1e308, -1e307]) < math.inf
+
+
+def test_the_interval_of_a_mean_covers_it_when_pairs_of_a_prompt_go_together():
+    random, covered = np.random.default_rng(0), 0
+    prompts = np.repeat(np.arange(40), 3)
+    for _ in range(400):
+        values = 1 + random.normal(size=40)[prompts] + 0.3 * random.normal(size=120)
+        interval = mean_interval(values, prompts)
+        covered += interval.low <= 1 <= interval.high
+    assert 0.92 <= covered / 400 <= 0.98
+    assert mean_interval([1.0, 3.0], [0, 1])[0] == 2 and math.isnan(mean_interval([1.0, 3.0])[1])
+    alone = mean_interval(values)
+    assert alone.high - alone.low < 0.7 * (interval.high - interval.low)

@@ -12,8 +12,9 @@ from statistics import NormalDist
 
 import numpy as np
 
+from ..calibration import pair_likelihoods
 from ..tables import Table
-from ..uncertainty import detectable, over_seeds
+from ..uncertainty import detectable, mean_interval, over_seeds
 from .scheme_tables import cell_text, gaps, half_of_mean, pair_noise
 from .statistics import Schemes, SeedFigures, is_clear
 
@@ -90,18 +91,13 @@ def half_of_pairs(
 
 
 def nll_half(rows: Sequence[SeedFigures], base: Sequence[SeedFigures], name: str) -> float:
-    """Half a 95% interval of the difference in NLL on a source, whose prompts are independent.
-
-    The difference d of a pair is a mean over seeds. The interval is that of a mean of whole
-    prompts: 1.96 √(Σ over prompts of (Σ of its d - d̄)²) / N.
-    """
+    """Half a 95% interval of the difference in NLL on a source, a mean over seeds."""
     losses, base_losses = (
-        np.mean([np.logaddexp(0, -row.margins[name]) for row in method], 0)
+        np.mean([pair_likelihoods(row.margins[name]) for row in method], 0)
         for method in (rows, base)
     )
-    d = losses - base_losses  # (N,)
-    prompt = np.unique(rows[0].prompts[name], return_inverse=True)[1]
-    return float(SURE * np.sqrt((np.bincount(prompt, d - d.mean()) ** 2).sum()) / len(d))
+    interval = mean_interval(losses - base_losses, rows[0].prompts[name])
+    return (interval.high - interval.low) / 2
 
 
 def mean_of(rows: list[SeedFigures], figure: str) -> float:

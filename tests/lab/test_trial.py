@@ -12,6 +12,7 @@ from minimore.lab import trial
 from minimore.lab.statistics import figures_of
 from minimore.lab.trial import Trial, TrialOptions, best_rates
 from minimore.lab.verdict import nll_half, sentence, verdict_text
+from minimore.uncertainty import student_t
 
 
 def words_of(world, output, *more):
@@ -135,8 +136,8 @@ def test_nll_half_is_that_of_whole_prompts():
     one, other = rows_of(0.5, 1), rows_of(0.5, 1)
     d = np.logaddexp(0, -one[0].margins["a"]) - np.logaddexp(0, -other[0].margins["a"])
     by_prompt = d.reshape(300, 2).mean(1)
-    expected = 1.96 * by_prompt.std() / math.sqrt(300)
-    assert nll_half(one, other, "a") == pytest.approx(expected, rel=1e-3)
+    expected = student_t(299) * by_prompt.std(ddof=1) / math.sqrt(300)
+    assert nll_half(one, other, "a") == pytest.approx(expected)
 
 
 def test_calibrated_methods_are_not_ranked_by_ece_and_chance_is_said():

@@ -31,6 +31,7 @@ from .lab.grid import ReproduceOptions
 from .lab.probe import ProbeOptions, probe
 from .lab.reproduce import reproduce
 from .options import InputError, Parser, add_options, from_arguments, printable, require
+from .reward import device_of
 from .score import ScoreOptions, score
 from .train import TrainOptions, train
 
@@ -170,7 +171,11 @@ def run(parsed: Namespace) -> int:
         "torchrun: several processes can train a reward model (`train`), and nothing else",
     )
     verb = VERBS[parsed.verb]
-    return verb.run(from_arguments(verb.options, parsed)) or 0
+    options = from_arguments(verb.options, parsed)
+    computes = hasattr(options, "device") and parsed.verb != "plan"
+    if computes and started_processes() == 1:  # several refuse a device together
+        device_of(options)  # refused before any file is read
+    return verb.run(options) or 0
 
 
 def outcome_of(error: BaseException) -> tuple[int, str]:

@@ -33,7 +33,7 @@ from .engine.objective import RewardObjective, StepResult, labels_of
 from .engine.streamed import open_engine
 from .engine.workload import RunOptions, workload_of
 from .files import write_json, write_text
-from .metrics import progress_line, step_metrics, what_is_wrong
+from .metrics import lines_of_test_files, progress_line, step_metrics, what_is_wrong
 from .model.checkpoint import Checkpoint, files_to_save
 from .more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS
 from .options import COUNT, Range, check_ranges, option, parse_sources, require
@@ -218,13 +218,16 @@ class RewardTraining(Training):
         if by:
             self.best = better_of(self.best, Best(step, by, report["mean"][by]))
 
-    def progress_line(self, record: dict[str, Any], seconds_left: float) -> str:
+    def progress_line(
+        self, record: dict[str, Any], means: dict[str, Any] | None, seconds_left: float
+    ) -> str:
         """Loss, accuracy and weight of each source; cosines of their gradients; the time left."""
-        return progress_line(record, self.schedule.steps, seconds_left)
+        return progress_line(record, means, self.schedule.steps, seconds_left)
 
-    def validation_line(self, record: dict[str, Any]) -> str | None:
-        """The mean figures over the validation sources, and which step is the best."""
-        return validation_line(record, self.best) if "validation" in record else None
+    def evaluation_lines(self, record: dict[str, Any]) -> list[str]:
+        """Figures of every TEST file; the mean over the validation sources, and the best step."""
+        lines = lines_of_test_files(record) if "evaluation" in record else []
+        return lines + ([validation_line(record, self.best)] if "validation" in record else [])
 
     def what_begins(self) -> str:
         """Pairs a step, and the method."""

@@ -42,7 +42,7 @@ from .engine.plain import PlainEngine
 from .engine.recipe import Recipe, RecipeOptions
 from .engine.streamed import StreamedEngine
 from .engine.workload import Workload
-from .metrics import Log, cut_log
+from .metrics import Log, RecentSteps, cut_log
 from .model.checkpoint import Checkpoint, model_tensors, write_config
 from .model.tensors import STORAGE, write_sharded
 from .model.trunk import replace_parameter
@@ -83,8 +83,8 @@ class LoopOptions(RecipeOptions, ModelOptions):
     log_steps: int | None = option(
         None,
         within=COUNT,
-        help=f"steps between printed lines (default: as many as make about {LINES_A_RUN} lines); "
-        "metrics.jsonl has every step",
+        help="steps between printed lines, and steps over which the means in brackets are taken "
+        f"(default: as many as make about {LINES_A_RUN} lines); metrics.jsonl has every step",
     )
     save_dtype: str = option(
         "float32",
@@ -187,13 +187,15 @@ class Training:
         """What metrics.jsonl says of a step: things as they were before its update."""
         raise NotImplementedError
 
-    def progress_line(self, record: dict[str, Any], seconds_left: float) -> str:
-        """The line of a step on the screen."""
+    def progress_line(
+        self, record: dict[str, Any], means: dict[str, Any] | None, seconds_left: float
+    ) -> str:
+        """The line of a step on the screen; means: those of `RecentSteps`."""
         raise NotImplementedError
 
-    def validation_line(self, record: dict[str, Any]) -> str | None:
-        """What a step's validation has shown; None for a step without one."""
-        return None
+    def evaluation_lines(self, record: dict[str, Any]) -> list[str]:
+        """What the evaluations after a step have shown; none for a step without one."""
+        return []
 
     def what_begins(self) -> str:
         """What is trained, in a few words, for the first line."""
@@ -344,8 +346,10 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
     signals: the list of `stop_requests`, which may be filled while a step runs.
     """
     options, steps = training.options, training.schedule.steps
-    print_what_begins(training)
+    log_steps = options.log_steps or math.ceil(steps / LINES_A_RUN)
+    print_what_begins(training, log_steps)
     print_if_nothing_moves(training)
+    recent_steps = RecentSteps(log_steps)
     saver = Saver(training.run, training.origin, training.digests, options.keep)
     with Log(training.run / "metrics.jsonl", is_written=is_first()) as log, saver:
         clock = Clock(training.first_step, steps)
@@ -361,7 +365,8 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
             record = training.record_of(step, items, source, result)
             record["seconds"] = round(clock.seconds, 3)
             log.append(record)
-            print_progress(record, training, clock)
+            recent_steps.append(record)
+            print_progress(training, recent_steps, log_steps, clock)
             saver.raise_error()  # of the thread that writes the checkpoint before
             is_best = training.best is not None and training.best.step == step
             is_due = is_best or step % options.save_steps == 0 or step == steps or bool(signals)
@@ -380,22 +385,25 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
     return 0
 
 
-def print_progress(record: dict[str, Any], training: Training, clock: "Clock") -> None:
-    """Print the lines of the first and the last step, of some between, and of every validation.
+def print_progress(
+    training: Training, recent_steps: RecentSteps, log_steps: int, clock: "Clock"
+) -> None:
+    """Print the lines of the first and the last step, of some between, and of every evaluation.
 
-    Before that of the first step comes what is wrong with it.
+    Before that of the first step comes what is wrong with it. recent_steps: the last one is that
+    which was taken now.
     """
+    record = recent_steps.last
     step, steps = record["step"], training.schedule.steps
     begins = step == training.first_step
     wrong = training.what_is_wrong(record) if begins else None
     if wrong:
         print(f"step {step}: {wrong}", flush=True)
-    log_steps = training.options.log_steps or math.ceil(steps / LINES_A_RUN)
     if begins or step % log_steps == 0 or step == steps:
-        print(training.progress_line(record, clock.seconds_left_after(step)), flush=True)
-    validated = training.validation_line(record)
-    if validated:
-        print(validated, flush=True)
+        seconds_left = clock.seconds_left_after(step)
+        print(training.progress_line(record, recent_steps.means(), seconds_left), flush=True)
+    for line in training.evaluation_lines(record):
+        print(line, flush=True)
 
 
 def save(training: Training, saver: Saver, log: Log) -> None:
@@ -444,8 +452,8 @@ def raise_not_finite(
     ) from None
 
 
-def print_what_begins(training: Training) -> None:
-    """One line: steps, what is trained, size and device."""
+def print_what_begins(training: Training, log_steps: int) -> None:
+    """One line: steps, what is trained, size and device; another one of what lines show."""
     parameters = sum(p.numel() for p in training.model.parameters())
     is_continued = training.first_step > 1
     print(
@@ -455,6 +463,8 @@ def print_what_begins(training: Training) -> None:
         + (f", continuing after step {training.first_step - 1}" if is_continued else ""),
         flush=True,
     )
+    if 1 < log_steps < training.schedule.steps:
+        print(f"a line every {log_steps} steps; in brackets the means over these steps", flush=True)
 
 
 def print_if_nothing_moves(training: Training) -> None:

@@ -17,6 +17,7 @@ from minimore.metrics import what_is_wrong
 from minimore.model.checkpoint import Checkpoint
 from minimore.report import evaluate_sources
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
+from minimore.tables import number
 from minimore.train import TrainOptions, train
 from minimore.training import Schedule, learning_rate_at
 
@@ -209,7 +210,7 @@ def test_a_gradient_of_zero_is_told():
     assert what_is_wrong({"sources": {"a": fine, "b": absent}}) is None
 
 
-def test_a_run_prints_about_25_lines_and_every_validation_and_logs_every_step(
+def test_a_run_prints_about_25_lines_and_every_evaluation_and_logs_every_step(
     world, tmp_path, capsys
 ):
     run = tmp_path / "run"
@@ -223,5 +224,15 @@ def test_a_run_prints_about_25_lines_and_every_validation_and_logs_every_step(
     assert printed[0].startswith(f"step 1/{steps} ")
     assert printed[-1].startswith(f"step {steps}/{steps} ")
     assert all(re.search(r"  \d+ (s|min) left$", line) for line in printed[:-1])
+    assert "a line every 4 steps; in brackets the means over these steps" in lines
+    assert all(re.search(r"loss [.\d]+ \([.\d]+\)", line) for line in printed[1:])
     validated = [line for line in lines if line.startswith("validation after step")]
     assert len(validated) == steps // 40
+    evaluated = [line for line in lines if line.startswith("test after step 40: ")]
+    figures = content(run)[2][39]["evaluation"]["sources"]["cleo"]
+    assert len(evaluated) == 3
+    assert evaluated[2] == (
+        f"test after step 40: cleo  accuracy {number(figures['accuracy'])},"
+        f" NLL {number(figures['nll'])}, margin {number(figures['mean_margin'])},"
+        f" ECE {number(figures['ece'])}"
+    )

@@ -181,10 +181,7 @@ class Saver:
             reason = error.strerror or error
             message = f"{reason}; {name} was not written, {kept} is kept"
             raise OSError(error.errno, message, str(self.run)) from None
-        newest = checkpoints(self.run)[-self.keep :]
-        for old in checkpoints(self.run)[: -self.keep]:
-            if old not in map(best_named_by, newest):
-                remove(old)
+        remove_superseded(self.run, self.keep)
 
     def _write_into(self, directory: Path, snapshot: Snapshot) -> None:
         write_model(directory, self.origin, snapshot.model, snapshot.kind, "float32")
@@ -313,6 +310,16 @@ def best_named_by(checkpoint: Path) -> Path | None:
         )
     except UNREADABLE:
         return None
+
+
+def remove_superseded(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`, and the best steps that these name."""
+    oldest_first = checkpoints(run)
+    first_kept = max(0, len(oldest_first) - keep)
+    best_steps = [best_named_by(checkpoint) for checkpoint in oldest_first[first_kept:]]
+    for old in oldest_first[:first_kept]:
+        if old not in best_steps:
+            remove(old)
 
 
 def remove(checkpoint: Path) -> None:

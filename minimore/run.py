@@ -23,7 +23,7 @@ from .engine.recipe import Recipe
 from .files import locked, make_directory, one_line, sweep, write_json
 from .model.checkpoint import Checkpoint
 from .options import InputError, flag_of, require
-from .resume import checkpoints, environment, remove
+from .resume import environment, remove_superseded
 
 RECIPE = tuple(field.name for field in fields(Recipe))
 # Parts of a recipe that change a result by rounding only. Offloading does not change it at all.
@@ -70,8 +70,8 @@ def open_run(options: Any) -> Path | None:
     if not (run / "config.json").is_file():
         return run
     Checkpoint(str(run)).require_weights_as_written()  # finished means that it opens
-    for old in checkpoints(run):  # a kill may have come before these were removed
-        remove(old)
+    # A kill may have come before these were removed.
+    remove_superseded(run, read_checked_json(run / "options.json").get("keep") or 0)
     sweep(run)
     print(f"{run}: finished already")
     return None
@@ -178,8 +178,13 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
 
 
 def start_run(run: Path, options: Any, recipe: Recipe) -> None:
-    """Write options.json and environment.json into the directory."""
+    """Write options.json and environment.json into the directory.
+
+    What kills left half-written goes first, and so do checkpoints that are not to be kept: on a
+    full disk this makes room.
+    """
     sweep(run)
+    remove_superseded(run, options.keep or 1)
     named = {name: value for name, value in asdict(options).items() if name != "resume"}
     write_checked_json(run / "options.json", named | {"recipe": asdict(recipe)})
     write_json(run / "environment.json", environment())

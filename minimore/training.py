@@ -47,7 +47,7 @@ from .model.checkpoint import Checkpoint, model_tensors, write_config
 from .model.tensors import STORAGE, write_sharded
 from .model.trunk import replace_parameter
 from .options import COUNT, Range, flag_of, option, require
-from .resume import Saver, check_whole, checkpoints, load_state, remove
+from .resume import Saver, check_whole, checkpoints, load_state, remove_superseded
 from .reward import ModelOptions, compute_type, device_of
 from .run import Lock, start_run, stored_recipe
 
@@ -79,7 +79,12 @@ class LoopOptions(RecipeOptions, ModelOptions):
     )
     weight_decay: float = option(0.0, within=Range(least=0), help="AdamW's decoupled weight decay")
     save_steps: int = option(500, within=COUNT, help="steps between checkpoints")
-    keep: int = option(1, within=COUNT, help="checkpoints to keep, the newest ones")
+    keep: int | None = option(
+        None,
+        within=COUNT,
+        help="checkpoints to keep, the newest ones, also when the run is finished (default: one "
+        "while it trains, none when it is finished)",
+    )
     log_steps: int | None = option(
         None,
         within=COUNT,
@@ -350,7 +355,7 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
     print_what_begins(training, log_steps)
     print_if_nothing_moves(training)
     recent_steps = RecentSteps(log_steps)
-    saver = Saver(training.run, training.origin, training.digests, options.keep)
+    saver = Saver(training.run, training.origin, training.digests, options.keep or 1)
     with Log(training.run / "metrics.jsonl", is_written=is_first()) as log, saver:
         clock = Clock(training.first_step, steps)
         for step in range(training.first_step, steps + 1):
@@ -534,11 +539,10 @@ def table_of_options(options: LoopOptions, named_above: Sequence[str]) -> str:
 
 
 def write_finished(training: Training) -> None:
-    """Make the run an ordinary checkpoint, and remove its saved states.
+    """Make the run an ordinary checkpoint, and remove the saved states that it is not to keep.
 
     config.json is written last: its presence means finished.
     """
     write_config(training.run, training.origin, training.model.kind, training.options.save_dtype)
-    for old in checkpoints(training.run):
-        remove(old)
+    remove_superseded(training.run, training.options.keep or 0)
     print(f"finished: {training.run}")

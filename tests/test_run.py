@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from runs import command, content, options, unfinished
+from safetensors.torch import load_file
 
+import minimore.files as files
 import minimore.training as training
 from minimore.checksums import read_checked_json, write_checked_json
 from minimore.cli import main
@@ -77,6 +80,50 @@ def test_a_disk_that_fills_leaves_nothing_that_looks_finished(small, tmp_path, c
         assert main([*words, "--resume"]) == 0
         assert content(tmp_path / "run") == content(tmp_path / "whole")
         capsys.readouterr()
+
+
+def bytes_of(directory):
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("left", ["checkpoint-2", "checkpoint-10.partial"])
+def test_on_a_full_disk_what_is_not_needed_goes_before_anything_is_written(
+    world, halted, tmp_path, monkeypatch, left
+):
+    """The disk holds what the run takes now, and not a byte more.
+
+    left: of a kill that came before an old checkpoint was removed, or before a new one was whole.
+    """
+    run = Path(shutil.copytree(halted, tmp_path / "run"))
+    shutil.copytree(training.checkpoints(run)[-1], run / left)
+    capacity, real = bytes_of(run), files.new_file_beside
+
+    def write_if_there_is_room(path):
+        if bytes_of(run) >= capacity:
+            raise OSError(28, "No space left on device")
+        return real(path)
+
+    monkeypatch.setattr(files, "new_file_beside", write_if_there_is_room)
+    assert train(options(world, run, save_steps=2, gradient_average=0.5, resume=True)) == 0
+    assert not training.checkpoints(run) and not list(run.glob("*.partial"))
+
+
+def test_checkpoints_that_are_to_be_kept_are_there_in_the_end(small, tmp_path):
+    run = tmp_path / "run"
+    kept = {**SHORT, "epochs": 3, "keep": 2}
+    assert train(options(small, run, **kept)) == 0
+    assert train(options(small, run, resume=True, **kept)) == 0  # finished: it touches nothing
+    assert train(options(small, run, resume=True, **kept | {"keep": None})) == 0
+    assert [path.name for path in training.checkpoints(run)] == ["checkpoint-5", "checkpoint-6"]
+    of_run = load_file(run / "model.safetensors")
+    of_last = load_file(run / "checkpoint-6" / "model.safetensors")
+    assert all(torch.equal(of_run[name], of_last[name]) for name in of_run | of_last)
+    assert main(["evaluate", "--model", str(run / "checkpoint-5"), *sources_of(small)]) == 0
+
+
+def sources_of(small):
+    """The test files as words of a command."""
+    return [f"--source={name}={test}" for name, (_, test) in small[1].items()]
 
 
 def test_two_processes_do_not_train_in_one_directory(world, halted, tmp_path):

@@ -16,10 +16,10 @@ from .metrics import figures_of
 from .model.checkpoint import Checkpoint, stored_tensors, write_model
 from .options import InputError
 from .resume import UNREADABLE, check_whole, checkpoint_of, remove
+from .run import BEST
 from .tables import number
 
 FIGURES = {"accuracy": "accuracy", "nll": "NLL"}  # by which a step may be the best, and in words
-BEST = "best"  # the directory of its model in a finished run
 
 
 class Best(NamedTuple):

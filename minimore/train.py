@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .best import BEST, FIGURES, Best, better_of, validation_line, write_best, write_which
+from .best import FIGURES, Best, better_of, validation_line, write_best, write_which
 from .data.labels import LabelRules
 from .data.overlap import hashes_of, print_overlap, write_training_prompts
 from .data.pairs import Source, TokenPair, load_sources
@@ -39,7 +39,7 @@ from .more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS
 from .options import COUNT, Range, check_ranges, option, parse_sources, require
 from .report import evaluate_sources, table
 from .reward import check_length, load_reward_model
-from .run import Lock, check_recipe, open_run
+from .run import BEST, Lock, check_recipe, open_run
 from .training import (
     LoopOptions,
     Schedule,

@@ -266,6 +266,30 @@ def restore(training: Training, facts: dict[str, Any]) -> None:
     )
     training.first_step = step + 1
     training.best = saved_best(training.run, facts)
+    print_other_schedule(training, facts.get("steps"))
+
+
+def print_other_schedule(training: Training, steps_before: int | None) -> None:
+    """Say what it changes that a run was given more epochs than it began with.
+
+    steps_before: of the whole run, when its state was saved; None where a state does not say it.
+    """
+    options, schedule, taken = training.options, training.schedule, training.first_step - 1
+    if steps_before is None or steps_before == schedule.steps:
+        return
+    rates_before = [learning_rate_at(s, steps_before, options) for s in range(1, taken + 1)]
+    rates_now = [schedule.learning_rate_at(s) for s in range(1, taken + 1)]
+    line = f"the run has {schedule.steps} steps now, and had {steps_before} when step {taken} ended"
+    if rates_before == rates_now:
+        print(f"{line}; those are steps of the longer run, too", flush=True)
+        return
+    print(
+        f"{line}; with --schedule {options.schedule} and --warmup {options.warmup:g} the learning"
+        f" rate depends on that: it was {rates_before[-1]:.3g}, and goes on with"
+        f" {schedule.learning_rate_at(taken + 1):.3g}, so this is not the run that would have been"
+        " if it had begun so",
+        flush=True,
+    )
 
 
 def check_recipe_options(options: LoopOptions) -> None:
@@ -414,13 +438,10 @@ def print_progress(
 def save(training: Training, saver: Saver, log: Log) -> None:
     """Save the state after the step that was taken last."""
     training.engine.settle()  # the optimizer's states may be on their way to the host
-    saver.save(
-        training.model,
-        training.optimizer,
-        training.weighting_state,
-        log.to_disk(),
-        best=training.best._asdict() if training.best else None,
-    )
+    facts: dict[str, Any] = {"steps": training.schedule.steps}
+    if training.best:
+        facts["best"] = training.best._asdict()
+    saver.save(training.model, training.optimizer, training.weighting_state, log.to_disk(), facts)
 
 
 class Clock:

@@ -4,6 +4,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from minimore.checksums import read_checked_json, write_checked_json
 from minimore.cli import main
 from minimore.data.world import World
 from minimore.options import InputError
-from minimore.run import Lock
+from minimore.run import Lock, open_run
 from minimore.train import train
 
 SHORT = {"batch_size": 4, "save_steps": 1}  # two steps in the small world
@@ -155,3 +156,92 @@ def test_an_option_that_a_run_is_older_than_has_its_default(world, tmp_path, hal
     with pytest.raises(InputError, match="--votes is 'ignore' but the run in .* has 'soft'"):
         train(replace(same, votes="ignore"))
     assert train(same) == 0
+
+
+# ---- what a run may be given when it is continued ------------------------------------------------
+
+ONE_EPOCH = {"batch_size": 4, "keep": 1}
+THREE_EPOCHS = ONE_EPOCH | {"epochs": 3}
+
+
+def extended(small, run, **changes):
+    """A run of one epoch, of two steps, that was finished and then given two more epochs."""
+    assert train(options(small, run, **ONE_EPOCH | changes)) == 0
+    return train(options(small, run, resume=True, **THREE_EPOCHS | changes))
+
+
+def test_a_finished_run_with_more_epochs_is_the_longer_run(small, tmp_path, capsys):
+    run, long = tmp_path / "run", tmp_path / "long"
+    assert extended(small, run, schedule="constant") == 0
+    said = "6 steps now, and had 2 when step 2 ended; those are steps of the longer run, too\n"
+    printed = capsys.readouterr().out
+    assert said in printed and "model goes: README.md, evaluation.json\n" in printed
+    assert train(options(small, long, schedule="constant", **THREE_EPOCHS)) == 0
+    assert content(run) == content(long)
+    assert [path.name for path in training.checkpoints(run)] == ["checkpoint-6"]
+
+
+def test_where_the_schedule_depends_on_the_steps_it_is_said(small, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert extended(small, run, schedule="linear") == 0
+    said = "it was 0.0005, and goes on with 0.000667, so this is not the run that would have been"
+    assert said in capsys.readouterr().out
+    rates = [record["learning_rate"] for record in content(run)[2]]
+    assert rates == pytest.approx(
+        [1e-3 * share for share in (1, 1 / 2, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
+    )
+
+
+@pytest.mark.slow
+def test_an_extended_run_that_is_killed_continues_bitwise(small, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert extended(small, whole) == 0
+    real = training.Schedule.sampled_at
+
+    def sampled_at(schedule, step):
+        if step == 5:
+            raise RuntimeError("crash")
+        return real(schedule, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Schedule, "sampled_at", sampled_at)
+        with pytest.raises(RuntimeError, match="crash"):
+            extended(small, cut, save_steps=3)
+    assert not (cut / "config.json").exists() and not (cut / "evaluation.json").exists()
+    assert train(options(small, cut, resume=True, **THREE_EPOCHS)) == 0
+    assert content(cut) == content(whole)
+
+
+def with_options(run, **changes):
+    """The run with other options in options.json, as if it had begun so."""
+    write_checked_json(run / "options.json", read_checked_json(run / "options.json") | changes)
+    return run
+
+
+def test_what_a_run_may_and_may_not_be_given(world, halted, tmp_path):
+    run = with_options(Path(shutil.copytree(halted, tmp_path / "run")), epochs=3)
+    same = options(world, run, gradient_average=0.5, resume=True)
+    assert open_run(replace(same, epochs=7, eval_steps=3, log_steps=2, keep=5)) == run
+    with pytest.raises(InputError, match="--epochs is 2 but the run in .* has 3; expected as many"):
+        open_run(replace(same, epochs=2))
+
+
+def test_a_finished_run_without_a_checkpoint_gets_no_more_epochs(
+    world, halted, tmp_path, monkeypatch
+):
+    run = Path(shutil.copytree(halted, tmp_path / "run"))
+    shutil.copy(training.checkpoints(run)[-1] / "config.json", run)
+    monkeypatch.setattr("minimore.run.Checkpoint", Mock())  # its weights are not there
+    with pytest.raises(InputError, match="--epochs 2: .* is finished after 1, and kept no check"):
+        open_run(options(world, run, gradient_average=0.5, resume=True, epochs=2))
+    assert (run / "config.json").exists()
+
+
+def test_what_another_device_and_other_evaluations_change_is_said(world, halted, tmp_path, capsys):
+    best = {"keep_best": "nll", "validation": 0.2, "gradient_average": 0.5}
+    run = with_options(Path(shutil.copytree(halted, tmp_path / "run")), **best, eval_steps=4)
+    open_run(options(world, run, resume=True, device="cpu", eval_steps=2, **best))
+    device, evaluations = capsys.readouterr().out.splitlines()
+    assert device.startswith("--device is 'cpu' but the run in ")
+    assert "it does not continue bit for bit" in device
+    assert evaluations.endswith("has 4: the best step is sought among other ones from here on")

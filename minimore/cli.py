@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from . import __version__
@@ -15,6 +16,7 @@ from .alignment.perplexity import PerplexityOptions, perplexity
 from .alignment.sample import SampleOptions, sample
 from .alignment.selection import SelectOptions, select
 from .check import CheckOptions, check
+from .checksums import read_checked_json
 from .data.foreign.convert import ConvertOptions, convert
 from .data.inspection.look import LookOptions, look
 from .data.public.get import GetOptions, get
@@ -30,10 +32,20 @@ from .lab.features import FeaturesOptions, features
 from .lab.grid import ReproduceOptions
 from .lab.probe import ProbeOptions, probe
 from .lab.reproduce import reproduce
-from .options import InputError, Parser, add_options, from_arguments, printable, require
+from .options import (
+    InputError,
+    Parser,
+    add_options,
+    flag_of,
+    from_arguments,
+    printable,
+    require,
+    to_arguments,
+)
 from .reward import device_of
 from .score import ScoreOptions, score
 from .train import TrainOptions, train
+from .training import LoopOptions
 
 
 class Verb(NamedTuple):
@@ -150,7 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     show_what_cannot_be_shown()
     command = "minimore"
     try:
-        parsed = build_parser().parse_args(arguments)
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        parsed = build_parser().parse_args(words + options_of_run(words))
         command = f"minimore {parsed.verb}"
         with termination_unwinds():
             return run(parsed)
@@ -159,6 +172,45 @@ def main(arguments: list[str] | None = None) -> int:
     if message:
         print(f"{command}: {printable(message)}", file=sys.stderr)
     return code
+
+
+def options_of_run(words: list[str]) -> list[str]:
+    """What a command that continues a run need not say: the options of the run, as further words.
+
+    So `train --output RUN --resume` is the whole command with which the run began. Options that it
+    has nevertheless are left to it.
+    """
+    options_class = next(
+        (
+            verb.options
+            for name, verb in VERBS.items()
+            if words[: len(name.split())] == name.split()
+        ),
+        type(None),
+    )
+    named = words_of_resume(words)
+    if not issubclass(options_class, LoopOptions) or not named.resume or not named.output:
+        return []
+    flags = {word.partition("=")[0] for word in words}
+    path = Path(named.output) / "options.json"
+    if not path.is_file():
+        require(
+            {"--model", "--help"} & flags,
+            f"--output {named.output}: there is no run to continue; to begin one, give --model and"
+            " all other options",
+        )
+        return []
+    stored = read_checked_json(path)
+    missing = {name: value for name, value in stored.items() if flag_of(name) not in flags}
+    return to_arguments(options_class, missing)
+
+
+def words_of_resume(words: list[str]) -> Namespace:
+    """The values of --output and --resume among the words of a command, which may be wrong."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output", nargs="?")
+    parser.add_argument("--resume", nargs="?", const=True)
+    return parser.parse_known_args(words)[0]
 
 
 def run(parsed: Namespace) -> int:

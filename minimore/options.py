@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -313,6 +313,23 @@ def from_arguments(options_class: type, arguments: argparse.Namespace) -> Any:
             _check_positional(field, value)
         values[field.name] = tuple(value) if isinstance(value, list) else value
     return options_class(**values)
+
+
+def to_arguments(options_class: type, values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that give these values, as `from_arguments` would read them.
+
+    values: by field, as JSON holds them. What is None or False has no words, and what is not a
+    field of the class is left out.
+    """
+    words = []
+    for field in dataclasses.fields(options_class):
+        flag, value = flag_of(field.name), values.get(field.name)
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            several = value if isinstance(value, list) else [value]
+            words += [f"{flag}={single}" for single in several]
+    return words
 
 
 def _check_positional(field: dataclasses.Field, value: Any) -> None:

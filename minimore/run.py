@@ -234,9 +234,10 @@ def reopen(run: Path) -> None:
     """
     (run / "config.json").unlink()
     to_disk(run)
-    if (run / BEST).is_dir():
-        remove(run / BEST)
     removed = [name for name in OF_FINISHED if (run / name).exists()]
     for name in removed:
         (run / name).unlink()
+    if (run / BEST).is_dir():
+        remove(run / BEST)
+        removed.append(f"{BEST}/")
     print(f"{run}: goes on, so what was said of the finished model goes: {', '.join(removed)}")

@@ -64,7 +64,7 @@ class LoopOptions(RecipeOptions, ModelOptions):
         value="RUN", help="run directory to make; must not exist, except with --resume"
     )
     resume: bool = option(
-        False, help="continue the run in --output: the same command again, plus this"
+        False, help="continue the run in --output; options that are not given are the run's own"
     )
     learning_rate: float = option(1e-6, within=Range(above=0), help="peak learning rate")
     warmup: float = option(

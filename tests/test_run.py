@@ -245,3 +245,58 @@ def test_what_another_device_and_other_evaluations_change_is_said(world, halted,
     assert device.startswith("--device is 'cpu' but the run in ")
     assert "it does not continue bit for bit" in device
     assert evaluations.endswith("has 4: the best step is sought among other ones from here on")
+
+
+# ---- the short command ---------------------------------------------------------------------------
+
+
+def long_commands(small, run):
+    """Commands with options of every type, by the function that ends their training."""
+    directory, paths = small
+    training_file = paths["ana"][0]
+    reward_model = command(
+        options(small, run, epochs=2, chat=True, label_smoothing=0.1, **SHORT | {"keep": 2})
+    )
+    policy = ["align", "finetune", f"--model={directory / 'model'}", f"--output={run}"]
+    policy += [f"--input={training_file}", "--learning-rate", "1e-3", "--batch-size", "2"]
+    return {"minimore.train.finish": reward_model, "minimore.alignment.finetune.finish": policy}
+
+
+def everything(run):
+    """All bytes of a run but the log's, which has seconds in it, and so has what sums it up."""
+    return {
+        path.relative_to(run): path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.name not in ("metrics.jsonl", "state.json")
+    }
+
+
+@pytest.mark.parametrize("end", ["minimore.train.finish", "minimore.alignment.finetune.finish"])
+def test_output_and_resume_are_the_whole_command(small, tmp_path, monkeypatch, capsys, end):
+    run, copy = tmp_path / "a run", tmp_path / "copy"
+    words = long_commands(small, run)[end]
+    with monkeypatch.context() as patch:
+        patch.setattr(end, lambda *_: None)
+        assert main(words) == 0
+    shutil.copytree(run, copy)
+    assert main([*words, "--resume"]) == 0
+    by_long = everything(run)
+    shutil.rmtree(run)
+    copy.rename(run)
+    name = words[: 1 + (words[0] == "align")]
+    assert main([*name, "--output", str(run), "--resume"]) == 0
+    assert everything(run) == by_long and (run / "config.json").exists()
+    capsys.readouterr()
+    assert main([*name, f"--output={run}", "--resume", "--save-steps=7"]) == 0
+    assert capsys.readouterr().out == f"{run}: finished already\n"
+    assert main([*name, f"--output={run}", "--resume", "--seed", "1"]) == 2
+    assert f"--seed is 1 but the run in {run} has 0" in capsys.readouterr().err
+
+
+def test_a_short_command_without_a_run_is_refused_in_one_line(tmp_path, capsys):
+    assert main(["train", "--output", str(tmp_path / "run"), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "there is no run to continue; to begin one, give" in said
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--resume", "--output"])
+    assert "argument --output: expected one argument" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -193,6 +193,31 @@ def what_is_wrong(record: Mapping[str, Any]) -> str | None:
             " model sees no difference between the two sides of a pair"
         )
     return None
+
+
+class FinalAccuracy(NamedTuple):
+    """The accuracy of the training pairs of the last steps, each before the step learned it."""
+
+    accuracy: float
+    pairs: int
+    steps: int
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviations of a coin's accuracy on so many pairs, by which it is above 1/2."""
+        return (self.accuracy - 1 / 2) * 2 * math.sqrt(self.pairs)
+
+
+def final_accuracy(log: Path) -> FinalAccuracy | None:
+    """That of the last fifth of the steps in the log of a run; None for a log without steps."""
+    lines = log.read_bytes().splitlines()
+    records = [json.loads(line) for line in lines[-math.ceil(len(lines) / 5) :]]
+    rows = [row for record in records for row in record["sources"].values() if row["pairs"]]
+    if not rows:
+        return None
+    pairs = sum(row["pairs"] for row in rows)
+    right = sum(row["pairs"] * row["accuracy"] for row in rows)
+    return FinalAccuracy(right / pairs, pairs, len(records))
 
 
 # ---- the log -------------------------------------------------------------------------------------

@@ -33,13 +33,14 @@ from .engine.objective import RewardObjective, StepResult, labels_of
 from .engine.streamed import open_engine
 from .engine.workload import RunOptions, workload_of
 from .files import write_json, write_text
-from .metrics import lines_of_test_files, progress_line, step_metrics, what_is_wrong
+from .metrics import final_accuracy, lines_of_test_files, progress_line, step_metrics, what_is_wrong
 from .model.checkpoint import Checkpoint, files_to_save
 from .more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS
 from .options import COUNT, Range, check_ranges, option, parse_sources, require
-from .report import evaluate_sources, table
+from .report import evaluate_sources, is_at_chance, table
 from .reward import check_length, load_reward_model
 from .run import BEST, Lock, check_recipe, open_run
+from .tables import number
 from .training import (
     LoopOptions,
     Schedule,
@@ -449,6 +450,7 @@ def write_reports(
     if validation:
         print(f"held out for validation:\n{table(validation)}")
         write_json(run / "validation.json", validation)
+    print_if_at_chance(training, report or validation)
     results = [section("Results on the test files", report, "No test file was given.")]
     if validation:
         results.append(section("Results on the prompts held out for validation", validation))
@@ -456,6 +458,42 @@ def write_reports(
     if options.keep_best and validation:
         finish_best(training, validation)
     write_finished(training)
+
+
+def print_if_at_chance(training: RewardTraining, report: dict[str, Any] | None) -> None:
+    """Say that a run has ended at chance, and what to look at.
+
+    report: on the TEST files or, without them, on what was held out. If there is none, the training
+    pairs of the last steps show it: in a first epoch no step has learned them before.
+    """
+    final = final_accuracy(training.run / "metrics.jsonl")
+    steps_are_at_chance = final is not None and abs(final.deviation) < 2
+    if not (is_at_chance(report) if report else steps_are_at_chance):
+        return
+    accuracies = [f"{number(report['mean']['accuracy'])} on new pairs"] if report else []
+    if final:
+        accuracies.append(
+            f"{number(final.accuracy)} on the {final.pairs} training pairs of the last"
+            f" {final.steps} steps"
+        )
+    print(f"at chance: the accuracy is {' and '.join(accuracies)}; a coin has .500")
+    print(f"  {remedy_of_chance(training, has_learned=bool(final and final.deviation > 3))}")
+    files = [path for path, _ in parse_sources(training.options.source).values()]
+    print(f"  what the pairs are like: minimore data look {' '.join(files)}")
+
+
+def remedy_of_chance(training: RewardTraining, has_learned: bool) -> str:
+    """What to try; has_learned: whether the training pairs are far from chance."""
+    if has_learned:
+        return (
+            "it learned its training pairs and nothing about new ones: try fewer --epochs, a"
+            " smaller --learning-rate or more pairs, and look whether the test asks the same"
+        )
+    return (
+        f"--learning-rate is {training.options.learning_rate:g}: try 10 times more if the loss has"
+        " hardly moved, and 10 times less if it has jumped;"
+        f" {training.schedule.steps} steps may be too few (--epochs)"
+    )
 
 
 def finish_best(training: RewardTraining, validation: dict[str, Any]) -> None:

@@ -1,11 +1,13 @@
 """The record of a step, and means of several: reward ties, and sources without a pair."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from minimore.engine.objective import StepResult
-from minimore.metrics import RecentSteps, progress_line, step_metrics
+from minimore.metrics import RecentSteps, final_accuracy, progress_line, step_metrics
 
 
 def test_a_reward_tie_is_half_right_and_an_absent_source_has_no_figures():
@@ -60,3 +62,14 @@ def test_means_are_those_of_all_pairs_of_the_last_steps():
     assert line == "step 4/80  loss 1.0000 (0.5000)  ana 1.000 (0.600)   0% (60%) w1.00  ben none"
     alone = progress_line(recent_steps.last, None, 80, 0)
     assert alone == "step 4/80  loss 1.0000  ana 1.000   0% w1.00  ben none"
+
+
+def test_the_final_accuracy_is_that_of_the_last_fifth_of_the_steps(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    figures = [(100, 0.1, 1.0)] * 8 + [(0, 0.0, None), (16, 0.7, 0.75)]
+    log.write_text("".join(json.dumps(record) + "\n" for record in steps_of(figures)))
+    final = final_accuracy(log)
+    assert (final.accuracy, final.pairs, final.steps) == (0.75, 16, 2)
+    assert final.deviation == (0.75 - 0.5) / np.sqrt(0.25 / 16)  # the binomial one
+    log.write_text("")
+    assert final_accuracy(log) is None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import minimore.training as training
 from minimore.data.pairs import encode, load_source
 from minimore.data.sampling import epoch_steps
-from minimore.metrics import what_is_wrong
+from minimore.metrics import FinalAccuracy, what_is_wrong
 from minimore.model.checkpoint import Checkpoint
 from minimore.report import evaluate_sources
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
@@ -189,6 +189,32 @@ def test_a_learning_rate_below_the_rounding_of_the_weights_is_told(world, tmp_pa
         matrices = [name for name in end if name in start and "layers.0.mlp" in name]
         moved = [(start[n] != end[n]).float().mean() for n in matrices if end[n].ndim == 2]
         assert moved and (max(moved) < 0.1 if is_frozen else min(moved) > 0.9)
+
+
+@pytest.mark.parametrize("has_learned", [False, True])
+def test_a_run_that_ends_at_chance_says_so(world, tmp_path, monkeypatch, capsys, has_learned):
+    """And a run that has learned says nothing, wherever it has: its report or its last steps."""
+    final = FinalAccuracy(0.9, 60, 3)
+    monkeypatch.setattr("minimore.train.final_accuracy", lambda log: final if has_learned else None)
+    run = tmp_path / "run"
+    assert train(options(world, run, learning_rate=1e-6)) == 0
+    chance, remedy, pairs, _ = capsys.readouterr().out.splitlines()[-4:]
+    assert chance.startswith("at chance: the accuracy is ")
+    assert ("60 training pairs of the last 3 steps" in chance) == has_learned
+    assert ("it learned its training pairs" in remedy) == has_learned
+    assert ("--learning-rate is 1e-06" in remedy and "11 steps" in remedy) != has_learned
+    assert pairs.endswith(f"minimore data look {' '.join(str(a) for a, _ in world[1].values())}")
+
+
+@pytest.mark.parametrize("accuracy, is_said", [(0.55, True), (0.7, False)])
+def test_without_new_pairs_the_last_steps_show_chance(
+    world, tmp_path, monkeypatch, capsys, accuracy, is_said
+):
+    final = FinalAccuracy(accuracy, 60, 3)
+    monkeypatch.setattr("minimore.train.final_accuracy", lambda log: final)
+    only = (f"ana={world[1]['ana'][0]}",)
+    assert train(options(world, tmp_path / "run", source=only, pairs_per_source=6)) == 0
+    assert ("at chance: the accuracy is .550 on the 60" in capsys.readouterr().out) == is_said
 
 
 def test_others_cut_a_saved_model_as_its_training_did(world, tmp_path):

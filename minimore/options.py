@@ -348,35 +348,47 @@ def _check_positional(field: dataclasses.Field, value: Any) -> None:
 
 
 def parse_sources(
-    values: Iterable[str], test_only: bool = False, flag: str = "--source"
+    values: Iterable[str],
+    test_only: bool = False,
+    flag: str = "--source",
+    held_out_groups: bool = False,
 ) -> dict[str, Any]:
     """`NAME=TRAIN[,TEST]` strings become {name: (train, test or None)}.
 
-    With test_only, `NAME=TEST` strings become {name: path}.
+    With test_only, `NAME=TEST` strings become {name: path}. With held_out_groups, `NAME=,TEST` is a
+    source that is only tested, whose train is None.
     """
     expected = "NAME=TEST.jsonl" if test_only else "NAME=TRAIN.jsonl[,TEST.jsonl]"
+    expected += ", or NAME=,TEST.jsonl to test only" if held_out_groups else ""
     sources: dict[str, Any] = {}
     for value in values:
         name, equals, paths = value.partition("=")
         parts = [paths] if test_only else paths.split(",")
-        is_whole = name and equals and all(parts) and len(parts) <= 2
+        is_held_out_group = held_out_groups and len(parts) == 2 and not parts[0]
+        is_whole = name and equals and all(parts[is_held_out_group:]) and len(parts) <= 2
         require(is_whole, f"{flag} {value}: expected {expected}")
         require(name.isprintable(), f"{flag} {value}: expected a name of printable characters")
         require(
             name not in sources,
             f"{flag} {value}: source {name!r} is named twice; give each source one {flag}",
         )
-        train_and_test = (parts[0], parts[1] if len(parts) == 2 else None)
+        train_and_test = (parts[0] or None, parts[1] if len(parts) == 2 else None)
         sources[name] = paths if test_only else train_and_test
     require(sources, f"{flag} is missing: expected at least one {expected}")
     if not test_only:
+        require(training_files(sources), f"{flag}: no source has a file to train on")
         require_other_tests(sources)
     return sources
 
 
-def require_other_tests(paths: dict[str, tuple[str, str | None]]) -> None:
+def training_files(paths: dict[str, tuple[str | None, str | None]]) -> dict[str, str]:
+    """The training file of every source that has one: not of those that are only tested."""
+    return {name: train for name, (train, _) in paths.items() if train is not None}
+
+
+def require_other_tests(paths: dict[str, tuple[str | None, str | None]]) -> None:
     """Refuse a test file that is a training file, of its own source or of another."""
-    training = {os.path.realpath(train): name for name, (train, _) in paths.items()}
+    training = {os.path.realpath(train): name for name, train in training_files(paths).items()}
     for name, (_, test) in paths.items():
         trained_as = training.get(os.path.realpath(test)) if test else None
         owner = "" if trained_as == name else f", of source {trained_as!r}"

@@ -36,7 +36,15 @@ from .files import write_json, write_text
 from .metrics import final_accuracy, lines_of_test_files, progress_line, step_metrics, what_is_wrong
 from .model.checkpoint import Checkpoint, files_to_save
 from .more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS
-from .options import COUNT, Range, check_ranges, option, parse_sources, require
+from .options import (
+    COUNT,
+    Range,
+    check_ranges,
+    option,
+    parse_sources,
+    require,
+    training_files,
+)
 from .report import evaluate_sources, is_at_chance, table
 from .reward import check_length, load_reward_model
 from .run import BEST, Lock, check_recipe, open_run
@@ -59,7 +67,8 @@ from .training import (
     write_weights,
 )
 
-Paths = dict[str, tuple[str, str | None]]  # name of a source -> its training and test files
+# Name of a source -> its training file, which a held-out group has not, and its test file.
+Paths = dict[str, tuple[str | None, str | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +152,8 @@ def train(options: TrainOptions, watch: Watch | None = None) -> int:
     """
     with joined(options):
         with refused_together():
-            paths = parse_sources(options.source)
-            check_options(options, len(paths))
+            paths = parse_sources(options.source, held_out_groups=True)
+            check_options(options, len(training_files(paths)))
             run = open_run(options) if is_first() else None
         run = from_first(run)
         return 0 if run is None else train_in(run, options, paths, watch)
@@ -348,12 +357,13 @@ def open_sources(
         field=options.source_field,
     )
     for name, (train_path, test_path) in paths.items():
-        for source in read(name, train_path):
+        for source in read(name, train_path) if train_path else ():
             train_sources.append(source)
             print(source.line(), flush=True)
         for source in read(name, test_path) if test_path else ():
             test_sources.append(source)
-            print(f"  test {source.line()}", flush=True)
+            use = "  test" if train_path else "test only, never trained on:"
+            print(f"{use} {source.line()}", flush=True)
     require(
         test_sources or options.validation or not options.eval_steps,
         "--eval-steps: no source has a TEST file; expected NAME=TRAIN.jsonl,TEST.jsonl, or"
@@ -478,8 +488,9 @@ def print_if_at_chance(training: RewardTraining, report: dict[str, Any] | None) 
         )
     print(f"at chance: the accuracy is {' and '.join(accuracies)}; a coin has .500")
     print(f"  {remedy_of_chance(training, has_learned=bool(final and final.deviation > 3))}")
-    files = [path for path, _ in parse_sources(training.options.source).values()]
-    print(f"  what the pairs are like: minimore data look {' '.join(files)}")
+    paths = parse_sources(training.options.source, held_out_groups=True)
+    files = " ".join(training_files(paths).values())
+    print(f"  what the pairs are like: minimore data look {files}")
 
 
 def remedy_of_chance(training: RewardTraining, has_learned: bool) -> str:
@@ -523,6 +534,11 @@ def model_card(training: RewardTraining, results: str) -> str:
     lines = [f"- {source.line()}" for source in training.sources]
     for source, held_out in zip(training.sources, training.validation_sources):
         lines.append(f"- {source.name}: {held_out_line(source, held_out)}")
+    lines += [
+        f"- {source.name}: {len(source.pairs)} pairs, tested and never trained on"
+        for source in training.test_sources
+        if source.name not in training.names
+    ]
     counts = "\n".join(lines)
     eos = ", an EOS token behind the text" if options.append_eos == "yes" else ""
     return f"""---

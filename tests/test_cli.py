@@ -108,6 +108,17 @@ def test_a_gpu_that_is_not_there_is_refused_first(name, tmp_path, monkeypatch, c
     assert capsys.readouterr().err == said
 
 
+def test_where_a_held_out_group_has_no_place_it_is_refused(capsys):
+    assert "no source has a file to train on" in refused(
+        capsys, "train", "--model", "m", "--output", "o", "--source", "a=,t.jsonl"
+    )
+    for empty in ("a=,", "a=", "=,t.jsonl", "a=,t.jsonl,u.jsonl"):
+        said = refused(capsys, "train", "--model", "m", "--output", "o", "--source", empty)
+        assert "NAME=TRAIN.jsonl[,TEST.jsonl], or NAME=,TEST.jsonl to test only" in said
+    said = refused(capsys, "features", "--model", "m", "--output", "o", "--source", "a=,t.jsonl")
+    assert said.endswith("expected NAME=TRAIN.jsonl[,TEST.jsonl]\n")
+
+
 def test_values_that_look_like_options_are_values(capsys):
     """As argparse has it: negative numbers, texts with a space, and what stands behind --."""
     for command in (["plan", "m", "--pairs", "-5"], ["data", "look", "-a b"]):

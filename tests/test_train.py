@@ -11,6 +11,7 @@ from runs import RECIPES, content, options
 from safetensors.torch import load_file
 
 import minimore.training as training
+from minimore.cli import main
 from minimore.data.pairs import encode, load_source
 from minimore.data.sampling import epoch_steps
 from minimore.metrics import FinalAccuracy, what_is_wrong
@@ -137,6 +138,31 @@ def test_one_source_alone_is_bradley_terry(world, tmp_path, capsys):
     assert "MORE is plain Bradley-Terry" in capsys.readouterr().out
     train(options(world, tmp_path / "uniform", source=only, batch_size=4, method="uniform"))
     assert content(tmp_path / "more")[0] == content(tmp_path / "uniform")[0]
+
+
+def test_a_held_out_group_is_tested_and_changes_nothing_else(world, tmp_path, capsys):
+    """The model is that of a training which has never heard of the group."""
+    trained = [f"{name}={train},{test}" for name, (train, test) in world[1].items()][1:]
+    group = f"ana=,{world[1]['ana'][1]}"
+    short = {"batch_size": 4, "pairs_per_source": 8, "eval_steps": 2}
+    assert train(options(world, tmp_path / "without", source=tuple(trained), **short)) == 0
+    capsys.readouterr()
+    assert train(options(world, tmp_path / "run", source=(group, *trained), **short)) == 0
+    said = capsys.readouterr().out
+    assert (
+        "test only, never trained on: ana: 20 pairs" in said and "test after step 2: ana " in said
+    )
+    (with_group, *_), (without, *_) = content(tmp_path / "run"), content(tmp_path / "without")
+    assert with_group == without
+    _, report, steps, _ = content(tmp_path / "run")
+    assert [*report["sources"]] == ["ana", "ben", "cleo"] and [*steps[0]["sources"]] == [
+        "ben",
+        "cleo",
+    ]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- ana: 20 pairs, tested and never trained on\n" in card
+    words = ["--model", str(tmp_path / "run"), "--source", f"ana={world[1]['ana'][1]}"]
+    assert main(["evaluate", *words]) == 0
 
 
 @pytest.mark.slow

@@ -20,7 +20,10 @@ class DataOptions(LabelOptions):
     """The options of a command that name sources and say how pairs are drawn from them."""
 
     source: tuple[str, ...] = option(
-        (), repeat=True, value="NAME=TRAIN.jsonl[,TEST.jsonl]", help="once per source"
+        (),
+        repeat=True,
+        value="NAME=TRAIN.jsonl[,TEST.jsonl]",
+        help="once per source; NAME=,TEST.jsonl is a group that is tested and never trained on",
     )
     sampling: str = option(
         "equal",

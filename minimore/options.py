@@ -94,13 +94,15 @@ def option(
     value: str = "VALUE",
     positional: bool = False,
     within: Range | None = None,
+    parse: Callable[[str], Any] | None = None,
     prints: Callable[[], object] | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line option; without a default it is required.
 
     value: what its value is called in the help. positional: it may be given without its name, too.
-    within: the numbers it may take, which `check_ranges` checks. prints: what a switch prints
-    instead of all else that the command does, as --version does.
+    within: the numbers it may take, which `check_ranges` checks. parse: makes its value of a text,
+    where the type of the field does not say it. prints: what a switch prints instead of all else
+    that the command does, as --version does.
     """
     metadata = {
         "help": help,
@@ -109,6 +111,7 @@ def option(
         "value": value,
         "positional": positional,
         "within": within,
+        "parse": parse,
         "prints": prints,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -260,14 +263,16 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: t
     required = field.default is dataclasses.MISSING
     repeated, choices = field.metadata["repeat"], field.metadata["choices"]
     default: Any = [] if repeated else field.default
-    shown = {int: "N", float: "X"}.get(kind, field.metadata["value"])
+    shown, parse = field.metadata["value"], field.metadata["parse"] or kind
+    if parse in (int, float):
+        shown, parse = {int: "N", float: "X"}[kind], _parser_of(kind)
     text = _help_of(field)
     if not required and field.default not in (None, ()):
         text += f" (default: {field.default})"
     parser.add_argument(
         flag_of(field.name),
         dest=field.name,
-        type=_parser_of(kind) if kind in (int, float) else kind,
+        type=parse,
         required=required,
         default=None if required else default,
         choices=choices,

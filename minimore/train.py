@@ -19,7 +19,7 @@ from .best import FIGURES, Best, better_of, validation_line, write_best, write_w
 from .data.labels import LabelRules
 from .data.overlap import hashes_of, print_overlap, write_training_prompts
 from .data.pairs import Source, TokenPair, load_sources
-from .data.sampling import batch_size_of
+from .data.sampling import Mix, mix_of
 from .data.validation import held_out_line, hold_out
 from .engine.distributed import (
     check_group,
@@ -153,7 +153,7 @@ def train(options: TrainOptions, watch: Watch | None = None) -> int:
     with joined(options):
         with refused_together():
             paths = parse_sources(options.source, held_out_groups=True)
-            check_options(options, len(training_files(paths)))
+            check_options(options, [*training_files(paths)])
             run = open_run(options) if is_first() else None
         run = from_first(run)
         return 0 if run is None else train_in(run, options, paths, watch)
@@ -259,15 +259,16 @@ class RewardTraining(Training):
 # ---- prepare -------------------------------------------------------------------------------------
 
 
-def check_options(options: TrainOptions, sources: int) -> None:
-    """Refuse options that cannot be run (InputError)."""
+def check_options(options: TrainOptions, names: Sequence[str]) -> None:
+    """Refuse options that cannot be run (InputError); names: of the sources."""
     check_ranges(options)
     if options.source_field is None:
-        check_number_of_sources(options, sources)  # else it is known when the files are read
+        check_sources(options, names)  # else they are known when the files are read
     is_more = options.method == "more"
     require(
-        options.lambda_scope != "group" or options.sampling == "equal",
-        "--lambda-scope group needs --sampling equal: a group is one pair of every source",
+        options.lambda_scope != "group" or (options.sampling == "equal" and not options.shares),
+        "--lambda-scope group needs --sampling equal, and no --shares: a group is one pair of every"
+        " source",
     )
     require(
         is_more or (options.normalize == "l2" and options.gradient_average == 1),
@@ -281,15 +282,15 @@ def check_options(options: TrainOptions, sources: int) -> None:
     check_recipe_options(options)
 
 
-def check_number_of_sources(options: TrainOptions, sources: int) -> None:
-    """Refuse so many sources as cannot be weighted, or cannot share a step (InputError)."""
+def check_sources(options: TrainOptions, names: Sequence[str]) -> Mix:
+    """How the sources are mixed. Refuses what cannot be weighted, or cannot share a step."""
     require(
-        options.method != "more" or sources <= MOST_SOURCES,
-        f"--method more: {sources} sources, but the exact solver takes at most {MOST_SOURCES};"
+        options.method != "more" or len(names) <= MOST_SOURCES,
+        f"--method more: {len(names)} sources, but the exact solver takes at most {MOST_SOURCES};"
         " merge some"
         + (f", or leave out --source-field {options.source_field}" if options.source_field else ""),
     )
-    batch_size_of(options, sources)  # refuses a batch of unequal shares
+    return mix_of(options, names)
 
 
 def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> RewardTraining:
@@ -300,17 +301,16 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     origin, facts = open_origin(options, run)
     check_length(origin.config, options.max_length, origin.directory)
     sources, test_sources = open_sources(options, paths, origin)
-    check_number_of_sources(options, len(sources))
+    mix = check_sources(options, [source.name for source in sources])
     sources, validation_sources = held_out_of(sources, options)
     if not options.allow_overlap:
         print_overlap(test_sources, hashes_of(sources))
-    batch_size = batch_size_of(options, len(sources))
     origin.tokenizer.longest = options.max_length
     files_to_save(origin)  # what cannot be saved in the end is refused now
-    recipe = choose_recipe(options, origin, lambda: workload_of(options, sources, batch_size))
+    recipe = choose_recipe(options, origin, lambda: workload_of(options, sources, mix))
     check_recipe(run, recipe)
     unit = len(sources) if options.lambda_scope == "group" else 1
-    check_group(recipe, batch_size, unit, processes())
+    check_group(recipe, mix.batch_size, unit, processes())
     optimizer, adopt = open_optimizer(options, recipe)
     model = load_reward_model(origin, options, adopt)
     weighting_state: dict[str, Tensor] = {}
@@ -325,11 +325,12 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
             options,
             options.epochs,
             tuple(len(source.pairs) for source in sources),
-            batch_size,
-            options.sampling,
-            options.pairs_per_source,
+            mix.batch_size,
+            mix.sampling,
+            mix.per_source,
+            mix.per_step,
         ),
-        objective=open_objective(options, len(sources), weighting_state),
+        objective=open_objective(options, len(sources), mix.sampling, weighting_state),
         weighting_state=weighting_state,
         model=model,
         optimizer=optimizer,
@@ -405,9 +406,9 @@ def digests_of(sources: Sequence[Source], validation: Sequence[Source]) -> dict[
 
 
 def open_objective(
-    options: TrainOptions, sources: int, weighting_state: dict[str, Tensor]
+    options: TrainOptions, sources: int, sampling: str, weighting_state: dict[str, Tensor]
 ) -> RewardObjective:
-    """The reward objective with the weighting that was asked for."""
+    """The reward objective with the weighting that was asked for; sampling: as in `Mix`."""
     weigh: Callable[..., Tensor] = partial(WEIGHTINGS[options.method], state=weighting_state)
     if options.method == "more":
         weigh = partial(weigh, normalize=options.normalize, average=options.gradient_average)
@@ -416,7 +417,7 @@ def open_objective(
         weigh,
         options.method,
         options.lambda_scope,
-        options.sampling,
+        sampling,
         options.label_smoothing,
     )
 

@@ -106,7 +106,7 @@ class Schedule:
     """Which items a step sees, and its learning rate: all of it known before the first step.
 
     Steps are numbered from 1. epochs: passes over the items. sizes: items of each source. sampling,
-    per_source: see `epoch_steps`.
+    per_source, per_step: see `epoch_steps`.
     """
 
     options: LoopOptions
@@ -114,7 +114,8 @@ class Schedule:
     sizes: tuple[int, ...]
     batch_size: int
     sampling: str = "proportional"
-    per_source: int | None = None
+    per_source: int | tuple[int | None, ...] | None = None
+    per_step: tuple[int, ...] | None = None
 
     @property
     def steps(self) -> int:
@@ -136,7 +137,13 @@ class Schedule:
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         return _cached_epoch_steps(
-            self.sizes, self.sampling, self.per_source, self.batch_size, self.options.seed, epoch
+            self.sizes,
+            self.sampling,
+            self.per_source,
+            self.batch_size,
+            self.options.seed,
+            epoch,
+            self.per_step,
         )
 
 

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from runs import command, content, options, unfinished
@@ -192,21 +194,50 @@ def test_where_the_schedule_depends_on_the_steps_it_is_said(small, tmp_path, cap
     )
 
 
-@pytest.mark.slow
-def test_an_extended_run_that_is_killed_continues_bitwise(small, tmp_path, monkeypatch):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert extended(small, whole) == 0
+@contextmanager
+def killed_before(step):
+    """Within, a training crashes before this step."""
     real = training.Schedule.sampled_at
 
-    def sampled_at(schedule, step):
-        if step == 5:
+    def sampled_at(schedule, now):
+        if now == step:
             raise RuntimeError("crash")
-        return real(schedule, step)
+        return real(schedule, now)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
         patch.setattr(training.Schedule, "sampled_at", sampled_at)
-        with pytest.raises(RuntimeError, match="crash"):
-            extended(small, cut, save_steps=3)
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shares": "ana=3,ben=1", "method": "uniform"},
+        {"sampling": "proportional", "pairs_per_source": "ben=6"},
+    ],
+)
+def test_a_mix_is_continued_bitwise(small, tmp_path, changes):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    changes = SHORT | {"epochs": 2} | changes
+    assert train(options(small, whole, **changes)) == 0
+    with killed_before(4):
+        train(options(small, cut, **changes))
+    assert train(options(small, cut, resume=True, **changes)) == 0
+    assert content(cut) == content(whole)
+    pairs = [[row["pairs"] for row in step["sources"].values()] for step in content(cut)[2]]
+    if "shares" in changes:
+        assert pairs == [[3, 1]] * 4
+    else:
+        assert np.sum(pairs, axis=0).tolist() == [2 * 4, 2 * 6]
+
+
+@pytest.mark.slow
+def test_an_extended_run_that_is_killed_continues_bitwise(small, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert extended(small, whole) == 0
+    with killed_before(5):
+        extended(small, cut, save_steps=3)
     assert not (cut / "config.json").exists() and not (cut / "evaluation.json").exists()
     assert train(options(small, cut, resume=True, **THREE_EPOCHS)) == 0
     assert content(cut) == content(whole)

@@ -165,6 +165,22 @@ def test_a_held_out_group_is_tested_and_changes_nothing_else(world, tmp_path, ca
     assert main(["evaluate", *words]) == 0
 
 
+def test_sources_of_other_shares_are_weighted_over_the_whole_step(world, tmp_path):
+    """However finely a step is cut; under equal shares each group of one pair a source would do."""
+    changes = {"shares": "ana=2,ben=1,cleo=1", "batch_size": 8, "pairs_per_source": 4}
+    logs = []
+    for micro_tokens in (8192, 60):
+        run = tmp_path / str(micro_tokens)
+        cut = {"method": "uniform", "micro_tokens": micro_tokens}
+        assert train(options(world, run, **changes | cut)) == 0
+        logs.append(content(run)[2])
+    for whole, cut in zip(*logs, strict=True):
+        assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        for name, pairs in (("ana", 4), ("ben", 2), ("cleo", 2)):
+            assert whole["sources"][name]["pairs"] == cut["sources"][name]["pairs"] == pairs
+            assert cut["sources"][name]["weight"] == pytest.approx(1 / 3)
+
+
 @pytest.mark.slow
 def test_metrics_say_what_happened(world, tmp_path):
     train(

@@ -217,8 +217,7 @@ def start_run(run: Path, options: Any, recipe: Recipe) -> None:
     What kills left half-written goes first, and so do checkpoints that are not to be kept: on a
     full disk this makes room. A finished run that goes on is no finished one any more.
     """
-    if (run / "config.json").exists():
-        reopen(run)
+    reopen(run)
     sweep(run)
     remove_superseded(run, options.keep or 1)
     named = {name: value for name, value in asdict(options).items() if name != "resume"}
@@ -227,17 +226,20 @@ def start_run(run: Path, options: Any, recipe: Recipe) -> None:
 
 
 def reopen(run: Path) -> None:
-    """Let a finished run look as it did before it was finished.
+    """Let a run look as it did before it was finished, or half finished.
 
     config.json goes first: its presence means finished. Weights and tokenizer stay until others are
     written in their place.
     """
-    (run / "config.json").unlink()
-    to_disk(run)
+    was_finished = (run / "config.json").exists()
+    if was_finished:
+        (run / "config.json").unlink()
+        to_disk(run)
     removed = [name for name in OF_FINISHED if (run / name).exists()]
     for name in removed:
         (run / name).unlink()
     if (run / BEST).is_dir():
         remove(run / BEST)
         removed.append(f"{BEST}/")
-    print(f"{run}: goes on, so what was said of the finished model goes: {', '.join(removed)}")
+    if was_finished:
+        print(f"{run}: goes on, so what was said of the finished model goes: {', '.join(removed)}")

@@ -486,7 +486,7 @@ def raise_not_finite(
 
 
 def print_what_begins(training: Training, log_steps: int) -> None:
-    """One line: steps, what is trained, size and device; another one of what lines show."""
+    """Steps, what is trained, size and device; where lines show means, over how many steps."""
     parameters = sum(p.numel() for p in training.model.parameters())
     is_continued = training.first_step > 1
     print(
@@ -497,7 +497,7 @@ def print_what_begins(training: Training, log_steps: int) -> None:
         flush=True,
     )
     if 1 < log_steps < training.schedule.steps:
-        print(f"a line every {log_steps} steps; in brackets the means over these steps", flush=True)
+        print(f"a line every {log_steps} steps; in brackets means over the last {log_steps}")
 
 
 def print_if_nothing_moves(training: Training) -> None:

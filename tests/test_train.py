@@ -292,7 +292,7 @@ def test_a_run_prints_about_25_lines_and_every_evaluation_and_logs_every_step(
     assert printed[0].startswith(f"step 1/{steps} ")
     assert printed[-1].startswith(f"step {steps}/{steps} ")
     assert all(re.search(r"  \d+ (s|min) left$", line) for line in printed[:-1])
-    assert "a line every 4 steps; in brackets the means over these steps" in lines
+    assert "a line every 4 steps; in brackets means over the last 4" in lines
     assert all(re.search(r"loss [.\d]+ \([.\d]+\)", line) for line in printed[1:])
     validated = [line for line in lines if line.startswith("validation after step")]
     assert len(validated) == steps // 40

@@ -163,8 +163,11 @@ def main(arguments: list[str] | None = None) -> int:
     command = "minimore"
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
-        parsed = build_parser().parse_args(words + options_of_run(words))
-        command = f"minimore {parsed.verb}"
+        name = name_of_verb(words)
+        if name is not None:
+            command = f"minimore {name}"
+            words += options_of_run(VERBS[name], words)
+        parsed = build_parser().parse_args(words)
         with termination_unwinds():
             return run(parsed)
     except BaseException as error:
@@ -174,35 +177,32 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def options_of_run(words: list[str]) -> list[str]:
+def name_of_verb(words: list[str]) -> str | None:
+    """The name of the command that these words begin with; None if there is no such command."""
+    return next((name for name in VERBS if words[: len(name.split())] == name.split()), None)
+
+
+def options_of_run(verb: Verb, words: list[str]) -> list[str]:
     """What a command that continues a run need not say: the options of the run, as further words.
 
     So `train --output RUN --resume` is the whole command with which the run began. Options that it
     has nevertheless are left to it.
     """
-    options_class = next(
-        (
-            verb.options
-            for name, verb in VERBS.items()
-            if words[: len(name.split())] == name.split()
-        ),
-        type(None),
-    )
     named = words_of_resume(words)
-    if not issubclass(options_class, LoopOptions) or not named.resume or not named.output:
+    if not issubclass(verb.options, LoopOptions) or not named.resume or not named.output:
         return []
     flags = {word.partition("=")[0] for word in words}
     path = Path(named.output) / "options.json"
     if not path.is_file():
         require(
-            {"--model", "--help"} & flags,
+            {"--model", "--help", "-h"} & flags,
             f"--output {named.output}: there is no run to continue; to begin one, give --model and"
             " all other options",
         )
         return []
     stored = read_checked_json(path)
     missing = {name: value for name, value in stored.items() if flag_of(name) not in flags}
-    return to_arguments(options_class, missing)
+    return to_arguments(verb.options, missing)
 
 
 def words_of_resume(words: list[str]) -> Namespace:

@@ -28,10 +28,7 @@ from .temperature import TEMPERATURE
 
 BEST = "best"  # the directory of the model of the best step, in a finished run
 # What is said of a finished model, and is not true any more when its run goes on.
-OF_FINISHED = (
-    *("README.md", "evaluation.json", "validation.json", "best.json"),
-    TEMPERATURE,
-)
+OF_FINISHED = ("README.md", "evaluation.json", "validation.json", "best.json", TEMPERATURE)
 RECIPE = tuple(field.name for field in fields(Recipe))
 # Parts of a recipe that change a result by rounding only. Offloading does not change it at all.
 ROUNDING = ("engine", "recompute", "micro_tokens")

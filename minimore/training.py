@@ -290,11 +290,11 @@ def print_other_schedule(training: Training, steps_before: int | None) -> None:
     if rates_before == rates_now:
         print(f"{line}; those are steps of the longer run, too", flush=True)
         return
+    before, after = rates_before[-1], schedule.learning_rate_at(taken + 1)
     print(
         f"{line}; with --schedule {options.schedule} and --warmup {options.warmup:g} the learning"
-        f" rate depends on that: it was {rates_before[-1]:.3g}, and goes on with"
-        f" {schedule.learning_rate_at(taken + 1):.3g}, so this is not the run that would have been"
-        " if it had begun so",
+        f" rate depends on that: it was {before:.3g}, and goes on with {after:.3g}, so this is not"
+        f" the run that {schedule.epochs} epochs from the start would have made",
         flush=True,
     )
 

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..options import COUNT, MOST, Range, option, require
+from ..options import COUNT, Range, option, require
 from .labels import LabelOptions
 from .pairs import TRUNCATE, TextRules
 
 PAIRS_PER_SOURCE = Range(least=1, most=10**7)  # their order is made at once
+MOST_OF_SHARES = 10**6  # pairs of a step of which shares are made
 SHARE = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?|\.[0-9]{1,6}")
 
 
@@ -147,7 +148,11 @@ def pairs_of_step(options: DataOptions, names: Sequence[str]) -> tuple[int, ...]
         f"--batch-size {size}: with --shares {options.shares} a step holds whole pairs of every"
         f" source; expected a multiple of {smallest}",
     )
-    require(size <= MOST, f"--shares {options.shares}: expected rounder shares")
+    require(
+        size <= MOST_OF_SHARES,
+        f"--shares {options.shares}: make a step of {size} pairs; expected rounder shares, or at"
+        f" most {MOST_OF_SHARES} pairs",
+    )
     return tuple(int(share * size) for share in exact)
 
 

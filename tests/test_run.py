@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from runs import command, content, options, unfinished
+from runs import command, content, options, slow_but, unfinished
 from safetensors.torch import load_file
 
 import minimore.files as files
@@ -111,6 +111,7 @@ def test_on_a_full_disk_what_is_not_needed_goes_before_anything_is_written(
     assert not training.checkpoints(run) and not list(run.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_to_be_kept_are_there_in_the_end(small, tmp_path):
     run = tmp_path / "run"
     kept = {**SHORT, "epochs": 3, "keep": 2}
@@ -183,6 +184,7 @@ def test_a_finished_run_with_more_epochs_is_the_longer_run(small, tmp_path, caps
     assert [path.name for path in training.checkpoints(run)] == ["checkpoint-6"]
 
 
+@pytest.mark.slow
 def test_where_the_schedule_depends_on_the_steps_it_is_said(small, tmp_path, capsys):
     run = tmp_path / "run"
     assert extended(small, run, schedule="linear") == 0
@@ -281,6 +283,10 @@ def test_what_another_device_and_other_evaluations_change_is_said(world, halted,
 # ---- the short command ---------------------------------------------------------------------------
 
 
+# The functions that end a training.
+REWARD_MODEL_ENDS, POLICY_ENDS = "minimore.train.finish", "minimore.alignment.finetune.finish"
+
+
 def long_commands(small, run):
     """Commands with options of every type, by the function that ends their training."""
     directory, paths = small
@@ -290,7 +296,7 @@ def long_commands(small, run):
     )
     policy = ["align", "finetune", f"--model={directory / 'model'}", f"--output={run}"]
     policy += [f"--input={training_file}", "--learning-rate", "1e-3", "--batch-size", "2"]
-    return {"minimore.train.finish": reward_model, "minimore.alignment.finetune.finish": policy}
+    return {REWARD_MODEL_ENDS: reward_model, POLICY_ENDS: policy}
 
 
 def everything(run):
@@ -302,7 +308,7 @@ def everything(run):
     }
 
 
-@pytest.mark.parametrize("end", ["minimore.train.finish", "minimore.alignment.finetune.finish"])
+@pytest.mark.parametrize("end", slow_but([POLICY_ENDS], [REWARD_MODEL_ENDS, POLICY_ENDS]))
 def test_output_and_resume_are_the_whole_command(small, tmp_path, monkeypatch, capsys, end):
     run, copy = tmp_path / "a run", tmp_path / "copy"
     words = long_commands(small, run)[end]

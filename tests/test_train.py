@@ -1,5 +1,6 @@
 """The training loop, what it writes, and the options that it refuses."""
 
+import json
 import re
 import signal
 from contextlib import nullcontext
@@ -168,12 +169,13 @@ def test_a_held_out_group_is_tested_and_changes_nothing_else(world, tmp_path, ca
 def test_sources_of_other_shares_are_weighted_over_the_whole_step(world, tmp_path):
     """However finely a step is cut; under equal shares each group of one pair a source would do."""
     changes = {"shares": "ana=2,ben=1,cleo=1", "batch_size": 8, "pairs_per_source": 4}
+    changes["source"] = tuple(f"{name}={path}" for name, (path, _) in world[1].items())
     logs = []
     for micro_tokens in (8192, 60):
         run = tmp_path / str(micro_tokens)
         cut = {"method": "uniform", "micro_tokens": micro_tokens}
         assert train(options(world, run, **changes | cut)) == 0
-        logs.append(content(run)[2])
+        logs.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
     for whole, cut in zip(*logs, strict=True):
         assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-4)
         for name, pairs in (("ana", 4), ("ben", 2), ("cleo", 2)):
@@ -233,6 +235,7 @@ def test_a_learning_rate_below_the_rounding_of_the_weights_is_told(world, tmp_pa
         assert moved and (max(moved) < 0.1 if is_frozen else min(moved) > 0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_learned", [False, True])
 def test_a_run_that_ends_at_chance_says_so(world, tmp_path, monkeypatch, capsys, has_learned):
     """And a run that has learned says nothing, wherever it has: its report or its last steps."""

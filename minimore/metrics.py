@@ -122,16 +122,12 @@ class RecentSteps:
     """
 
     def __init__(self, most: int):
+        self.most = most
         self.records: deque[Mapping[str, Any]] = deque(maxlen=most)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add the record of a step; the oldest one goes."""
         self.records.append(record)
-
-    @property
-    def last(self) -> Any:
-        """The record of the newest step."""
-        return self.records[-1]
 
     def means(self) -> dict[str, Any] | None:
         """Mean loss of the steps; of every source, loss and accuracy. None for a single step.

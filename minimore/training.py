@@ -402,7 +402,7 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
             record["seconds"] = round(clock.seconds, 3)
             log.append(record)
             recent_steps.append(record)
-            print_progress(training, recent_steps, log_steps, clock)
+            print_progress(record, training, clock, recent_steps)
             saver.raise_error()  # of the thread that writes the checkpoint before
             is_best = training.best is not None and training.best.step == step
             is_due = is_best or step % options.save_steps == 0 or step == steps or bool(signals)
@@ -422,20 +422,19 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
 
 
 def print_progress(
-    training: Training, recent_steps: RecentSteps, log_steps: int, clock: "Clock"
+    record: dict[str, Any], training: Training, clock: "Clock", recent_steps: RecentSteps
 ) -> None:
     """Print the lines of the first and the last step, of some between, and of every evaluation.
 
-    Before that of the first step comes what is wrong with it. recent_steps: the last one is that
-    which was taken now.
+    Before that of the first step comes what is wrong with it. recent_steps: over which
+    means are taken, this one included; after so many steps there is a line.
     """
-    record = recent_steps.last
     step, steps = record["step"], training.schedule.steps
     begins = step == training.first_step
     wrong = training.what_is_wrong(record) if begins else None
     if wrong:
         print(f"step {step}: {wrong}", flush=True)
-    if begins or step % log_steps == 0 or step == steps:
+    if begins or step % recent_steps.most == 0 or step == steps:
         seconds_left = clock.seconds_left_after(step)
         print(training.progress_line(record, recent_steps.means(), seconds_left), flush=True)
     for line in training.evaluation_lines(record):

@@ -58,9 +58,9 @@ def test_means_are_those_of_all_pairs_of_the_last_steps():
     assert means["sources"]["ana"]["loss"] == pytest.approx(np.mean([loss for loss, _ in pairs]))
     assert means["sources"]["ana"]["accuracy"] == pytest.approx(np.mean([r for _, r in pairs]))
     assert means["sources"]["ben"] is None
-    line = progress_line(recent_steps.last, means, 80, 0)
+    line = progress_line(recent_steps.records[-1], means, 80, 0)
     assert line == "step 4/80  loss 1.0000 (0.5000)  ana 1.000 (0.600)   0% (60%) w1.00  ben none"
-    alone = progress_line(recent_steps.last, None, 80, 0)
+    alone = progress_line(recent_steps.records[-1], None, 80, 0)
     assert alone == "step 4/80  loss 1.0000  ana 1.000   0% w1.00  ben none"
 
 

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 from .data.overlap import TRAINING_PROMPTS
 from .files import directory_written_whole, write_bytes, write_json, write_text
+from .metrics import figures_of
 from .model.checkpoint import Checkpoint, stored_tensors, write_model
 from .options import InputError
 from .resume import UNREADABLE, check_whole, checkpoint_of, remove
+from .run import BEST
 from .tables import number
 
 FIGURES = {"accuracy": "accuracy", "nll": "NLL"}  # by which a step may be the best, and in words
-BEST = "best"  # the directory of its model in a finished run
 
 
 class Best(NamedTuple):
@@ -77,12 +78,7 @@ def saved_best(run: Path, facts: Mapping[str, Any]) -> Best | None:
 
 def validation_line(record: Mapping[str, Any], best: Best | None) -> str:
     """What the validation after a step has shown, mean over the sources, and the best step."""
-    mean = record["validation"]["mean"]
-    line = (
-        f"validation after step {record['step']}: accuracy {number(mean['accuracy'])},"
-        f" NLL {number(mean['nll'])}, margin {number(mean['mean_margin'])},"
-        f" ECE {number(mean['ece'])}"
-    )
+    line = f"validation after step {record['step']}: {figures_of(record['validation']['mean'])}"
     if best is None:
         return line
     if best.step == record["step"]:

@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from . import __version__
@@ -15,6 +16,7 @@ from .alignment.perplexity import PerplexityOptions, perplexity
 from .alignment.sample import SampleOptions, sample
 from .alignment.selection import SelectOptions, select
 from .check import CheckOptions, check
+from .checksums import read_checked_json
 from .data.foreign.convert import ConvertOptions, convert
 from .data.inspection.look import LookOptions, look
 from .data.public.get import GetOptions, get
@@ -31,9 +33,20 @@ from .lab.grid import ReproduceOptions
 from .lab.probe import ProbeOptions, probe
 from .lab.reproduce import reproduce
 from .lab.trial import TrialOptions, compare_methods
-from .options import InputError, Parser, add_options, from_arguments, printable, require
+from .options import (
+    InputError,
+    Parser,
+    add_options,
+    flag_of,
+    from_arguments,
+    printable,
+    require,
+    to_arguments,
+)
+from .reward import device_of
 from .score import ScoreOptions, score
 from .train import TrainOptions, train
+from .training import LoopOptions
 
 
 class Verb(NamedTuple):
@@ -155,8 +168,12 @@ def main(arguments: list[str] | None = None) -> int:
     show_what_cannot_be_shown()
     command = "minimore"
     try:
-        parsed = build_parser().parse_args(arguments)
-        command = f"minimore {parsed.verb}"
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        name = name_of_verb(words)
+        if name is not None:
+            command = f"minimore {name}"
+            words += options_of_run(VERBS[name], words)
+        parsed = build_parser().parse_args(words)
         with termination_unwinds():
             return run(parsed)
     except BaseException as error:
@@ -164,6 +181,42 @@ def main(arguments: list[str] | None = None) -> int:
     if message:
         print(f"{command}: {printable(message)}", file=sys.stderr)
     return code
+
+
+def name_of_verb(words: list[str]) -> str | None:
+    """The name of the command that these words begin with; None if there is no such command."""
+    return next((name for name in VERBS if words[: len(name.split())] == name.split()), None)
+
+
+def options_of_run(verb: Verb, words: list[str]) -> list[str]:
+    """What a command that continues a run need not say: the options of the run, as further words.
+
+    So `train --output RUN --resume` is the whole command with which the run began. Options that it
+    has nevertheless are left to it.
+    """
+    named = words_of_resume(words)
+    if not issubclass(verb.options, LoopOptions) or not named.resume or not named.output:
+        return []
+    flags = {word.partition("=")[0] for word in words}
+    path = Path(named.output) / "options.json"
+    if not path.is_file():
+        require(
+            {"--model", "--help", "-h"} & flags,
+            f"--output {named.output}: there is no run to continue; to begin one, give --model and"
+            " all other options",
+        )
+        return []
+    stored = read_checked_json(path)
+    missing = {name: value for name, value in stored.items() if flag_of(name) not in flags}
+    return to_arguments(verb.options, missing)
+
+
+def words_of_resume(words: list[str]) -> Namespace:
+    """The values of --output and --resume among the words of a command, which may be wrong."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output", nargs="?")
+    parser.add_argument("--resume", nargs="?", const=True)
+    return parser.parse_known_args(words)[0]
 
 
 def run(parsed: Namespace) -> int:
@@ -176,7 +229,11 @@ def run(parsed: Namespace) -> int:
         "torchrun: several processes can train a reward model (`train`), and nothing else",
     )
     verb = VERBS[parsed.verb]
-    return verb.run(from_arguments(verb.options, parsed)) or 0
+    options = from_arguments(verb.options, parsed)
+    computes = hasattr(options, "device") and parsed.verb != "plan"
+    if computes and started_processes() == 1:  # several refuse a device together
+        device_of(options)  # refused before any file is read
+    return verb.run(options) or 0
 
 
 def outcome_of(error: BaseException) -> tuple[int, str]:

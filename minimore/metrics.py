@@ -9,9 +9,10 @@ K sources, B pairs in a step, D width.
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from .engine.objective import StepResult
 from .files import to_disk, write_bytes
 from .more import Labels, bradley_terry_losses, head_gradients
 from .options import InputError
+from .tables import number
 
 
 @torch.no_grad()
@@ -76,23 +78,98 @@ def finite(value: Tensor | float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def progress_line(record: Mapping[str, Any], steps: int, seconds_left: float) -> str:
-    """One line: per source loss, accuracy and weight; the range of the cosines; the time left."""
-    cells = [source_cell(name, figures) for name, figures in record["sources"].items()]
+def progress_line(
+    record: Mapping[str, Any], means: Mapping[str, Any] | None, steps: int, seconds_left: float
+) -> str:
+    """One line: per source loss, accuracy and weight; the range of the cosines; the time left.
+
+    means: those of `RecentSteps`, which stand in brackets.
+    """
+    cells = [
+        source_cell(name, figures, means["sources"][name] if means else None)
+        for name, figures in record["sources"].items()
+    ]
     cosines = [cosine for cosine in record["cosines"].values() if cosine is not None]
     if cosines:
         cells.append(f"cosines {min(cosines):.2f} to {max(cosines):.2f}")
-    position = f"step {record['step']}/{steps}  loss {record['loss']:.4f}"
     if seconds_left > 0:
         cells.append(f"{in_whole_time(seconds_left)} left")
-    return "  ".join([position, *cells])
+    return "  ".join([position_and_loss(record, means, steps), *cells])
 
 
-def source_cell(name: str, figures: Mapping[str, Any]) -> str:
-    """What the line says of one source: "ana 0.693  50% w0.20"."""
+def position_and_loss(
+    record: Mapping[str, Any], means: Mapping[str, Any] | None, steps: int
+) -> str:
+    """How a line begins: "step 8/80  loss 0.6931 (0.7012)"."""
+    mean = f" ({means['loss']:.4f})" if means else ""
+    return f"step {record['step']}/{steps}  loss {record['loss']:.4f}{mean}"
+
+
+def source_cell(name: str, figures: Mapping[str, Any], means: Mapping[str, Any] | None) -> str:
+    """What the line says of one source: "ana 0.693 (0.702)  50% (48%) w0.20"."""
     if not figures["pairs"]:
         return f"{name} none"
-    return f"{name} {figures['loss']:.3f} {figures['accuracy']:4.0%} w{figures['weight']:.2f}"
+    loss, accuracy = f"{figures['loss']:.3f}", f"{figures['accuracy']:4.0%}"
+    if means:
+        loss, accuracy = f"{loss} ({means['loss']:.3f})", f"{accuracy} ({means['accuracy']:.0%})"
+    return f"{name} {loss} {accuracy} w{figures['weight']:.2f}"
+
+
+class RecentSteps:
+    """The records of the last steps, and means over them: a single step holds few pairs.
+
+    most: of so many steps, at most.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self.records: deque[Mapping[str, Any]] = deque(maxlen=most)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add the record of a step; the oldest one goes."""
+        self.records.append(record)
+
+    def means(self) -> dict[str, Any] | None:
+        """Mean loss of the steps; of every source, loss and accuracy. None for a single step.
+
+        Those of a source are means over its pairs.
+        """
+        if len(self.records) < 2:
+            return None
+        names = self.records[-1].get("sources", {})
+        return {
+            "loss": sum(record["loss"] for record in self.records) / len(self.records),
+            "sources": {name: self._means_of(name) for name in names},
+        }
+
+    def _means_of(self, name: str) -> dict[str, float] | None:
+        """Those of one source; None where no step had a pair of it."""
+        rows = [record["sources"][name] for record in self.records]
+        pairs = sum(row["pairs"] for row in rows)
+        if not pairs:
+            return None
+        return {
+            figure: sum(row["pairs"] * row[figure] for row in rows if row["pairs"]) / pairs
+            for figure in ("loss", "accuracy")
+        }
+
+
+def lines_of_test_files(record: Mapping[str, Any]) -> list[str]:
+    """What an evaluation on the TEST files has shown: a line for each source."""
+    rows = record["evaluation"]["sources"]
+    widest = max(map(len, rows))
+    return [
+        f"test after step {record['step']}: {name:{widest}}  {figures_of(row)}"
+        for name, row in rows.items()
+    ]
+
+
+def figures_of(row: Mapping[str, Any]) -> str:
+    """The figures of a report that are looked at first, of one source or of the mean."""
+    return (
+        f"accuracy {number(row['accuracy'])}, NLL {number(row['nll'])},"
+        f" margin {number(row['mean_margin'])}, ECE {number(row['ece'])}"
+    )
 
 
 def what_is_wrong(record: Mapping[str, Any]) -> str | None:
@@ -112,6 +189,31 @@ def what_is_wrong(record: Mapping[str, Any]) -> str | None:
             " model sees no difference between the two sides of a pair"
         )
     return None
+
+
+class FinalAccuracy(NamedTuple):
+    """The accuracy of the training pairs of the last steps, each before the step learned it."""
+
+    accuracy: float
+    pairs: int
+    steps: int
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviations of a coin's accuracy on so many pairs, by which it is above 1/2."""
+        return (self.accuracy - 1 / 2) * 2 * math.sqrt(self.pairs)
+
+
+def final_accuracy(log: Path) -> FinalAccuracy | None:
+    """That of the last fifth of the steps in the log of a run; None for a log without steps."""
+    lines = log.read_bytes().splitlines()
+    records = [json.loads(line) for line in lines[-math.ceil(len(lines) / 5) :]]
+    rows = [row for record in records for row in record["sources"].values() if row["pairs"]]
+    if not rows:
+        return None
+    pairs = sum(row["pairs"] for row in rows)
+    right = sum(row["pairs"] * row["accuracy"] for row in rows)
+    return FinalAccuracy(right / pairs, pairs, len(records))
 
 
 # ---- the log -------------------------------------------------------------------------------------

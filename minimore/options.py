@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,13 +94,15 @@ def option(
     value: str = "VALUE",
     positional: bool = False,
     within: Range | None = None,
+    parse: Callable[[str], Any] | None = None,
     prints: Callable[[], object] | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line option; without a default it is required.
 
     value: what its value is called in the help. positional: it may be given without its name, too.
-    within: the numbers it may take, which `check_ranges` checks. prints: what a switch prints
-    instead of all else that the command does, as --version does.
+    within: the numbers it may take, which `check_ranges` checks. parse: makes its value of a text,
+    where the type of the field does not say it. prints: what a switch prints instead of all else
+    that the command does, as --version does.
     """
     metadata = {
         "help": help,
@@ -109,6 +111,7 @@ def option(
         "value": value,
         "positional": positional,
         "within": within,
+        "parse": parse,
         "prints": prints,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -260,14 +263,16 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: t
     required = field.default is dataclasses.MISSING
     repeated, choices = field.metadata["repeat"], field.metadata["choices"]
     default: Any = [] if repeated else field.default
-    shown = {int: "N", float: "X"}.get(kind, field.metadata["value"])
+    shown, parse = field.metadata["value"], field.metadata["parse"] or kind
+    if parse in (int, float):
+        shown, parse = {int: "N", float: "X"}[kind], _parser_of(kind)
     text = _help_of(field)
     if not required and field.default not in (None, ()):
         text += f" (default: {field.default})"
     parser.add_argument(
         flag_of(field.name),
         dest=field.name,
-        type=_parser_of(kind) if kind in (int, float) else kind,
+        type=parse,
         required=required,
         default=None if required else default,
         choices=choices,
@@ -315,6 +320,23 @@ def from_arguments(options_class: type, arguments: argparse.Namespace) -> Any:
     return options_class(**values)
 
 
+def to_arguments(options_class: type, values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that give these values, as `from_arguments` would read them.
+
+    values: by field, as JSON holds them. What is None or False has no words, and what is not a
+    field of the class is left out.
+    """
+    words = []
+    for field in dataclasses.fields(options_class):
+        flag, value = flag_of(field.name), values.get(field.name)
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            several = value if isinstance(value, list) else [value]
+            words += [f"{flag}={single}" for single in several]
+    return words
+
+
 def _check_positional(field: dataclasses.Field, value: Any) -> None:
     if value is None and field.default is None:
         return  # it may be left out
@@ -331,35 +353,47 @@ def _check_positional(field: dataclasses.Field, value: Any) -> None:
 
 
 def parse_sources(
-    values: Iterable[str], test_only: bool = False, flag: str = "--source"
+    values: Iterable[str],
+    test_only: bool = False,
+    flag: str = "--source",
+    held_out_groups: bool = False,
 ) -> dict[str, Any]:
     """`NAME=TRAIN[,TEST]` strings become {name: (train, test or None)}.
 
-    With test_only, `NAME=TEST` strings become {name: path}.
+    With test_only, `NAME=TEST` strings become {name: path}. With held_out_groups, `NAME=,TEST` is a
+    source that is only tested, whose train is None.
     """
     expected = "NAME=TEST.jsonl" if test_only else "NAME=TRAIN.jsonl[,TEST.jsonl]"
+    expected += ", or NAME=,TEST.jsonl to test only" if held_out_groups else ""
     sources: dict[str, Any] = {}
     for value in values:
         name, equals, paths = value.partition("=")
         parts = [paths] if test_only else paths.split(",")
-        is_whole = name and equals and all(parts) and len(parts) <= 2
+        is_held_out_group = held_out_groups and len(parts) == 2 and not parts[0]
+        is_whole = name and equals and all(parts[is_held_out_group:]) and len(parts) <= 2
         require(is_whole, f"{flag} {value}: expected {expected}")
         require(name.isprintable(), f"{flag} {value}: expected a name of printable characters")
         require(
             name not in sources,
             f"{flag} {value}: source {name!r} is named twice; give each source one {flag}",
         )
-        train_and_test = (parts[0], parts[1] if len(parts) == 2 else None)
+        train_and_test = (parts[0] or None, parts[1] if len(parts) == 2 else None)
         sources[name] = paths if test_only else train_and_test
     require(sources, f"{flag} is missing: expected at least one {expected}")
     if not test_only:
+        require(training_files(sources), f"{flag}: no source has a file to train on")
         require_other_tests(sources)
     return sources
 
 
-def require_other_tests(paths: dict[str, tuple[str, str | None]]) -> None:
+def training_files(paths: dict[str, tuple[str | None, str | None]]) -> dict[str, str]:
+    """The training file of every source that has one: not of those that are only tested."""
+    return {name: train for name, (train, _) in paths.items() if train is not None}
+
+
+def require_other_tests(paths: dict[str, tuple[str | None, str | None]]) -> None:
     """Refuse a test file that is a training file, of its own source or of another."""
-    training = {os.path.realpath(train): name for name, (train, _) in paths.items()}
+    training = {os.path.realpath(train): name for name, train in training_files(paths).items()}
     for name, (_, test) in paths.items():
         trained_as = training.get(os.path.realpath(test)) if test else None
         owner = "" if trained_as == name else f", of source {trained_as!r}"

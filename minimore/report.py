@@ -141,6 +141,16 @@ def calibration_kind(margins: np.ndarray, floor: Floor, shares: ArrayLike = 1.0)
     return "over-confident" if is_over else "under-confident"
 
 
+def is_at_chance(report: Report) -> bool:
+    """Whether no accuracy is apart from 1/2: the 95% interval of every source holds it.
+
+    Sources that are too small for an interval say nothing.
+    """
+    intervals = [row["accuracy_interval"] for row in report["sources"].values()]
+    known = [(low, high) for low, high in intervals if low is not None]
+    return bool(known) and all(low <= 1 / 2 <= high for low, high in known)
+
+
 def ends_of(interval: Interval) -> list[float | None]:
     """The two ends of an interval, as JSON can hold them: None where there is no number."""
     return [None if math.isnan(end) else float(end) for end in interval[1:]]

@@ -86,20 +86,19 @@ class Saver:
         optimizer: AdamW,
         weighting_state: Mapping[str, Tensor],
         log_checksum: str,
-        best: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any],
     ) -> None:
         """Save the state after step `optimizer.steps`, at once or by a thread that begins here.
 
-        model: a RewardModel or a LanguageModel. log_checksum: of the log so far. best: what the
-        state is to say of the best step so far; the checkpoint of its "step" is kept. An error of
-        the thread is raised by the next `save` or `wait`.
+        model: a RewardModel or a LanguageModel. log_checksum: of the log so far. facts: what
+        state.json is to say besides; the checkpoint of the step that its "best" names is kept. An
+        error of the thread is raised by the next `save` or `wait`.
         """
         self.wait()
         is_alone = processes() == 1
         has_room = is_alone and available_memory() > ROOM * bytes_to_copy(model, optimizer)
         snapshot = self._snapshot(model, optimizer, weighting_state, log_checksum, copy=has_room)
-        if best:
-            snapshot.facts["best"] = dict(best)
+        snapshot.facts.update(facts)
         if has_room:
             self.thread = Thread(target=self._write_in_thread, args=(snapshot,))
             self.thread.start()
@@ -181,10 +180,7 @@ class Saver:
             reason = error.strerror or error
             message = f"{reason}; {name} was not written, {kept} is kept"
             raise OSError(error.errno, message, str(self.run)) from None
-        newest = checkpoints(self.run)[-self.keep :]
-        for old in checkpoints(self.run)[: -self.keep]:
-            if old not in map(best_named_by, newest):
-                remove(old)
+        remove_superseded(self.run, self.keep)
 
     def _write_into(self, directory: Path, snapshot: Snapshot) -> None:
         write_model(directory, self.origin, snapshot.model, snapshot.kind, "float32")
@@ -313,6 +309,16 @@ def best_named_by(checkpoint: Path) -> Path | None:
         )
     except UNREADABLE:
         return None
+
+
+def remove_superseded(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`, and the best steps that these name."""
+    oldest_first = checkpoints(run)
+    first_kept = max(0, len(oldest_first) - keep)
+    best_steps = [best_named_by(checkpoint) for checkpoint in oldest_first[first_kept:]]
+    for old in oldest_first[:first_kept]:
+        if old not in best_steps:
+            remove(old)
 
 
 def remove(checkpoint: Path) -> None:

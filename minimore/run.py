@@ -20,19 +20,27 @@ from typing import Any
 from .checksums import read_checked_json, write_checked_json
 from .engine.distributed import is_first
 from .engine.recipe import Recipe
-from .files import locked, make_directory, one_line, sweep, write_json
+from .files import locked, make_directory, one_line, sweep, to_disk, write_json
 from .model.checkpoint import Checkpoint
 from .options import InputError, flag_of, require
-from .resume import checkpoints, environment, remove
+from .resume import checkpoints, environment, remove, remove_superseded
+from .temperature import TEMPERATURE
 
+BEST = "best"  # the directory of the model of the best step, in a finished run
+# What is said of a finished model, and is not true any more when its run goes on.
+OF_FINISHED = ("README.md", "evaluation.json", "validation.json", "best.json", TEMPERATURE)
 RECIPE = tuple(field.name for field in fields(Recipe))
 # Parts of a recipe that change a result by rounding only. Offloading does not change it at all.
 ROUNDING = ("engine", "recompute", "micro_tokens")
-# Options that a resumed run may give differently. `check_recipe` looks at the recipe's own.
+# Options that a resumed run may give differently. `check_recipe` looks at the recipe's own, and
+# there may be more epochs, but not fewer.
 MAY_CHANGE = (
     "resume",
     "output",
+    "epochs",
+    "eval_steps",
     "log_steps",
+    "device",
     "save_dtype",
     "save_steps",
     "keep",
@@ -70,15 +78,23 @@ def open_run(options: Any) -> Path | None:
     if not (run / "config.json").is_file():
         return run
     Checkpoint(str(run)).require_weights_as_written()  # finished means that it opens
-    for old in checkpoints(run):  # a kill may have come before these were removed
-        remove(old)
+    stored = read_checked_json(run / "options.json")
+    remove_superseded(run, stored.get("keep") or 0)  # a kill may have come before
     sweep(run)
-    print(f"{run}: finished already")
-    return None
+    if options.epochs == stored["epochs"]:
+        print(f"{run}: finished already")
+        return None
+    require(
+        checkpoints(run),
+        f"--epochs {options.epochs}: {run} is finished after {stored['epochs']}, and kept no"
+        f" checkpoint from which it could go on (--keep 1 keeps one); start a new run, with --model"
+        f" {run} from these weights",
+    )
+    return run
 
 
 def _require_same_options(run: Path, options: Any) -> None:
-    """Refuse options other than those with which the run began.
+    """Refuse options other than those with which the run began, and say what changes a result.
 
     An option that there was not yet when it began has its default.
     """
@@ -91,6 +107,21 @@ def _require_same_options(run: Path, options: Any) -> None:
             f"--resume: {flag_of(key)} is {wanted.get(key)!r} but the run in {run} has"
             f" {stored.get(key)!r}; give the same command again, or start a new run",
         )
+    require(
+        wanted["epochs"] >= stored["epochs"],
+        f"--resume: --epochs is {wanted['epochs']} but the run in {run} has {stored['epochs']};"
+        " expected as many, or more",
+    )
+    consequences = {
+        "device": "on another device it does not continue bit for bit, and --compute-dtype auto is"
+        " bfloat16 on CUDA and float32 on a CPU"
+    }
+    if wanted.get("keep_best"):
+        consequences["eval_steps"] = "the best step is sought among other ones from here on"
+    for key, consequence in consequences.items():
+        if wanted[key] != stored[key]:
+            change = f"{flag_of(key)} is {wanted[key]!r} but the run in {run} has {stored[key]!r}"
+            print(f"{change}: {consequence}", flush=True)
 
 
 def as_json(value: Any) -> dict[str, Any]:
@@ -178,8 +209,34 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
 
 
 def start_run(run: Path, options: Any, recipe: Recipe) -> None:
-    """Write options.json and environment.json into the directory."""
+    """Write options.json and environment.json into the directory.
+
+    What kills left half-written goes first, and so do checkpoints that are not to be kept: on a
+    full disk this makes room. A finished run that goes on is no finished one any more.
+    """
+    reopen(run)
     sweep(run)
+    remove_superseded(run, options.keep or 1)
     named = {name: value for name, value in asdict(options).items() if name != "resume"}
     write_checked_json(run / "options.json", named | {"recipe": asdict(recipe)})
     write_json(run / "environment.json", environment())
+
+
+def reopen(run: Path) -> None:
+    """Let a run look as it did before it was finished, or half finished.
+
+    config.json goes first: its presence means finished. Weights and tokenizer stay until others are
+    written in their place.
+    """
+    was_finished = (run / "config.json").exists()
+    if was_finished:
+        (run / "config.json").unlink()
+        to_disk(run)
+    removed = [name for name in OF_FINISHED if (run / name).exists()]
+    for name in removed:
+        (run / name).unlink()
+    if (run / BEST).is_dir():
+        remove(run / BEST)
+        removed.append(f"{BEST}/")
+    if was_finished:
+        print(f"{run}: goes on, so what was said of the finished model goes: {', '.join(removed)}")

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .best import BEST, FIGURES, Best, better_of, validation_line, write_best, write_which
+from .best import FIGURES, Best, better_of, validation_line, write_best, write_which
 from .data.labels import LabelRules
 from .data.overlap import hashes_of, print_overlap, write_training_prompts
 from .data.pairs import Source, TokenPair, load_sources
-from .data.sampling import batch_size_of
+from .data.sampling import Mix, mix_of
 from .data.validation import held_out_line, hold_out
 from .engine.distributed import (
     check_group,
@@ -33,13 +33,22 @@ from .engine.objective import RewardObjective, StepResult, labels_of
 from .engine.streamed import open_engine
 from .engine.workload import RunOptions, workload_of
 from .files import write_json, write_text
-from .metrics import progress_line, step_metrics, what_is_wrong
+from .metrics import final_accuracy, lines_of_test_files, progress_line, step_metrics, what_is_wrong
 from .model.checkpoint import Checkpoint, files_to_save
 from .more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS
-from .options import COUNT, Range, check_ranges, option, parse_sources, require
-from .report import evaluate_sources, table
+from .options import (
+    COUNT,
+    Range,
+    check_ranges,
+    option,
+    parse_sources,
+    require,
+    training_files,
+)
+from .report import evaluate_sources, is_at_chance, table
 from .reward import check_length, load_reward_model
-from .run import Lock, check_recipe, open_run
+from .run import BEST, Lock, check_recipe, open_run
+from .tables import number
 from .training import (
     LoopOptions,
     Schedule,
@@ -58,7 +67,8 @@ from .training import (
     write_weights,
 )
 
-Paths = dict[str, tuple[str, str | None]]  # name of a source -> its training and test files
+# Name of a source -> its training file, which a held-out group has not, and its test file.
+Paths = dict[str, tuple[str | None, str | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +152,8 @@ def train(options: TrainOptions, watch: Watch | None = None) -> int:
     """
     with joined(options):
         with refused_together():
-            paths = parse_sources(options.source)
-            check_options(options, len(paths))
+            paths = parse_sources(options.source, held_out_groups=True)
+            check_options(options, [*training_files(paths)])
             run = open_run(options) if is_first() else None
         run = from_first(run)
         return 0 if run is None else train_in(run, options, paths, watch)
@@ -218,13 +228,16 @@ class RewardTraining(Training):
         if by:
             self.best = better_of(self.best, Best(step, by, report["mean"][by]))
 
-    def progress_line(self, record: dict[str, Any], seconds_left: float) -> str:
+    def progress_line(
+        self, record: dict[str, Any], means: dict[str, Any] | None, seconds_left: float
+    ) -> str:
         """Loss, accuracy and weight of each source; cosines of their gradients; the time left."""
-        return progress_line(record, self.schedule.steps, seconds_left)
+        return progress_line(record, means, self.schedule.steps, seconds_left)
 
-    def validation_line(self, record: dict[str, Any]) -> str | None:
-        """The mean figures over the validation sources, and which step is the best."""
-        return validation_line(record, self.best) if "validation" in record else None
+    def evaluation_lines(self, record: dict[str, Any]) -> list[str]:
+        """Figures of every TEST file; the mean over the validation sources, and the best step."""
+        lines = lines_of_test_files(record) if "evaluation" in record else []
+        return lines + ([validation_line(record, self.best)] if "validation" in record else [])
 
     def what_begins(self) -> str:
         """Pairs a step, and the method."""
@@ -246,15 +259,16 @@ class RewardTraining(Training):
 # ---- prepare -------------------------------------------------------------------------------------
 
 
-def check_options(options: TrainOptions, sources: int) -> None:
-    """Refuse options that cannot be run (InputError)."""
+def check_options(options: TrainOptions, names: Sequence[str]) -> None:
+    """Refuse options that cannot be run (InputError); names: of the sources."""
     check_ranges(options)
     if options.source_field is None:
-        check_number_of_sources(options, sources)  # else it is known when the files are read
+        check_sources(options, names)  # else they are known when the files are read
     is_more = options.method == "more"
     require(
-        options.lambda_scope != "group" or options.sampling == "equal",
-        "--lambda-scope group needs --sampling equal: a group is one pair of every source",
+        options.lambda_scope != "group" or (options.sampling == "equal" and not options.shares),
+        "--lambda-scope group needs --sampling equal, and no --shares: a group is one pair of every"
+        " source",
     )
     require(
         is_more or (options.normalize == "l2" and options.gradient_average == 1),
@@ -268,15 +282,15 @@ def check_options(options: TrainOptions, sources: int) -> None:
     check_recipe_options(options)
 
 
-def check_number_of_sources(options: TrainOptions, sources: int) -> None:
-    """Refuse so many sources as cannot be weighted, or cannot share a step (InputError)."""
+def check_sources(options: TrainOptions, names: Sequence[str]) -> Mix:
+    """How the sources are mixed. Refuses what cannot be weighted, or cannot share a step."""
     require(
-        options.method != "more" or sources <= MOST_SOURCES,
-        f"--method more: {sources} sources, but the exact solver takes at most {MOST_SOURCES};"
+        options.method != "more" or len(names) <= MOST_SOURCES,
+        f"--method more: {len(names)} sources, but the exact solver takes at most {MOST_SOURCES};"
         " merge some"
         + (f", or leave out --source-field {options.source_field}" if options.source_field else ""),
     )
-    batch_size_of(options, sources)  # refuses a batch of unequal shares
+    return mix_of(options, names)
 
 
 def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> RewardTraining:
@@ -287,17 +301,16 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     origin, facts = open_origin(options, run)
     check_length(origin.config, options.max_length, origin.directory)
     sources, test_sources = open_sources(options, paths, origin)
-    check_number_of_sources(options, len(sources))
+    mix = check_sources(options, [source.name for source in sources])
     sources, validation_sources = held_out_of(sources, options)
     if not options.allow_overlap:
         print_overlap(test_sources, hashes_of(sources))
-    batch_size = batch_size_of(options, len(sources))
     origin.tokenizer.longest = options.max_length
     files_to_save(origin)  # what cannot be saved in the end is refused now
-    recipe = choose_recipe(options, origin, lambda: workload_of(options, sources, batch_size))
+    recipe = choose_recipe(options, origin, lambda: workload_of(options, sources, mix))
     check_recipe(run, recipe)
     unit = len(sources) if options.lambda_scope == "group" else 1
-    check_group(recipe, batch_size, unit, processes())
+    check_group(recipe, mix.batch_size, unit, processes())
     optimizer, adopt = open_optimizer(options, recipe)
     model = load_reward_model(origin, options, adopt)
     weighting_state: dict[str, Tensor] = {}
@@ -312,11 +325,12 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
             options,
             options.epochs,
             tuple(len(source.pairs) for source in sources),
-            batch_size,
-            options.sampling,
-            options.pairs_per_source,
+            mix.batch_size,
+            mix.sampling,
+            mix.per_source,
+            mix.per_step,
         ),
-        objective=open_objective(options, len(sources), weighting_state),
+        objective=open_objective(options, len(sources), mix.sampling, weighting_state),
         weighting_state=weighting_state,
         model=model,
         optimizer=optimizer,
@@ -344,12 +358,13 @@ def open_sources(
         field=options.source_field,
     )
     for name, (train_path, test_path) in paths.items():
-        for source in read(name, train_path):
+        for source in read(name, train_path) if train_path else ():
             train_sources.append(source)
             print(source.line(), flush=True)
         for source in read(name, test_path) if test_path else ():
             test_sources.append(source)
-            print(f"  test {source.line()}", flush=True)
+            use = "  test" if train_path else "test only, never trained on:"
+            print(f"{use} {source.line()}", flush=True)
     require(
         test_sources or options.validation or not options.eval_steps,
         "--eval-steps: no source has a TEST file; expected NAME=TRAIN.jsonl,TEST.jsonl, or"
@@ -391,9 +406,9 @@ def digests_of(sources: Sequence[Source], validation: Sequence[Source]) -> dict[
 
 
 def open_objective(
-    options: TrainOptions, sources: int, weighting_state: dict[str, Tensor]
+    options: TrainOptions, sources: int, sampling: str, weighting_state: dict[str, Tensor]
 ) -> RewardObjective:
-    """The reward objective with the weighting that was asked for."""
+    """The reward objective with the weighting that was asked for; sampling: as in `Mix`."""
     weigh: Callable[..., Tensor] = partial(WEIGHTINGS[options.method], state=weighting_state)
     if options.method == "more":
         weigh = partial(weigh, normalize=options.normalize, average=options.gradient_average)
@@ -402,7 +417,7 @@ def open_objective(
         weigh,
         options.method,
         options.lambda_scope,
-        options.sampling,
+        sampling,
         options.label_smoothing,
     )
 
@@ -446,6 +461,7 @@ def write_reports(
     if validation:
         print(f"held out for validation:\n{table(validation)}")
         write_json(run / "validation.json", validation)
+    print_if_at_chance(training, report or validation)
     results = [section("Results on the test files", report, "No test file was given.")]
     if validation:
         results.append(section("Results on the prompts held out for validation", validation))
@@ -453,6 +469,43 @@ def write_reports(
     if options.keep_best and validation:
         finish_best(training, validation)
     write_finished(training)
+
+
+def print_if_at_chance(training: RewardTraining, report: dict[str, Any] | None) -> None:
+    """Say that a run has ended at chance, and what to look at.
+
+    report: on the TEST files or, without them, on what was held out. If there is none, the training
+    pairs of the last steps show it: in a first epoch no step has learned them before.
+    """
+    final = final_accuracy(training.run / "metrics.jsonl")
+    steps_are_at_chance = final is not None and abs(final.deviation) < 2
+    if not (is_at_chance(report) if report else steps_are_at_chance):
+        return
+    accuracies = [f"{number(report['mean']['accuracy'])} on new pairs"] if report else []
+    if final:
+        accuracies.append(
+            f"{number(final.accuracy)} on the {final.pairs} training pairs of the last"
+            f" {final.steps} steps"
+        )
+    print(f"at chance: the accuracy is {' and '.join(accuracies)}; a coin has .500")
+    print(f"  {remedy_of_chance(training, has_learned=bool(final and final.deviation > 3))}")
+    paths = parse_sources(training.options.source, held_out_groups=True)
+    files = " ".join(training_files(paths).values())
+    print(f"  what the pairs are like: minimore data look {files}")
+
+
+def remedy_of_chance(training: RewardTraining, has_learned: bool) -> str:
+    """What to try; has_learned: whether the training pairs are far from chance."""
+    if has_learned:
+        return (
+            "it learned its training pairs and nothing about new ones: try fewer --epochs, a"
+            " smaller --learning-rate or more pairs, and look whether the test asks the same"
+        )
+    return (
+        f"--learning-rate is {training.options.learning_rate:g}: try 10 times more if the loss has"
+        " hardly moved, and 10 times less if it has jumped;"
+        f" {training.schedule.steps} steps may be too few (--epochs)"
+    )
 
 
 def finish_best(training: RewardTraining, validation: dict[str, Any]) -> None:
@@ -482,6 +535,11 @@ def model_card(training: RewardTraining, results: str) -> str:
     lines = [f"- {source.line()}" for source in training.sources]
     for source, held_out in zip(training.sources, training.validation_sources):
         lines.append(f"- {source.name}: {held_out_line(source, held_out)}")
+    lines += [
+        f"- {source.name}: {len(source.pairs)} pairs, tested and never trained on"
+        for source in training.test_sources
+        if source.name not in training.names
+    ]
     counts = "\n".join(lines)
     eos = ", an EOS token behind the text" if options.append_eos == "yes" else ""
     return f"""---

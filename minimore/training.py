@@ -42,12 +42,12 @@ from .engine.plain import PlainEngine
 from .engine.recipe import Recipe, RecipeOptions
 from .engine.streamed import StreamedEngine
 from .engine.workload import Workload
-from .metrics import Log, cut_log
+from .metrics import Log, RecentSteps, cut_log
 from .model.checkpoint import Checkpoint, model_tensors, write_config
 from .model.tensors import STORAGE, write_sharded
 from .model.trunk import replace_parameter
 from .options import COUNT, Range, flag_of, option, require
-from .resume import Saver, check_whole, checkpoints, load_state, remove
+from .resume import Saver, check_whole, checkpoints, load_state, remove_superseded
 from .reward import ModelOptions, compute_type, device_of
 from .run import Lock, start_run, stored_recipe
 
@@ -64,7 +64,7 @@ class LoopOptions(RecipeOptions, ModelOptions):
         value="RUN", help="run directory to make; must not exist, except with --resume"
     )
     resume: bool = option(
-        False, help="continue the run in --output: the same command again, plus this"
+        False, help="continue the run in --output; options that are not given are the run's own"
     )
     learning_rate: float = option(1e-6, within=Range(above=0), help="peak learning rate")
     warmup: float = option(
@@ -79,12 +79,17 @@ class LoopOptions(RecipeOptions, ModelOptions):
     )
     weight_decay: float = option(0.0, within=Range(least=0), help="AdamW's decoupled weight decay")
     save_steps: int = option(500, within=COUNT, help="steps between checkpoints")
-    keep: int = option(1, within=COUNT, help="checkpoints to keep, the newest ones")
+    keep: int | None = option(
+        None,
+        within=COUNT,
+        help="checkpoints to keep, the newest ones, also when the run is finished (default: one "
+        "while it trains, none when it is finished)",
+    )
     log_steps: int | None = option(
         None,
         within=COUNT,
-        help=f"steps between printed lines (default: as many as make about {LINES_A_RUN} lines); "
-        "metrics.jsonl has every step",
+        help="steps between printed lines, and steps over which the means in brackets are taken "
+        f"(default: as many as make about {LINES_A_RUN} lines); metrics.jsonl has every step",
     )
     save_dtype: str = option(
         "float32",
@@ -101,7 +106,7 @@ class Schedule:
     """Which items a step sees, and its learning rate: all of it known before the first step.
 
     Steps are numbered from 1. epochs: passes over the items. sizes: items of each source. sampling,
-    per_source: see `epoch_steps`.
+    per_source, per_step: see `epoch_steps`.
     """
 
     options: LoopOptions
@@ -109,7 +114,8 @@ class Schedule:
     sizes: tuple[int, ...]
     batch_size: int
     sampling: str = "proportional"
-    per_source: int | None = None
+    per_source: int | tuple[int | None, ...] | None = None
+    per_step: tuple[int, ...] | None = None
 
     @property
     def steps(self) -> int:
@@ -131,7 +137,13 @@ class Schedule:
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         return _cached_epoch_steps(
-            self.sizes, self.sampling, self.per_source, self.batch_size, self.options.seed, epoch
+            self.sizes,
+            self.sampling,
+            self.per_source,
+            self.batch_size,
+            self.options.seed,
+            epoch,
+            self.per_step,
         )
 
 
@@ -187,13 +199,15 @@ class Training:
         """What metrics.jsonl says of a step: things as they were before its update."""
         raise NotImplementedError
 
-    def progress_line(self, record: dict[str, Any], seconds_left: float) -> str:
-        """The line of a step on the screen."""
+    def progress_line(
+        self, record: dict[str, Any], means: dict[str, Any] | None, seconds_left: float
+    ) -> str:
+        """The line of a step on the screen; means: those of `RecentSteps`."""
         raise NotImplementedError
 
-    def validation_line(self, record: dict[str, Any]) -> str | None:
-        """What a step's validation has shown; None for a step without one."""
-        return None
+    def evaluation_lines(self, record: dict[str, Any]) -> list[str]:
+        """What the evaluations after a step have shown; none for a step without one."""
+        return []
 
     def what_begins(self) -> str:
         """What is trained, in a few words, for the first line."""
@@ -259,6 +273,30 @@ def restore(training: Training, facts: dict[str, Any]) -> None:
     )
     training.first_step = step + 1
     training.best = saved_best(training.run, facts)
+    print_other_schedule(training, facts.get("steps"))
+
+
+def print_other_schedule(training: Training, steps_before: int | None) -> None:
+    """Say what it changes that a run was given more epochs than it began with.
+
+    steps_before: of the whole run, when its state was saved; None where a state does not say it.
+    """
+    options, schedule, taken = training.options, training.schedule, training.first_step - 1
+    if steps_before is None or steps_before == schedule.steps:
+        return
+    rates_before = [learning_rate_at(s, steps_before, options) for s in range(1, taken + 1)]
+    rates_now = [schedule.learning_rate_at(s) for s in range(1, taken + 1)]
+    line = f"the run has {schedule.steps} steps now, and had {steps_before} when step {taken} ended"
+    if rates_before == rates_now:
+        print(f"{line}; those are steps of the longer run, too", flush=True)
+        return
+    before, after = rates_before[-1], schedule.learning_rate_at(taken + 1)
+    print(
+        f"{line}; with --schedule {options.schedule} and --warmup {options.warmup:g} the learning"
+        f" rate depends on that: it was {before:.3g}, and goes on with {after:.3g}, so this is not"
+        f" the run that {schedule.epochs} epochs from the start would have made",
+        flush=True,
+    )
 
 
 def check_recipe_options(options: LoopOptions) -> None:
@@ -344,9 +382,11 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
     signals: the list of `stop_requests`, which may be filled while a step runs.
     """
     options, steps = training.options, training.schedule.steps
-    print_what_begins(training)
+    log_steps = options.log_steps or math.ceil(steps / LINES_A_RUN)
+    print_what_begins(training, log_steps)
     print_if_nothing_moves(training)
-    saver = Saver(training.run, training.origin, training.digests, options.keep)
+    recent_steps = RecentSteps(log_steps)
+    saver = Saver(training.run, training.origin, training.digests, options.keep or 1)
     with Log(training.run / "metrics.jsonl", is_written=is_first()) as log, saver:
         clock = Clock(training.first_step, steps)
         for step in range(training.first_step, steps + 1):
@@ -361,7 +401,8 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
             record = training.record_of(step, items, source, result)
             record["seconds"] = round(clock.seconds, 3)
             log.append(record)
-            print_progress(record, training, clock)
+            recent_steps.append(record)
+            print_progress(record, training, clock, recent_steps)
             saver.raise_error()  # of the thread that writes the checkpoint before
             is_best = training.best is not None and training.best.step == step
             is_due = is_best or step % options.save_steps == 0 or step == steps or bool(signals)
@@ -380,34 +421,33 @@ def loop(training: Training, signals: list[int], watch: Watch | None = None) -> 
     return 0
 
 
-def print_progress(record: dict[str, Any], training: Training, clock: "Clock") -> None:
-    """Print the lines of the first and the last step, of some between, and of every validation.
+def print_progress(
+    record: dict[str, Any], training: Training, clock: "Clock", recent_steps: RecentSteps
+) -> None:
+    """Print the lines of the first and the last step, of some between, and of every evaluation.
 
-    Before that of the first step comes what is wrong with it.
+    Before that of the first step comes what is wrong with it. recent_steps: over which
+    means are taken, this one included; after so many steps there is a line.
     """
     step, steps = record["step"], training.schedule.steps
     begins = step == training.first_step
     wrong = training.what_is_wrong(record) if begins else None
     if wrong:
         print(f"step {step}: {wrong}", flush=True)
-    log_steps = training.options.log_steps or math.ceil(steps / LINES_A_RUN)
-    if begins or step % log_steps == 0 or step == steps:
-        print(training.progress_line(record, clock.seconds_left_after(step)), flush=True)
-    validated = training.validation_line(record)
-    if validated:
-        print(validated, flush=True)
+    if begins or step % recent_steps.most == 0 or step == steps:
+        seconds_left = clock.seconds_left_after(step)
+        print(training.progress_line(record, recent_steps.means(), seconds_left), flush=True)
+    for line in training.evaluation_lines(record):
+        print(line, flush=True)
 
 
 def save(training: Training, saver: Saver, log: Log) -> None:
     """Save the state after the step that was taken last."""
     training.engine.settle()  # the optimizer's states may be on their way to the host
-    saver.save(
-        training.model,
-        training.optimizer,
-        training.weighting_state,
-        log.to_disk(),
-        best=training.best._asdict() if training.best else None,
-    )
+    facts: dict[str, Any] = {"steps": training.schedule.steps}
+    if training.best:
+        facts["best"] = training.best._asdict()
+    saver.save(training.model, training.optimizer, training.weighting_state, log.to_disk(), facts)
 
 
 class Clock:
@@ -444,8 +484,8 @@ def raise_not_finite(
     ) from None
 
 
-def print_what_begins(training: Training) -> None:
-    """One line: steps, what is trained, size and device."""
+def print_what_begins(training: Training, log_steps: int) -> None:
+    """Steps, what is trained, size and device; where lines show means, over how many steps."""
     parameters = sum(p.numel() for p in training.model.parameters())
     is_continued = training.first_step > 1
     print(
@@ -455,6 +495,8 @@ def print_what_begins(training: Training) -> None:
         + (f", continuing after step {training.first_step - 1}" if is_continued else ""),
         flush=True,
     )
+    if 1 < log_steps < training.schedule.steps:
+        print(f"a line every {log_steps} steps; in brackets means over the last {log_steps}")
 
 
 def print_if_nothing_moves(training: Training) -> None:
@@ -524,11 +566,10 @@ def table_of_options(options: LoopOptions, named_above: Sequence[str]) -> str:
 
 
 def write_finished(training: Training) -> None:
-    """Make the run an ordinary checkpoint, and remove its saved states.
+    """Make the run an ordinary checkpoint, and remove the saved states that it is not to keep.
 
     config.json is written last: its presence means finished.
     """
     write_config(training.run, training.origin, training.model.kind, training.options.save_dtype)
-    for old in checkpoints(training.run):
-        remove(old)
+    remove_superseded(training.run, training.options.keep or 0)
     print(f"finished: {training.run}")

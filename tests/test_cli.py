@@ -3,6 +3,7 @@
 That is one line, exit code 2, and nothing half-written.
 """
 
+import dataclasses
 import gzip
 import json
 import math
@@ -86,6 +87,36 @@ def test_an_option_that_there_is_not_is_named_by_its_command(arguments, command,
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
     assert error.startswith(f"{command}: {said}") and error.endswith(f"(see {command} --help)\n")
+
+
+COMPUTING = [
+    name for name, verb in VERBS.items() if hasattr(verb.options, "device") and name != "plan"
+]
+
+
+@pytest.mark.parametrize("name", COMPUTING)
+def test_a_gpu_that_is_not_there_is_refused_first(name, tmp_path, monkeypatch, capsys):
+    """Before any file is read: none of them exists, and nothing is said of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    words = [*name.split(), "--device", "cuda"]
+    for field in dataclasses.fields(VERBS[name].options):
+        if field.default is dataclasses.MISSING:
+            words += [f"--{field.name.replace('_', '-')}", (field.metadata["choices"] or "x")[0]]
+    assert main(words) == 2
+    said = f"minimore {name}: --device cuda: torch sees no CUDA device; use --device cpu\n"
+    assert capsys.readouterr().err == said
+
+
+def test_where_a_held_out_group_has_no_place_it_is_refused(capsys):
+    assert "no source has a file to train on" in refused(
+        capsys, "train", "--model", "m", "--output", "o", "--source", "a=,t.jsonl"
+    )
+    for empty in ("a=,", "a=", "=,t.jsonl", "a=,t.jsonl,u.jsonl"):
+        said = refused(capsys, "train", "--model", "m", "--output", "o", "--source", empty)
+        assert "NAME=TRAIN.jsonl[,TEST.jsonl], or NAME=,TEST.jsonl to test only" in said
+    said = refused(capsys, "features", "--model", "m", "--output", "o", "--source", "a=,t.jsonl")
+    assert said.endswith("expected NAME=TRAIN.jsonl[,TEST.jsonl]\n")
 
 
 def test_values_that_look_like_options_are_values(capsys):

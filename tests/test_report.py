@@ -4,7 +4,7 @@ import numpy as np
 
 from minimore.comparison import places_of_common_pairs
 from minimore.data.pairs import Source, TokenPair
-from minimore.report import source_report, verdict
+from minimore.report import is_at_chance, source_report, verdict
 
 
 def source_of(indices):
@@ -29,6 +29,20 @@ def test_the_verdict_says_in_which_direction_probabilities_are_wrong():
     source = source_of(range(3000))
     verdicts = {scale: source_report(scale * true, source)["calibration"] for scale in (3, 1, 0.3)}
     assert verdicts == {3: "over-confident", 1: "indistinguishable", 0.3: "under-confident"}
+
+
+def test_a_report_is_at_chance_where_no_interval_excludes_it():
+    random = np.random.default_rng(0)
+    by_chance = source_report(random.normal(0, 1, 200), source_of(range(200)))
+    better = source_report(random.normal(1, 1, 200), source_of(range(200)))
+    worse = source_report(random.normal(-1, 1, 200), source_of(range(200)))
+    tiny = source_report(np.ones(2), source_of(range(2)))  # has no interval
+    rows = {"chance": by_chance, "better": better, "worse": worse, "tiny": tiny}
+    at_chance = {
+        names: is_at_chance({"sources": {name: rows[name] for name in names.split()}})
+        for names in ("chance", "chance tiny", "chance better", "worse", "tiny")
+    }
+    assert [names for names in at_chance if at_chance[names]] == ["chance", "chance tiny"]
 
 
 def test_margins_that_are_rounding_are_called_so():

@@ -1,5 +1,6 @@
 """The training loop, what it writes, and the options that it refuses."""
 
+import json
 import re
 import signal
 from contextlib import nullcontext
@@ -11,12 +12,14 @@ from runs import RECIPES, content, options
 from safetensors.torch import load_file
 
 import minimore.training as training
+from minimore.cli import main
 from minimore.data.pairs import encode, load_source
 from minimore.data.sampling import epoch_steps
-from minimore.metrics import what_is_wrong
+from minimore.metrics import FinalAccuracy, what_is_wrong
 from minimore.model.checkpoint import Checkpoint
 from minimore.report import evaluate_sources
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
+from minimore.tables import number
 from minimore.train import TrainOptions, train
 from minimore.training import Schedule, learning_rate_at
 
@@ -138,6 +141,48 @@ def test_one_source_alone_is_bradley_terry(world, tmp_path, capsys):
     assert content(tmp_path / "more")[0] == content(tmp_path / "uniform")[0]
 
 
+def test_a_held_out_group_is_tested_and_changes_nothing_else(world, tmp_path, capsys):
+    """The model is that of a training which has never heard of the group."""
+    trained = [f"{name}={train},{test}" for name, (train, test) in world[1].items()][1:]
+    group = f"ana=,{world[1]['ana'][1]}"
+    short = {"batch_size": 4, "pairs_per_source": 8, "eval_steps": 2}
+    assert train(options(world, tmp_path / "without", source=tuple(trained), **short)) == 0
+    capsys.readouterr()
+    assert train(options(world, tmp_path / "run", source=(group, *trained), **short)) == 0
+    said = capsys.readouterr().out
+    assert (
+        "test only, never trained on: ana: 20 pairs" in said and "test after step 2: ana " in said
+    )
+    (with_group, *_), (without, *_) = content(tmp_path / "run"), content(tmp_path / "without")
+    assert with_group == without
+    _, report, steps, _ = content(tmp_path / "run")
+    assert [*report["sources"]] == ["ana", "ben", "cleo"] and [*steps[0]["sources"]] == [
+        "ben",
+        "cleo",
+    ]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- ana: 20 pairs, tested and never trained on\n" in card
+    words = ["--model", str(tmp_path / "run"), "--source", f"ana={world[1]['ana'][1]}"]
+    assert main(["evaluate", *words]) == 0
+
+
+def test_sources_of_other_shares_are_weighted_over_the_whole_step(world, tmp_path):
+    """However finely a step is cut; under equal shares each group of one pair a source would do."""
+    changes = {"shares": "ana=2,ben=1,cleo=1", "batch_size": 8, "pairs_per_source": 4}
+    changes["source"] = tuple(f"{name}={path}" for name, (path, _) in world[1].items())
+    logs = []
+    for micro_tokens in (8192, 60):
+        run = tmp_path / str(micro_tokens)
+        cut = {"method": "uniform", "micro_tokens": micro_tokens}
+        assert train(options(world, run, **changes | cut)) == 0
+        logs.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    for whole, cut in zip(*logs, strict=True):
+        assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        for name, pairs in (("ana", 4), ("ben", 2), ("cleo", 2)):
+            assert whole["sources"][name]["pairs"] == cut["sources"][name]["pairs"] == pairs
+            assert cut["sources"][name]["weight"] == pytest.approx(1 / 3)
+
+
 @pytest.mark.slow
 def test_metrics_say_what_happened(world, tmp_path):
     train(
@@ -190,6 +235,33 @@ def test_a_learning_rate_below_the_rounding_of_the_weights_is_told(world, tmp_pa
         assert moved and (max(moved) < 0.1 if is_frozen else min(moved) > 0.9)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("has_learned", [False, True])
+def test_a_run_that_ends_at_chance_says_so(world, tmp_path, monkeypatch, capsys, has_learned):
+    """And a run that has learned says nothing, wherever it has: its report or its last steps."""
+    final = FinalAccuracy(0.9, 60, 3)
+    monkeypatch.setattr("minimore.train.final_accuracy", lambda log: final if has_learned else None)
+    run = tmp_path / "run"
+    assert train(options(world, run, learning_rate=1e-6)) == 0
+    chance, remedy, pairs, _ = capsys.readouterr().out.splitlines()[-4:]
+    assert chance.startswith("at chance: the accuracy is ")
+    assert ("60 training pairs of the last 3 steps" in chance) == has_learned
+    assert ("it learned its training pairs" in remedy) == has_learned
+    assert ("--learning-rate is 1e-06" in remedy and "11 steps" in remedy) != has_learned
+    assert pairs.endswith(f"minimore data look {' '.join(str(a) for a, _ in world[1].values())}")
+
+
+@pytest.mark.parametrize("accuracy, is_said", [(0.55, True), (0.7, False)])
+def test_without_new_pairs_the_last_steps_show_chance(
+    world, tmp_path, monkeypatch, capsys, accuracy, is_said
+):
+    final = FinalAccuracy(accuracy, 60, 3)
+    monkeypatch.setattr("minimore.train.final_accuracy", lambda log: final)
+    only = (f"ana={world[1]['ana'][0]}",)
+    assert train(options(world, tmp_path / "run", source=only, pairs_per_source=6)) == 0
+    assert ("at chance: the accuracy is .550 on the 60" in capsys.readouterr().out) == is_said
+
+
 def test_others_cut_a_saved_model_as_its_training_did(world, tmp_path):
     """transformers with truncation=True: the same ids, and so the same rewards."""
     transformers = pytest.importorskip("transformers")
@@ -209,7 +281,7 @@ def test_a_gradient_of_zero_is_told():
     assert what_is_wrong({"sources": {"a": fine, "b": absent}}) is None
 
 
-def test_a_run_prints_about_25_lines_and_every_validation_and_logs_every_step(
+def test_a_run_prints_about_25_lines_and_every_evaluation_and_logs_every_step(
     world, tmp_path, capsys
 ):
     run = tmp_path / "run"
@@ -223,5 +295,15 @@ def test_a_run_prints_about_25_lines_and_every_validation_and_logs_every_step(
     assert printed[0].startswith(f"step 1/{steps} ")
     assert printed[-1].startswith(f"step {steps}/{steps} ")
     assert all(re.search(r"  \d+ (s|min) left$", line) for line in printed[:-1])
+    assert "a line every 4 steps; in brackets means over the last 4" in lines
+    assert all(re.search(r"loss [.\d]+ \([.\d]+\)", line) for line in printed[1:])
     validated = [line for line in lines if line.startswith("validation after step")]
     assert len(validated) == steps // 40
+    evaluated = [line for line in lines if line.startswith("test after step 40: ")]
+    figures = content(run)[2][39]["evaluation"]["sources"]["cleo"]
+    assert len(evaluated) == 3
+    assert evaluated[2] == (
+        f"test after step 40: cleo  accuracy {number(figures['accuracy'])},"
+        f" NLL {number(figures['nll'])}, margin {number(figures['mean_margin'])},"
+        f" ECE {number(figures['ece'])}"
+    )

@@ -21,7 +21,7 @@ from typing import Any
 from ..engine.cost import in_whole_time
 from ..engine.streamed import open_engine
 from ..files import write_text
-from ..metrics import finite
+from ..metrics import finite, position_and_loss
 from ..model.checkpoint import Checkpoint, files_to_save
 from ..reward import check_length
 from ..run import Lock, check_recipe, open_run
@@ -87,12 +87,12 @@ class PolicyTraining(Training):
             "loss": finite(result.loss),
         }
 
-    def progress_line(self, record: dict[str, Any], seconds_left: float) -> str:
+    def progress_line(
+        self, record: dict[str, Any], means: dict[str, Any] | None, seconds_left: float
+    ) -> str:
         """Loss, perplexity, the time left."""
-        line = (
-            f"step {record['step']}/{self.schedule.steps}  loss {record['loss']:.4f}"
-            f"  perplexity {perplexity_of(record['loss'])[1]}"
-        )
+        line = position_and_loss(record, means, self.schedule.steps)
+        line += f"  perplexity {perplexity_of(record['loss'])[1]}"
         return line + (f"  {in_whole_time(seconds_left)} left" if seconds_left > 0 else "")
 
     def what_begins(self) -> str:

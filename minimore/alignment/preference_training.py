@@ -86,9 +86,11 @@ class PreferenceTraining(Training):
             "cosines": cosines_between(units, names),
         }
 
-    def progress_line(self, record: dict[str, Any], seconds_left: float) -> str:
+    def progress_line(
+        self, record: dict[str, Any], means: dict[str, Any] | None, seconds_left: float
+    ) -> str:
         """Loss, accuracy and weight of each source; cosines of their gradients; the time left."""
-        return progress_line(record, self.schedule.steps, seconds_left)
+        return progress_line(record, means, self.schedule.steps, seconds_left)
 
     def what_begins(self) -> str:
         """Pairs a step, and the loss."""

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ..files import one_line
 from ..model.tensors import require_as_written, write_tensors
-from ..options import InputError, parse_sources, require
+from ..options import InputError, parse_sources, require, training_files
 from .pairs import NO_PROMPT, Source
 from .prompts import normalised, prompt_hash
 from .texts import Reading
@@ -136,7 +136,8 @@ def refuse_training_files(
     sources = run_options.get("source")
     if not isinstance(sources, list) or not all(isinstance(value, str) for value in sources):
         return
-    training = {os.path.realpath(train) for train, _ in parse_sources(sources).values()}
+    files = training_files(parse_sources(sources, held_out_groups=True))
+    training = {os.path.realpath(train) for train in files.values()}
     for name, path in paths.items():
         require(
             os.path.realpath(path) not in training,

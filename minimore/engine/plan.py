@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.pairs import load_sources
-from ..data.sampling import batch_size_of
+from ..data.sampling import mix_of
 from ..files import refuse_existing, write_json
 from ..model.checkpoint import find, read_config
 from ..model.recompute import RECOMPUTE
 from ..model.tokenizer import Tokenizer
-from ..options import MOST, Range, check_ranges, option, parse_sources, require
+from ..options import (
+    MOST,
+    Range,
+    check_ranges,
+    option,
+    parse_sources,
+    require,
+    training_files,
+)
 from ..reward import check_length
 from ..tables import Table
 from .choose import Candidate, Job, best_for, exact_recipes, fastest, parse_memory, reason
@@ -139,22 +147,24 @@ def open_job(options: PlanOptions) -> tuple[str, Job]:
 
 def real_workload(options: PlanOptions, tokenizer: Tokenizer) -> Workload:
     """The workload of the files that --source names."""
-    paths = parse_sources(options.source)
+    paths = parse_sources(options.source, held_out_groups=True)
+    files = training_files(paths)
     if options.source_field is None:
-        batch_size_of(options, len(paths))  # refused before files are read
+        mix_of(options, [*files])  # refused before files are read
     for name, (_, test) in paths.items():
         require(test is None or Path(test).exists(), f"--source {name}: {test}: no such file")
     rules, labels = options.rules, options.label_rules
     sources = [
         source
-        for name, (train, _) in paths.items()
+        for name, train in files.items()
         for source in load_sources(name, train, tokenizer, rules, labels, options.source_field)
     ]
-    return workload_of(options, sources, batch_size_of(options, len(sources)))
+    return workload_of(options, sources, mix_of(options, [source.name for source in sources]))
 
 
 def workload_without_data(options: PlanOptions) -> Workload:
     """The workload of equal pairs, as many and as long as the options say."""
+    require(options.shares is None, "--shares: goes with --source")
     batch_size = ASSUMED_BATCH_SIZE if options.batch_size is None else options.batch_size
     longest = min(2 * options.max_length, MOST_TOKENS)
     hint = " (twice --max-length)" if longest < MOST_TOKENS else ""

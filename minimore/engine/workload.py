@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.pairs import Source, TokenPair
-from ..data.sampling import DataOptions, epoch_steps
+from ..data.sampling import DataOptions, Mix, epoch_steps
 from ..reward import ModelOptions
 from .recipe import RecipeOptions
 
@@ -100,8 +100,8 @@ def workload(sources: Sequence[Source], epochs: Iterable[list[np.ndarray]]) -> W
     return Workload(shapes, steps, total)
 
 
-def workload_of(options: RunOptions, sources: Sequence[Source], batch_size: int) -> Workload:
-    """The workload of a training with these options.
+def workload_of(options: RunOptions, sources: Sequence[Source], mix: Mix) -> Workload:
+    """The workload of a training with these options; mix: of the sources.
 
     At most EPOCHS epochs are counted; each later one is taken to be like their mean.
     """
@@ -110,11 +110,12 @@ def workload_of(options: RunOptions, sources: Sequence[Source], batch_size: int)
     epochs = (
         epoch_steps(
             pairs_of_sources,
-            options.sampling,
-            options.pairs_per_source,
-            batch_size,
+            mix.sampling,
+            mix.per_source,
+            mix.batch_size,
             options.seed,
             epoch,
+            mix.per_step,
         )
         for epoch in range(counted)
     )

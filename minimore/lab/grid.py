@@ -483,7 +483,7 @@ def checked_cells(options: ReproduceOptions) -> list[Cell]:
     cells = cells_of(options)
     require(cells, f"{options.experiment}: takes at least two sources")
     for cell in cells:
-        check_options(train_options(Path(options.output), cell), max(1, len(cell.sources)))
+        check_options(train_options(Path(options.output), cell), [*cell.sources] or ["all"])
     require(
         len({cell.name for cell in cells}) == len(cells),
         "two places of this grid have the same name; is a --model, --width or --scheme given"

@@ -152,7 +152,7 @@ def checked_sources(options: TrialOptions) -> dict[str, tuple[str, str]]:
     for method in options.methods:
         for rate in options.rates:
             cell = cell_of(options, sources, method, rate, 0)
-            check_options(train_options(Path(options.output), cell), len(sources))
+            check_options(train_options(Path(options.output), cell), list(sources))
     return sources
 
 

@@ -276,6 +276,6 @@ def test_a_resume_with_other_texts_or_options_is_refused(home, tmp_path, monkeyp
     with pytest.raises(InputError, match="has other texts"):
         finetune(options(home, tmp_path / "run", resume=True, **changes))
     path.write_text("".join(lines))
-    with pytest.raises(InputError, match="--epochs is 2 but the run"):
-        finetune(options(home, tmp_path / "run", resume=True, epochs=2, **changes))
+    with pytest.raises(InputError, match="--seed is 2 but the run"):
+        finetune(options(home, tmp_path / "run", resume=True, seed=2, **changes))
     assert finetune(options(home, tmp_path / "run", resume=True, **changes)) == 0

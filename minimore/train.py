@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +31,15 @@ from .engine.distributed import (
     refused_together,
 )
 from .engine.objective import RewardObjective, StepResult, labels_of
+from .engine.optim import AdamW
+from .engine.recipe import Recipe
 from .engine.streamed import open_engine
+from .engine.whole import WholeModelEngine, whole_model_bytes
 from .engine.workload import RunOptions, workload_of
 from .files import write_json, write_text
 from .metrics import final_accuracy, lines_of_test_files, progress_line, step_metrics, what_is_wrong
 from .model.checkpoint import Checkpoint, files_to_save
-from .more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS
+from .more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS, Labels
 from .options import (
     COUNT,
     Range,
@@ -101,6 +105,13 @@ class TrainOptions(LoopOptions, RunOptions):
         choices=("step", "group"),
         help="solve the weights over the whole step (the paper; with several micro-batches one "
         "more forward), or per group of one pair a source (the authors' code)",
+    )
+    lambda_gradients: str = option(
+        "head",
+        choices=("head", "all"),
+        help="more: the gradients from which the weights are solved, those of the head (the paper) "
+        "or of all parameters, which takes up to 1.75 times as long (needs --engine streamed and "
+        "--recompute full)",
     )
     label_smoothing: float = option(
         0.0,
@@ -180,6 +191,7 @@ class RewardTraining(Training):
     """The training of a reward model on several sources of pairs."""
 
     options: TrainOptions
+    objective: RewardObjective
     sources: list[Source]
     test_sources: list[Source]
     validation_sources: list[Source]
@@ -192,6 +204,8 @@ class RewardTraining(Training):
     def batch_at(self, step: int) -> tuple[list[TokenPair], list[int]]:
         """The pairs of a step, and the source of each."""
         sampled = self.schedule.sampled_at(step)  # (B, 2): source, pair in the source
+        if self.options.lambda_gradients == "all":  # micro-batches are of one source each
+            sampled = sampled[np.argsort(sampled[:, 0], kind="stable")]
         return [self.sources[k].pairs[i] for k, i in sampled], sampled[:, 0].tolist()
 
     def record_of(
@@ -210,6 +224,8 @@ class RewardTraining(Training):
             "tokens": sum(pair.tokens for pair in items),
             **step_metrics(result, on_device, self.names, labels),
         }
+        if self.options.lambda_gradients == "all":
+            self.add_weights_by_head(record, result, on_device, labels)
         eval_steps = self.options.eval_steps
         is_due = eval_steps is not None and step % eval_steps == 0
         if is_due and self.test_sources:
@@ -221,6 +237,16 @@ class RewardTraining(Training):
             if self.best:
                 record["best"] = self.best.step
         return record
+
+    def add_weights_by_head(
+        self, record: dict[str, Any], result: StepResult, source: Tensor, labels: Labels | None
+    ) -> None:
+        """Add the weights that the gradients of the head alone would have had."""
+        *_, weights = self.objective.losses_and_weights(
+            result.head, result.z_chosen, result.z_rejected, source, labels
+        )
+        for name, weight in zip(self.names, weights.tolist()):
+            record["sources"][name]["head_weight"] = weight
 
     def compare_with_best(self, step: int, report: dict[str, Any]) -> None:
         """Let a step be the best one, if it is, by its report on the validation sources."""
@@ -279,7 +305,26 @@ def check_options(options: TrainOptions, names: Sequence[str]) -> None:
         "--keep-best chooses among evaluations of held-out prompts: it needs --validation SHARE and"
         " --eval-steps N",
     )
+    if options.lambda_gradients == "all":
+        check_whole_model(options)
     check_recipe_options(options)
+
+
+def check_whole_model(options: TrainOptions) -> None:
+    """Refuse what does not go with weights from the gradients of all parameters (InputError)."""
+    name = "--lambda-gradients all"
+    require(
+        options.method == "more"
+        and options.gradient_average == 1
+        and options.lambda_scope == "step",
+        f"{name} goes with --method more, --lambda-scope step and --gradient-average 1",
+    )
+    require(
+        options.engine == "streamed" and options.recompute == "full",
+        f"{name} needs --engine streamed and --recompute full: blocks are computed again, once for"
+        " the weights and once with them",
+    )
+    require(processes() == 1, f"{name}: runs in one process; leave out torchrun")
 
 
 def check_sources(options: TrainOptions, names: Sequence[str]) -> Mix:
@@ -307,7 +352,12 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
         print_overlap(test_sources, hashes_of(sources))
     origin.tokenizer.longest = options.max_length
     files_to_save(origin)  # what cannot be saved in the end is refused now
-    recipe = choose_recipe(options, origin, lambda: workload_of(options, sources, mix))
+    recipe = choose_recipe(
+        options,
+        origin,
+        lambda: workload_of(options, sources, mix),
+        whole_model_bytes(origin, len(sources)) if options.lambda_gradients == "all" else 0,
+    )
     check_recipe(run, recipe)
     unit = len(sources) if options.lambda_scope == "group" else 1
     check_group(recipe, mix.batch_size, unit, processes())
@@ -334,7 +384,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
         weighting_state=weighting_state,
         model=model,
         optimizer=optimizer,
-        engine=open_engine(model, optimizer, recipe),
+        engine=engine_of(options, model, optimizer, recipe),
         digests=digests_of(sources, validation_sources),
     )
     print_where_more_is_plain(options, len(sources))
@@ -405,6 +455,14 @@ def digests_of(sources: Sequence[Source], validation: Sequence[Source]) -> dict[
     return digests
 
 
+def engine_of(options: TrainOptions, model: Any, optimizer: AdamW, recipe: Recipe) -> Any:
+    """The engine of a recipe, or the one that takes weights from all parameters."""
+    if options.lambda_gradients == "all":
+        recipe.check()
+        return WholeModelEngine(model, optimizer, recipe)
+    return open_engine(model, optimizer, recipe)
+
+
 def open_objective(
     options: TrainOptions, sources: int, sampling: str, weighting_state: dict[str, Tensor]
 ) -> RewardObjective:
@@ -419,6 +477,7 @@ def open_objective(
         options.lambda_scope,
         sampling,
         options.label_smoothing,
+        options.lambda_gradients == "all",
     )
 
 

@@ -308,12 +308,13 @@ def check_recipe_options(options: LoopOptions) -> None:
 
 
 def choose_recipe(
-    options: LoopOptions, checkpoint: Checkpoint, work: Callable[[], Workload]
+    options: LoopOptions, checkpoint: Checkpoint, work: Callable[[], Workload], reserved: int = 0
 ) -> Recipe:
     """The recipe that was asked for. With --memory the rest is chosen, so that the work fits.
 
     A run that is continued keeps the storage of numbers that it began with. work: computes the
-    workload, which takes time and is needed with --memory only.
+    workload, which takes time and is needed with --memory only. reserved: bytes of that memory
+    which the training takes besides.
     """
     stored = stored_recipe(Path(options.output)) if options.resume else {}
     chosen = options.chosen_recipe(options.micro_tokens, stored)
@@ -323,7 +324,7 @@ def choose_recipe(
         checkpoint.config,
         work(),
         chosen,
-        parse_memory(options.memory),
+        parse_memory(options.memory) - reserved,
         device_of(options),
         compute_type(options),
         available_memory() or math.inf,

@@ -26,6 +26,7 @@ data.public.get
 reward temperature score opened report comparison evaluate
 engine.recipe engine.objective engine.storage engine.optim engine.plain
 engine.distributed engine.host engine.streamed engine.workload engine.cost engine.choose engine.plan
+engine.whole
 metrics resume run best training train
 alignment.preference_losses
 alignment.portions alignment.policy alignment.generate alignment.sample alignment.selection

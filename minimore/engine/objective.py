@@ -15,7 +15,7 @@ K sources, B pairs in a step, M tokens that are read, D width.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import groupby, repeat
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -103,7 +103,7 @@ class RewardObjective:
     weigh: (losses (K,), gradients (K, D), pairs (K,)) -> weights (K,), one of more.WEIGHTINGS with
     its state. method: its name there. scope: "step" solves the weights over the whole step, "group"
     over every group of one pair a source. smoothing: the share of labels taken as the wrong way
-    round.
+    round. over_all: the gradients are those of the whole model (whole.py), not of the head alone.
     """
 
     sources: int
@@ -112,12 +112,23 @@ class RewardObjective:
     scope: str = "step"
     sampling: str = "equal"
     smoothing: float = 0.0
+    over_all: bool = False
 
     def batches(
         self, pairs: Sequence[TokenPair], source: Sequence[int], micro_tokens: int, unit: int = 1
     ) -> list[PairBatch]:
-        """Consecutive batches of at most micro_tokens tokens, never cut inside a unit of pairs."""
-        return micro_batches(pairs, source, micro_tokens, unit)
+        """Consecutive batches of at most micro_tokens tokens, never cut inside a unit of pairs.
+
+        With over_all, a batch holds pairs of one source alone.
+        """
+        if not self.over_all:
+            return micro_batches(pairs, source, micro_tokens, unit)
+        batches, start = [], 0
+        for k, run in groupby(source):
+            stop = start + len(list(run))
+            batches += micro_batches(pairs[start:stop], [k] * (stop - start), micro_tokens, unit)
+            start = stop
+        return batches
 
     def loss(
         self, head: Tensor, z: Tensor, batches: Sequence[PairBatch]
@@ -139,12 +150,7 @@ class RewardObjective:
             source.split(size),
             repeat(None) if labels is None else labels.split(size),
         ):
-            pairs = (head, z_c, z_r, s, K, self.smoothing, own_labels)
-            losses = bradley_terry_losses(*pairs)  # (K,)  Eq. 1
-            gradients = head_gradients(*pairs)  # (K, D)  Eq. 8
-            require_finite(losses + gradients.abs().amax(1), s)
-            counts = torch.bincount(s, minlength=K)
-            weights = self.weigh(losses, gradients, counts)  # (K,) on the simplex
+            losses, weights = self.losses_and_weights(head, z_c, z_r, s, own_labels)
             loss = weighted_loss(weights, losses)  # ()  Eq. 7
             share = len(s) / len(source)
             mean_loss = mean_loss + loss * share
@@ -157,6 +163,26 @@ class RewardObjective:
             mean_loss.detach(),
         )
         return mean_loss, result
+
+    def losses_and_weights(
+        self,
+        head: Tensor,
+        z_chosen: Tensor,
+        z_rejected: Tensor,
+        source: Tensor,
+        labels: Labels | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The losses of the sources and their weights, both (K,). Raises NonFiniteLoss.
+
+        Shapes as in `more.bradley_terry_losses`.
+        """
+        K = self.sources
+        pairs = (head, z_chosen, z_rejected, source, K, self.smoothing, labels)
+        losses = bradley_terry_losses(*pairs)  # (K,)  Eq. 1
+        gradients = head_gradients(*pairs)  # (K, D)  Eq. 8
+        require_finite(losses + gradients.abs().amax(1), source)
+        counts = torch.bincount(source, minlength=K)
+        return losses, self.weigh(losses, gradients, counts)  # λ on the simplex
 
     @property
     def unit(self) -> int | None:

@@ -167,9 +167,20 @@ class StreamedStep:
 
         d_activations: the gradients of the block's outputs, which become those of its inputs.
         """
+        total: Gradients = {}
+        for _, gradients in self._block_gradients(number, d_activations):
+            add_to(total, gradients, several=len(d_activations) > 1)
+        return total
+
+    def _block_gradients(
+        self, number: int, d_activations: list[Tensor]
+    ) -> Iterator[tuple[int, Gradients]]:
+        """Every micro-batch from the last to the first, and the gradients of a block that it has.
+
+        d_activations: the gradients of the block's outputs, which become those of its inputs.
+        """
         if self.recompute == "full":
             block = compute_copy(self.blocks[number], self.trunk.compute_dtype)
-        total: Gradients = {}
         for i in reversed(range(len(d_activations))):
             if self.recompute == "full":
                 streams, rotations_by_block, _ = self.micro_batches[i]
@@ -179,8 +190,7 @@ class StreamedStep:
                 )
             else:
                 d_activations[i], gradients = self.graphs.pop().gradients(d_activations[i])
-            add_to(total, gradients, several=len(d_activations) > 1)
-        return total
+            yield i, gradients
 
     def _embedding_gradients(self, d_activations: Tensor) -> Gradients:
         """Gradients of the embeddings, at once for all micro-batches; d_activations: (tokens, D).
@@ -351,6 +361,8 @@ def embedding_gradient(d_rows: Tensor, index: Tensor, table: nn.Embedding) -> Te
 class StreamedEngine:
     """Takes streamed steps, and updates every part as soon as its gradient is there."""
 
+    step_class = StreamedStep
+
     def __init__(self, model: Any, optimizer: AdamW, recipe: Recipe):
         self.model, self.optimizer, self.recipe = model, optimizer, recipe
         self.parts = parts_of(model)
@@ -363,7 +375,7 @@ class StreamedEngine:
 
         Raises NonFiniteLoss before, and NonFiniteGradient after, the parameters have changed.
         """
-        step = StreamedStep(
+        step = self.step_class(
             self.model,
             objective.batches(items, source, self.recipe.micro_tokens),
             objective,

@@ -17,11 +17,16 @@ from .history import ALL, KINDS, History, Series, What
 from .plots import LINES, PALETTE, require_matplotlib
 
 OVERVIEW = ("loss", "accuracy", "ECE", "learning rate")
-COLUMNS = ("loss", "accuracy", "margin", "weight", "cosine", "ECE")
-TITLES = {"weight": "weight λ", "cosine": "mean cosine with others"}  # if not the figure itself
+COLUMNS = ("loss", "accuracy", "margin", "weight", "head_weight", "cosine", "ECE")
+TITLES = {  # if not the figure itself
+    "weight": "weight λ",
+    "head_weight": "λ by the head alone",
+    "cosine": "mean cosine with others",
+}
 # Where a model stands that knows nothing: lines to compare with.
 KNOWS_NOTHING = {"loss": math.log(2), "accuracy": 0.5, "margin": 0.0, "cosine": 0.0}
-FROM_ZERO = ("weight", "ECE", "learning rate")  # figures whose axis begins at 0
+WEIGHTS = ("weight", "head_weight")
+FROM_ZERO = (*WEIGHTS, "ECE", "learning rate")  # figures whose axis begins at 0
 NAMES = {"training": "training", "validation": "held out", "test": "TEST files"}  # of KINDS
 MARKS = {"validation": "o", "test": "s"}  # those of the test are hollow
 GREY, PALE = "0.35", "0.8"
@@ -89,7 +94,7 @@ class Page:
             label = row[0].set_ylabel(shortened(source), parse_math=False, weight="bold")
             label.set(rotation=0, ha="right", va="center", fontsize=10)
         for panel, figure in zip(panels[0], figures):
-            smoothing = f", mean of {self.window} steps" if figure == "weight" else ""
+            smoothing = f", mean of {self.window} steps" if figure in WEIGHTS else ""
             set_title(panel, TITLES.get(figure, figure) + smoothing, size=9)
             if figure in FROM_ZERO:  # only now: it fixes the other end, for the whole column
                 panel.set_ylim(bottom=0)

@@ -23,7 +23,7 @@ KINDS = ("training", "validation", "test")
 ALL = ""  # stands for all sources together
 LARGEST = 1e30  # of any number in a log
 
-OF_STEPS = ("loss", "accuracy", "margin", "weight")  # figures of a source in a step
+OF_STEPS = ("loss", "accuracy", "margin", "weight", "head_weight")  # figures of a source in a step
 # Figures of a source in a report, by what they are called in a step.
 OF_REPORTS = {"loss": "nll", "accuracy": "accuracy", "margin": "mean_margin", "ECE": "ece"}
 REPORTS = {"validation": "validation", "evaluation": "test"}  # keys of a record, and their kinds

@@ -1,0 +1,169 @@
+"""MORE over all parameters: the weights λ from the gradients of the whole model.
+
+The paper takes the gradient of the reward head for that of the model (Eq. 8). Here g_k is the
+gradient of the loss L_k of source k in all parameters. The weights need no more of them than
+
+    G_ij = g_i · g_j = Σ over the parts of the model  (g_i of the part) · (g_j of the part)
+
+so a first walk backward adds up G part by part, and drops every gradient when it has been used. No
+more than K gradients of one block exist at a time. Then the weights are known, and a second walk is
+that of a streamed step:
+
+    forward            1    as in StreamedStep
+    first walk         3    compute a block again, and backward through it, with L_1 + ... + L_K
+    weights                 λ from G
+    second walk        3    the same with λ_1 L_1 + ... + λ_K L_K; every part is updated
+
+in forward passes. A plain step with full recomputation takes 4, so this is 1.75 of it at most. One
+backward pass serves all sources, because a micro-batch holds pairs of one source alone: what it
+adds to the gradient of L_1 + ... + L_K is its part of g_k.
+
+K sources, M tokens that are read, U tokens that differ, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.pairs import PairBatch
+from ..model.checkpoint import Checkpoint
+from ..model.rotation import at_least_fp32
+from .cost import count, parameter_shapes
+from .objective import RewardObjective
+from .streamed import Gradients, StreamedEngine, StreamedStep, add_to
+
+AT_ONCE = 1 << 22  # numbers of a gradient that are multiplied at once, in float64
+
+
+class WholeModelStep(StreamedStep):
+    """A streamed step whose weights come from the gradients of all parameters.
+
+    The objective is a RewardObjective with `over_all`. Blocks are computed again as a whole.
+    """
+
+    objective: RewardObjective
+    batches: Sequence[PairBatch]
+
+    def _top_forward(self, read: Tensor) -> Any:
+        """Walk backward once for the weights; then go on with them as a streamed step does.
+
+        read: (M, D), what the last block returned at the tokens that the objective reads.
+        """
+        rows = rows_with_products(self._products(read))
+        objective = self.objective
+        self.objective = replace(objective, weigh=partial(weighed_by, objective, rows))
+        try:
+            return super()._top_forward(read)
+        finally:
+            self.objective = objective
+
+    # ---- the first walk ----
+
+    def _products(self, read: Tensor) -> Tensor:
+        """G (K, K), float64: the products of the sources' gradients in all parameters.
+
+        A source without a pair has a gradient of zero.
+        """
+        self.source_of_batch = [int(batch.source[0]) for batch in self.batches]
+        products = self._products_of_top(read)
+        d_activations = self._gradient_of_output()
+        inputs = list(self.inputs.stack)  # the second walk needs them, too
+        for number in reversed(range(len(self.blocks))):
+            products += self._products_of_block(number, d_activations)
+        self.inputs.stack = inputs
+        return products + self._products_of_embeddings(d_activations)
+
+    def _products_of_top(self, read: Tensor) -> Tensor:
+        """The products at head and final norm; leaves the gradient of L_1 + ... + L_K in d_read."""
+        objective, d_read = self.objective, torch.zeros_like(read)
+        by_source: list[Gradients] = [{} for _ in range(objective.sources)]
+        for k in sorted(set(self.source_of_batch)):
+            self.objective = replace(objective, weigh=partial(only, k))
+            super()._top_forward(read)
+            d_read += self.d_read  # zero but in the rows of source k
+            by_source[k] = self._take_gradient_of_top()
+        self.objective, self.d_read = objective, d_read
+        return products_of(by_source)
+
+    def _products_of_block(self, number: int, d_activations: list[Tensor]) -> Tensor:
+        """The products at a block; d_activations become the gradients of its inputs."""
+        by_source: list[Gradients] = [{} for _ in range(self.objective.sources)]
+        for i, gradients in self._block_gradients(number, d_activations):
+            add_to(by_source[self.source_of_batch[i]], gradients, several=True)
+        return products_of(by_source)
+
+    def _products_of_embeddings(self, d_activations: list[Tensor]) -> Tensor:
+        """The products at the embeddings, of which a step touches only few rows (U, D)."""
+        if self.trunk.c.embedding_scale != 1:
+            d_activations = [d * self.trunk.embedding_scale for d in d_activations]
+        streams = [part.stream for part in self.micro_batches]
+        products = self._products_of_table(d_activations, [s.tokens for s in streams])
+        if self.trunk.c.learned_positions:
+            products += self._products_of_table(d_activations, [s.positions for s in streams])
+        return products
+
+    def _products_of_table(self, d_rows: list[Tensor], indices: list[Tensor]) -> Tensor:
+        """The products at a table: micro-batch i read its rows indices[i] (N,)."""
+        distinct, places = torch.cat(indices).unique(return_inverse=True)  # (U,)
+        by_source: list[Gradients] = [{} for _ in range(self.objective.sources)]
+        for i, place in enumerate(places.split([len(index) for index in indices])):
+            d = at_least_fp32(d_rows[i])
+            gradient = d.new_zeros(len(distinct), d.shape[1]).index_add_(0, place, d)
+            add_to(by_source[self.source_of_batch[i]], {"table": gradient}, several=True)
+        return products_of(by_source)
+
+
+class WholeModelEngine(StreamedEngine):
+    """Takes streamed steps with weights from the gradients of all parameters."""
+
+    step_class = WholeModelStep
+
+
+def whole_model_bytes(checkpoint: Checkpoint, sources: int) -> int:
+    """Bytes that such a step takes besides: the gradients of a block, fp32, once a source."""
+    return 4 * sources * count(parameter_shapes(checkpoint.config).block)
+
+
+# ---- from gradients to weights -------------------------------------------------------------------
+
+
+def only(k: int, losses: Tensor, gradients: Tensor, pairs: Tensor) -> Tensor:
+    """All the weight (K,) on source k."""
+    weights = torch.zeros_like(losses.detach())
+    weights[k] = 1
+    return weights
+
+
+def weighed_by(
+    objective: RewardObjective, rows: Tensor, losses: Tensor, gradients: Tensor, pairs: Tensor
+) -> Tensor:
+    """The weights (K,) of an objective, with other gradients (K, K) than the head's (K, D)."""
+    return objective.weigh(losses, rows, pairs)
+
+
+def products_of(by_source: Sequence[Gradients]) -> Tensor:
+    """The products (K, K), float64, of the sources' gradients; those of an absent source are 0."""
+    present = [k for k, gradients in enumerate(by_source) if gradients]
+    first = by_source[present[0]]
+    device = next(iter(first.values())).device
+    products = torch.zeros(len(by_source), len(by_source), dtype=torch.float64, device=device)
+    places = torch.tensor(present, device=device)
+    for name in first:
+        flat = [by_source[k][name].flatten().split(AT_ONCE) for k in present]
+        for parts in zip(*flat):
+            rows = torch.stack(parts).double()
+            products[places[:, None], places] += rows @ rows.T
+    return products
+
+
+def rows_with_products(products: Tensor) -> Tensor:
+    """Rows R (K, K) with R Rᵀ = G, which stand for the gradients wherever only products count.
+
+    G = V diag(e) Vᵀ with e >= 0, so R = V diag(√e).
+    """
+    e, V = torch.linalg.eigh(products)
+    return V * e.clamp_min(0).sqrt()

@@ -298,7 +298,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     check_recipe(run, recipe)
     unit = len(sources) if options.lambda_scope == "group" else 1
     check_group(recipe, batch_size, unit, processes())
-    optimizer, adopt = open_optimizer(options, recipe)
+    optimizer, adopt = open_optimizer(options, recipe, origin.config.blocks)
     model = load_reward_model(origin, options, adopt)
     weighting_state: dict[str, Tensor] = {}
     training = RewardTraining(

@@ -24,7 +24,7 @@ data.inspection.survey data.inspection.findings data.inspection.between data.ins
 data.public.sources data.public.download data.public.changes data.public.manifest data.public.parts
 data.public.get
 reward temperature score opened report comparison evaluate
-engine.recipe engine.objective engine.storage engine.optim engine.plain
+engine.trained engine.recipe engine.objective engine.storage engine.optim engine.plain
 engine.distributed engine.host engine.streamed engine.workload engine.cost engine.choose engine.plan
 metrics resume run best training train
 alignment.preference_losses

@@ -115,7 +115,7 @@ def prepare(options: FinetuneOptions, run: Path, lock: Lock) -> PolicyTraining:
     schedule = Schedule(options, options.epochs, sizes, options.batch_size)
     recipe = choose_recipe(options, origin, lambda: workload_of(schedule, files, origin))
     check_recipe(run, recipe)
-    optimizer, adopt = open_optimizer(options, recipe)
+    optimizer, adopt = open_optimizer(options, recipe, origin.config.blocks)
     model = open_policy(origin, options, adopt)
     training = PolicyTraining(
         options=options,

@@ -142,7 +142,7 @@ def prepare(options: FinetuneOptions, run: Path, lock: Lock) -> PreferenceTraini
     items = {f"train {source.name}": source.items for source in sources}
     items |= {f"test {source.name}": source.items for source in test_sources}
     stored = stored_log_probabilities(run / REFERENCE, references, items, options)
-    optimizer, adopt = open_optimizer(options, recipe)
+    optimizer, adopt = open_optimizer(options, recipe, origin.config.blocks)
     model = open_policy(origin, options, adopt)
     weighting_state: dict[str, Tensor] = {}
     training = PreferenceTraining(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..engine.trained import HEAD
 from ..engine.workload import EPOCHS, Workload
 from ..model.checkpoint import Checkpoint
 from ..more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS
@@ -132,6 +133,10 @@ def check_options(options: FinetuneOptions) -> None:
     """Refuse options that cannot be run (InputError)."""
     check_ranges(options)
     refuse_unread(options)
+    require(
+        options.train != HEAD,
+        "--train head: expected all or last-N; the head alone is trained of a reward model only",
+    )
     if options.loss == LIKELIHOOD:
         check_input(options)
     else:

@@ -108,8 +108,9 @@ def recipes(fixed: Mapping[str, Any]) -> list[Recipe]:
     for name in ("engine", "parameters", "moments", "recompute", "offload"):
         if name in fixed:
             values_of[name] = (fixed[name],)
+    never_chosen = {name: fixed[name] for name in ("max_grad_norm", "train") if name in fixed}
     combinations = [
-        Recipe(**dict(zip(values_of, values)), max_grad_norm=fixed.get("max_grad_norm"))
+        Recipe(**dict(zip(values_of, values)), **never_chosen)
         for values in product(*values_of.values())
     ]
     return [recipe for recipe in combinations if is_consistent(recipe)]

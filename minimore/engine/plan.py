@@ -26,9 +26,11 @@ from .cost import (
     in_time,
     parameter_shapes,
     step_flops,
+    trained_parameters,
 )
 from .distributed import check_group
 from .recipe import OFFLOADS, Recipe
+from .trained import HEAD, trained_blocks
 from .workload import RunOptions, Workload, assumed_workload, workload_of
 
 SIZES = (24e9, 40e9, 80e9, 141e9)  # bytes of the GPUs that people have
@@ -96,9 +98,10 @@ def plan(options: PlanOptions) -> None:
     model_type, job = open_job(options)
     fixed = job.fixed(fixed)
     check_group(Recipe(**fixed), len(job.work.largest), 1, job.gpus)
-    rows = recipe_rows(job, options.micro_tokens)
-    fits = {size: best_exact(job, options.micro_tokens, size) for size in SIZES}
-    print(heading(model_type, job), end="\n\n")
+    asked = {"micro_tokens": options.micro_tokens, "train": fixed.get("train", Recipe.train)}
+    rows = recipe_rows(job, asked)
+    fits = {size: best_exact(job, asked, size) for size in SIZES}
+    print(heading(model_type, job, asked["train"]), end="\n\n")
     print(recipe_table(rows, job.gpus), end="\n\n")
     print(fits_by_size(fits), end="\n\n")
     recipe = Recipe(**fixed) if limit is None else recipe_for_memory(job, fixed, limit)
@@ -115,6 +118,7 @@ def open_job(options: PlanOptions) -> tuple[str, Job]:
     directory = find(options.model, config_only=True)
     values, family, config = read_config(directory)
     check_length(config, options.max_length, directory)
+    trained_blocks(options.train or Recipe.train, config.blocks)  # refused if there are fewer
     is_policy = options.objective == "language"
     require(
         not (is_policy and options.source),
@@ -124,6 +128,10 @@ def open_job(options: PlanOptions) -> tuple[str, Job]:
     require(
         options.gpus == 1 or not is_policy,
         "--gpus: several GPUs train a reward model; expected --objective reward",
+    )
+    require(
+        not (is_policy and options.train == HEAD),
+        "--train head: expected all or last-N; the head alone is trained of a reward model only",
     )
     if options.source:
         work = real_workload(options, Tokenizer(directory))
@@ -169,9 +177,9 @@ def workload_without_data(options: PlanOptions) -> Workload:
     return assumed_workload(options.tokens, options.pairs, batch_size, options.epochs)
 
 
-def best_exact(job: Job, micro_tokens: int, limit: float) -> Candidate | None:
-    """The fastest exact recipe that fits, whatever it is otherwise."""
-    fixed = job.fixed({"micro_tokens": micro_tokens})
+def best_exact(job: Job, asked: Mapping[str, Any], limit: float) -> Candidate | None:
+    """The fastest exact recipe that fits, whatever it is otherwise; asked: fields of it."""
+    fixed = job.fixed(asked)
     return fastest(job, exact_recipes(fixed, job.itemsize), limit)
 
 
@@ -194,12 +202,12 @@ class RecipeRow(NamedTuple):
     seconds: dict[str, float]
 
 
-def recipe_rows(job: Job, micro_tokens: int) -> dict[str, RecipeRow]:
-    """The rows of the table, by name."""
+def recipe_rows(job: Job, asked: Mapping[str, Any]) -> dict[str, RecipeRow]:
+    """The rows of the table, by name; asked: fields of every recipe."""
     shapes = parameter_shapes(job.config, job.work.top)
     rows = {}
     for name, recipe in (RECIPES if job.gpus == 1 else GROUP_RECIPES).items():
-        recipe = replace(recipe, micro_tokens=micro_tokens)
+        recipe = replace(recipe, **asked)
         if job.gpus == 1:
             recipe = replace(recipe, recompute="full")
         held = bytes_held(shapes, recipe) / shapes.parameters / job.gpus
@@ -213,17 +221,20 @@ def seconds_by_gpu(job: Job, recipe: Recipe) -> dict[str, float]:
     return {name: job.run_seconds(recipe, gpu) for name, gpu in GPUS.items()}
 
 
-def heading(model_type: str, job: Job) -> str:
+def heading(model_type: str, job: Job, train: str) -> str:
     """The model, the data, the FLOPs of its largest step, and what the table's columns mean."""
-    work, parameters = job.work, parameter_shapes(job.config, job.work.top).parameters
-    useful, _ = step_flops(job.config, work, Recipe())
+    work, shapes = job.work, parameter_shapes(job.config, job.work.top)
+    recipe = Recipe(train=train)
+    useful, _ = step_flops(job.config, work, recipe)
     tops = {
         "head": "the reward head, without a language-model head",
         "tied": "a tied language-model head",
         "untied": "the language-model head",
     }
-    lines = {
-        "model": f"{model_type}, {parameters:,} parameters with {tops[work.top]}",
+    lines = {"model": f"{model_type}, {shapes.parameters:,} parameters with {tops[work.top]}"}
+    if train != Recipe.train:
+        lines["train"] = f"{train}, {trained_parameters(shapes, recipe):,} parameters"
+    lines |= {
         "data": f"largest step {len(work.largest)} {work.unit}, {work.largest_tokens:,} unique"
         f" tokens; {work.steps:,} steps, {work.tokens / 1e6:,.1f} million unique tokens",
         "flops": f"{in_flops(useful)} useful in the largest step",

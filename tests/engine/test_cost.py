@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from counted import Products
 from runs import slow_but
 from shapes import FAMILIES, ODD, PAPER, PYTHIA, pairs_of, random_shapes, small_model
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from minimore.data.pairs import Source, pack_pairs
@@ -218,21 +218,6 @@ def test_flops_are_what_torch_counts(family, at_ends):
     all_seen = (config.blocks - 1) * seen + (seen_at_ends if at_ends else seen)
     attention = 4 * config.heads * config.head_width * all_seen
     assert forward_flops(config, shapes, at_ends) == counter.get_total_flops() + attention
-
-
-class Products(TorchDispatchMode):
-    """Counts 2 x rows x inner x columns of every matrix product.
-
-    torch's own counter cannot be used with autograd.grad.
-    """
-
-    total = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            a, b = arguments[-2:]
-            self.total += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return function(*arguments, **named or {})
 
 
 @pytest.mark.parametrize("family", slow_but(["llama"], ["gpt_neox", "llama", "gemma3"]))

@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "keep",
     "memory",
     "allow_overlap",
+    "beyond_positions",
     *RECIPE,
 )
 

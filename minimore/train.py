@@ -285,7 +285,9 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     Nothing is written before everything that can be refused has been accepted.
     """
     origin, facts = open_origin(options, run)
-    check_length(origin.config, options.max_length, origin.directory)
+    check_length(
+        origin.config, options.max_length, origin.directory, beyond=options.beyond_positions
+    )
     sources, test_sources = open_sources(options, paths, origin)
     check_number_of_sources(options, len(sources))
     sources, validation_sources = held_out_of(sources, options)

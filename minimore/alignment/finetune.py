@@ -108,7 +108,9 @@ def prepare(options: FinetuneOptions, run: Path, lock: Lock) -> PolicyTraining:
     """
     origin, facts = open_origin(options, run)
     require_language_model(origin)
-    check_length(origin.config, options.max_length, origin.directory)
+    check_length(
+        origin.config, options.max_length, origin.directory, beyond=options.beyond_positions
+    )
     files = read_files(options, origin)
     files_to_save(origin, "language")  # what cannot be saved in the end is refused now
     sizes = tuple(len(file.items) for file in files)

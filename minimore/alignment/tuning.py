@@ -14,6 +14,7 @@ from ..engine.workload import EPOCHS, Workload
 from ..model.checkpoint import Checkpoint
 from ..more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS
 from ..options import COUNT, Range, check_ranges, flag_of, option, parse_sources, require
+from ..reward import PositionOptions
 from ..training import LoopOptions, Schedule, check_recipe_options, table_of_options
 from .preference_losses import LOSSES
 from .responses import WHICH
@@ -22,7 +23,7 @@ LIKELIHOOD = "likelihood"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(LoopOptions):
+class FinetuneOptions(PositionOptions, LoopOptions):
     """What `align finetune` takes; batch, length, learning rate and schedule are the paper's."""
 
     loss: str = option(

@@ -117,7 +117,7 @@ def open_job(options: PlanOptions) -> tuple[str, Job]:
     """The model's type, and what is to be computed with it, as on a GPU."""
     directory = find(options.model, config_only=True)
     values, family, config = read_config(directory)
-    check_length(config, options.max_length, directory)
+    check_length(config, options.max_length, directory, beyond=options.beyond_positions)
     trained_blocks(options.train or Recipe.train, config.blocks)  # refused if there are fewer
     is_policy = options.objective == "language"
     require(

@@ -154,6 +154,13 @@ def states_of_parts(shapes: ParameterShapes, recipe: Recipe) -> list[int]:
     return trained + [low_half_bytes(part, recipe) for part in shapes.frozen_parts(recipe.train)]
 
 
+def checkpoint_bytes(shapes: ParameterShapes, recipe: Recipe) -> int:
+    """Bytes of the tensors of a saved state: fp32 parameters, and moments as they are stored."""
+    trained = shapes.trained_parts(recipe.train)
+    moments = sum(state_bytes(part, recipe) - low_half_bytes(part, recipe) for part in trained)
+    return 4 * shapes.parameters + moments
+
+
 def trained_parameters(shapes: ParameterShapes, recipe: Recipe) -> int:
     """How many numbers a step changes."""
     return sum(count(part) for part in shapes.trained_parts(recipe.train))

@@ -17,6 +17,7 @@ from minimore.engine.choose import is_exact
 from minimore.engine.cost import (
     block_activations,
     bytes_held,
+    checkpoint_bytes,
     forward_flops,
     memory_of,
     parameter_bytes,
@@ -33,6 +34,7 @@ from minimore.engine.streamed import open_engine
 from minimore.engine.workload import PairShape, Workload, tokens_of, workload
 from minimore.model import recompute as recomputation
 from minimore.model.attention import tile_shapes
+from minimore.model.checkpoint import read_config
 from minimore.model.rotation import rotary_angles
 from minimore.more import uniform_weights
 
@@ -73,6 +75,15 @@ def test_bytes_a_parameter_are_those_of_the_table():
         name: bytes_held(shapes, recipe) / shapes.parameters for name, recipe in RECIPES.items()
     }
     assert held == pytest.approx(TABLE, abs=0.005)
+
+
+def test_a_checkpoint_takes_what_is_planned(halted):
+    """The tensors; beside them there are names, and torch's random state of 5 kB."""
+    (checkpoint,) = halted.glob("checkpoint-*")
+    shapes = parameter_shapes(read_config(checkpoint)[2])
+    files = [checkpoint / name for name in ("model.safetensors", "state.safetensors")]
+    written = sum(file.stat().st_size for file in files)
+    assert 0 <= written - checkpoint_bytes(shapes, Recipe()) < 20_000
 
 
 # ---- activations ---------------------------------------------------------------------------------

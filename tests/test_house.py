@@ -36,7 +36,7 @@ alignment.judges alignment.answers alignment.endpoint alignment.questions alignm
 lab.methods.states lab.methods.solve lab.methods.heads lab.methods.maxmin lab.methods.mean_variance
 lab.methods.prototypes lab.methods.gated lab.methods.ensemble lab.methods.shrinkage
 lab.methods.by_name
-lab.features lab.solved lab.probe lab.word_counts
+lab.features lab.solved lab.saved_head lab.probe lab.word_counts
 lab.published lab.policies lab.best_of lab.association lab.scale_matters
 lab.recipes lab.grid lab.drift lab.testbed lab.learners lab.cells lab.estimate lab.statistics
 lab.scheme_tables

@@ -735,13 +735,14 @@ def step_flops(config: ModelConfig, work: Workload, recipe: Recipe) -> tuple[flo
 
 
 def unneeded_flops(config: ModelConfig, work: Workload, recipe: Recipe) -> float:
-    """FLOPs that backward leaves out where the embedding is frozen.
+    """FLOPs that the plain engine's backward leaves out where the embedding is frozen.
 
-    Nothing needs the gradient of the first trained block's input. A norm before attention needs
-    the gradient of its output all the same; without one the three products of it are not taken.
+    Nothing needs the gradient of the first trained block's input, which the streamed engine takes
+    all the same. A norm before attention needs that of its output; without such a norm autograd
+    leaves out the three products behind it.
     """
     blocks = trained_blocks(recipe.train, config.blocks)
-    if recipe.train == ALL or not blocks or config.norm_before:
+    if recipe.engine != "plain" or recipe.train == ALL or not blocks or config.norm_before:
         return 0.0
     return 2.0 * work.largest_tokens * weights_of_heads(config)
 

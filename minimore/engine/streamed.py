@@ -7,7 +7,7 @@ micro-batches a step has. This makes it cheap to keep the states in the host's m
 N tokens of a micro-batch, M tokens that are read, D width, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -119,16 +119,12 @@ class StreamedStep:
                 with torch.no_grad():
                     activations[i] = block(x, rotation, stream)
             else:
-                x = x.detach().requires_grad_(self._needs_input_gradient(number))
+                x = x.detach().requires_grad_()
                 y = run_block(block, x, rotation, stream, self.recompute)
                 self.graphs.append(BlockGraph(block, x, y))
                 activations[i] = y.detach()
             if self.host:
                 self.host.end_part()
-
-    def _needs_input_gradient(self, number: int) -> bool:
-        """Whether the gradient of a block's input leads on to anything that is trained."""
-        return number > self.frozen or self.trunk.embedding.weight.requires_grad
 
     def _top_forward(self, read: Tensor) -> Any:
         """Return the objective's result, and keep the gradients of its loss for backward.
@@ -179,8 +175,7 @@ class StreamedStep:
     def _block_backward(self, number: int, d_activations: list[Tensor]) -> Gradients:
         """The gradients of a block's parameters, summed over the micro-batches.
 
-        d_activations: the gradients of the block's outputs, which become those of its inputs. The
-        inputs of the first trained block need none if the embedding is frozen.
+        d_activations: the gradients of the block's outputs, which become those of its inputs.
         """
         if self.recompute == "full":
             block = compute_copy(self.blocks[number], self.trunk.compute_dtype)
@@ -189,19 +184,13 @@ class StreamedStep:
             if self.recompute == "full":
                 streams, rotations_by_block, _ = self.micro_batches[i]
                 rotation, stream = rotations_by_block[number], streams[number]
-                d_x, gradients = recomputed_gradients(
-                    block, self._input_of(number), d_activations[i], rotation, stream
+                d_activations[i], gradients = recomputed_gradients(
+                    block, self.inputs.pop(), d_activations[i], rotation, stream
                 )
             else:
-                d_x, gradients = self.graphs.pop().gradients(d_activations[i])
-            if d_x is not None:
-                d_activations[i] = d_x
+                d_activations[i], gradients = self.graphs.pop().gradients(d_activations[i])
             add_to(total, gradients, several=len(d_activations) > 1)
         return total
-
-    def _input_of(self, number: int) -> Tensor:
-        """The input that a block was given last, as the leaf of a new graph."""
-        return self.inputs.pop().detach().requires_grad_(self._needs_input_gradient(number))
 
     def _embedding_gradients(self, d_activations: Tensor) -> Gradients:
         """Gradients of the embeddings, at once for all micro-batches; d_activations: (tokens, D).
@@ -291,28 +280,12 @@ class BlockGraph(NamedTuple):
     x: Tensor
     y: Tensor
 
-    def gradients(self, d_y: Tensor) -> tuple[Tensor | None, Gradients]:
-        """The gradients of the input and of the parameters, from that of the output (N, D).
-
-        An input that does not require one has none.
-        """
-        return gradients_of([self.y], [d_y], self.x, dict(self.block.named_parameters()))
-
-
-def gradients_of(
-    outputs: Sequence[Any],
-    d_outputs: Sequence[Tensor],
-    x: Tensor,
-    parameters: Mapping[str, nn.Parameter],
-) -> tuple[Tensor | None, Gradients]:
-    """The gradients of a block's input x, if it requires one, and of parameters, by their names.
-
-    outputs: tensors, or where they are in the graph; d_outputs: their gradients.
-    """
-    leaves = [*parameters.values(), *([x] if x.requires_grad else [])]
-    gradients = torch.autograd.grad(outputs, leaves, d_outputs)
-    d_x = gradients[-1] if x.requires_grad else None
-    return d_x, dict(zip(parameters, gradients))
+    def gradients(self, d_y: Tensor) -> tuple[Tensor, Gradients]:
+        """The gradients of the input and of the parameters, from that of the output (N, D)."""
+        names = [name for name, _ in self.block.named_parameters()]
+        inputs = [self.x, *self.block.parameters()]
+        d_x, *gradients = torch.autograd.grad(self.y, inputs, d_y)
+        return d_x, dict(zip(names, gradients))
 
 
 def compute_copy(module: AModule, dtype: torch.dtype) -> AModule:
@@ -338,7 +311,7 @@ def compute_parameter(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
 
 def recomputed_gradients(
     block: Block, x: Tensor, d_y: Tensor, rotation: tuple[Tensor, Tensor], stream: Stream
-) -> tuple[Tensor | None, Gradients]:
+) -> tuple[Tensor, Gradients]:
     """The gradients of a block's input x and parameters, from x and d_y (N, D); no graph was kept.
 
     The block is computed again, but for its last product y = residual + hidden Wᵀ + b. The
@@ -347,8 +320,9 @@ def recomputed_gradients(
         ∂W = ∂yᵀ hidden      ∂b = Σ ∂y over the tokens      ∂hidden = ∂y W      ∂residual = ∂y
 
     and need no y. All others come from autograd. A norm behind the MLP needs what it normed, so
-    such a block is computed again to its end. An x that does not require a gradient gets none.
+    such a block is computed again to its end.
     """
+    x = x.detach().requires_grad_()
     if block.norm_after:
         return BlockGraph(block, x, block(x, rotation, stream)).gradients(d_y)
     residual, hidden = block.before_last_product(x, rotation, stream)
@@ -362,8 +336,8 @@ def recomputed_gradients(
     # Backward needs where residual and hidden are in the graph, not their values: free the memory.
     starts = [get_gradient_edge(residual), get_gradient_edge(hidden)]
     del residual, hidden
-    d_x, other_gradients = gradients_of(starts, [d_y, d_hidden], x, others)
-    return d_x, gradients | other_gradients
+    d_x, *d_others = torch.autograd.grad(starts, [x, *others.values()], [d_y, d_hidden])
+    return d_x, gradients | dict(zip(others, d_others))
 
 
 def add_to(total: Gradients, gradients: Gradients, several: bool) -> None:

@@ -79,7 +79,7 @@ def save_head(
     top = model.saved_top(checkpoint.family)
     tensors = model_tensors(checkpoint, model.trunk, top)
     read = {name: description[name] for name in ("max_length", "truncate", "chat")}
-    read["append_eos"] = "yes" if description["append_eos"] else "no"
+    read["append_eos"] = "yes" if description.get("append_eos") else "no"
     with directory_written_whole(Path(output)) as directory:
         made = {"model": description["model"], "method": best.method, "seed": best.seed}
         write_checked_json(directory / "options.json", made | read)

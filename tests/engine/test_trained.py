@@ -98,7 +98,7 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("part", slow_but(["head", "last-1"], PARTS))
-@pytest.mark.parametrize("family", slow_but(["olmo2"], ["gpt_neox", "olmo2", "opt"]))
+@pytest.mark.parametrize("family", slow_but(["olmo2"], ["gpt_neox", "olmo2"]))
 def test_gradients_are_those_of_autograd(family, part):
     """Of everything that is trained, and of nothing else; lambda is that of the whole model."""
     torch.manual_seed(0)
@@ -134,8 +134,8 @@ ITEMS = [
 ]
 
 
-@pytest.mark.parametrize("objective", slow_but(["language"], ["language", "preference"]))
-@pytest.mark.parametrize("tied", slow_but([True], [True, False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("objective, tied", [("language", False), ("preference", True)])
 def test_a_policys_last_blocks(transformers, tmp_path, tied, objective):
     """Its unembedding is trained with them unless it is the embedding, which is frozen."""
     theirs = reference_model("llama", head="ForCausalLM", tie_word_embeddings=tied).double()
@@ -175,7 +175,7 @@ def test_a_policys_last_blocks(transformers, tmp_path, tied, objective):
 # ---- memory --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", slow_but(["llama"], ["gpt_neox", "llama", "olmo2"]))
+@pytest.mark.parametrize("family", slow_but(["llama"], ["llama", "olmo2"]))
 def test_autograd_saves_what_is_planned_of_trained_blocks_only(family):
     """A frozen block saves nothing; of three blocks the first saves one block more than two do."""
     config, shapes = FAMILIES[family], random_shapes(20)
@@ -241,7 +241,6 @@ def test_states_are_planned_to_the_byte(part, parameters):
 PLANNED = [
     Recipe(recompute="full", micro_tokens=400),
     Recipe("streamed", "split", recompute="none", micro_tokens=400),
-    Recipe(),
     Recipe("streamed", recompute="full"),
 ]
 # The last block is planned as if all its tokens asked, although only the ends of texts do.
@@ -249,8 +248,8 @@ AT_MOST = {"head": 1.3, "last-1": 2.7, "last-2": 1.8}  # times what is measured
 
 
 @pytest.mark.parametrize("recipe", slow_but(PLANNED[:1], PLANNED), ids=str)
-@pytest.mark.parametrize("part", slow_but(["head", "last-1"], PARTS))
-@pytest.mark.parametrize("family", slow_but(["gpt_neox"], ["gpt_neox", "llama"]))
+@pytest.mark.parametrize("part", slow_but(["last-1"], PARTS))
+@pytest.mark.parametrize("family", ["gpt_neox"])
 def test_the_memory_of_a_step_is_planned(family, part, recipe):
     """All live bytes, of which parameters and states are planned to the byte."""
     recipe = Recipe(**vars(recipe) | {"train": part})
@@ -289,7 +288,7 @@ def test_a_frozen_model_fits_where_a_trained_one_does_not():
 
 
 @pytest.mark.parametrize("part", slow_but(["last-1"], PARTS))
-@pytest.mark.parametrize("family", slow_but(["olmo2"], ["olmo2", "gpt_neox"]))
+@pytest.mark.parametrize("family", ["olmo2"])
 def test_flops_are_counted_as_planned(family, part):
     """All products of a step; attention, which is none here, is left out on both sides."""
     config, shapes = narrow(family), random_shapes(12)

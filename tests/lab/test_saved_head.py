@@ -57,6 +57,7 @@ def test_the_saved_model_has_the_best_figures_and_its_texts_are_read_alike(probe
     assert np.mean(accuracies) == pytest.approx(np.mean(figures[method]["accuracy"][seed]))
 
 
+@pytest.mark.slow
 def test_its_trunk_is_the_models_and_transformers_opens_it(probed, world, transformers):
     saved = probed[0] / "saved"
     theirs = load_file(world[0] / "model" / "model.safetensors")

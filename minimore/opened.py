@@ -28,9 +28,9 @@ def load(model: str | os.PathLike[str], **options: Any) -> "OpenedRewardModel":
     """Open a reward model: the directory of a run or of a checkpoint, or a name on the hub.
 
     options: those of `minimore score`, with its defaults: device, compute_dtype, max_length,
-    truncate, chat, append_eos, micro_tokens, seed (of the head, where there is none). Texts are
-    read as the run was trained. Raises InputError as the command does, and TypeError for an option
-    that is not there.
+    truncate, chat, append_eos, beyond_positions, micro_tokens, seed (of the head, where there is
+    none). Texts are read as the run was trained. Raises InputError as the command does, and
+    TypeError for an option that is not there.
     """
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
@@ -123,6 +123,7 @@ class OpenedRewardModel:
             self.rules.chat,
             self.micro_tokens,
             self.rules.append_eos,
+            beyond_positions=True,  # or `load` has refused the length
         )
         return [each.tolist() for each in rewards]
 

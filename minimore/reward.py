@@ -166,7 +166,18 @@ def compute_type(options: ModelOptions) -> torch.dtype:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingOptions(ModelOptions):
+class PositionOptions:
+    """What every command takes that reads texts of a length that one chooses."""
+
+    beyond_positions: bool = option(
+        False,
+        help="texts of more tokens than the max_position_embeddings of a model with rotary "
+        "positions are meant: do not refuse them",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(PositionOptions, ModelOptions):
     """What the commands that read pairs with a finished model take besides.
 
     None means: as the run was trained.
@@ -207,8 +218,14 @@ class ReadingOptions(ModelOptions):
             f'{path}: "max_length" or "truncate" is not that of a run; restore it, or give'
             " --max-length and --truncate in a directory without it",
         )
+        was_trained_so = bool(stored) and (self.max_length or 0) <= max_length
         max_length = self.max_length or max_length
-        check_length(checkpoint.config, max_length, Path(os.path.realpath(checkpoint.directory)))
+        check_length(
+            checkpoint.config,
+            max_length,
+            Path(os.path.realpath(checkpoint.directory)),
+            beyond=self.beyond_positions or was_trained_so,
+        )
         chat = self.chat or stored.get("chat") is True
         append_eos = self.append_eos == "yes"
         if self.append_eos == "auto":
@@ -259,14 +276,29 @@ def print_how_texts_end(checkpoint: Checkpoint, rules: TextRules) -> None:
 
 
 def check_length(
-    config: ModelConfig, max_length: int, directory: Path, options: str = "--max-length"
+    config: ModelConfig,
+    max_length: int,
+    directory: Path,
+    options: str = "--max-length",
+    beyond: bool | None = False,
 ) -> None:
-    """Refuse texts that are longer than a model can read; options: what set their length."""
-    longest = config.longest
+    """Refuse texts that are longer than a model can read, or than it was made for.
+
+    options: what set their length. beyond: texts of more than the model's max_position_embeddings
+    are meant; None where they cannot be. Rotation has an angle for any position, but of such a one
+    the model has learned nothing. Learned positions end, so nobody can mean more of them.
+    """
+    longest, named = config.longest, config.named_positions
     what = "learned positions" if config.learned_positions else "a rope scaling that stays the same"
     require(
         longest is None or max_length <= longest,
         f"{options} {max_length}: {directory} has {what} for {longest} tokens only",
+    )
+    way_out = "" if beyond is None else ", or --beyond-positions if more are meant"
+    require(
+        beyond or not named or max_length <= named,
+        f"{options} {max_length}: {directory} was made for {named} tokens (its"
+        f" max_position_embeddings); expected at most that{way_out}",
     )
 
 

@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "keep",
     "memory",
     "allow_overlap",
+    "beyond_positions",
     *RECIPE,
 )
 
@@ -170,19 +171,20 @@ class Lock:
 
 
 def stored_recipe(run: Path) -> dict[str, Any]:
-    """The recipe with which a run began; {} for a new run."""
+    """The recipe with which a run began, with the defaults of what there was not yet; or {}."""
     path = run / "options.json"
     if not path.is_file():
         return {}
-    recipe: Any = read_checked_json(path).get("recipe")
+    values: Any = read_checked_json(path).get("recipe")
     try:
-        Recipe(**recipe | {"offload": tuple(recipe["offload"])}).check()
+        recipe = Recipe(**values | {"offload": tuple(values["offload"])})
+        recipe.check()
     except (InputError, TypeError, KeyError) as error:
         raise InputError(
             f'{path}: "recipe" is not that of a run ({one_line(error)});'
             " restore the file, or start a new run"
         ) from None
-    return recipe
+    return as_json(recipe)
 
 
 def check_recipe(run: Path, recipe: Recipe) -> None:

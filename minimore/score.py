@@ -413,13 +413,15 @@ def score_texts(
     chat: bool = False,
     micro_tokens: int = 8192,
     append_eos: bool = False,
+    beyond_positions: bool = False,
 ) -> Tensor | list[Tensor]:
     """Rewards of responses to prompts: those that `minimore score` gives to the same texts.
 
     prompts: N, each a string or messages. responses: one to each prompt, a string or messages, or a
     list of responses to each prompt, which is then computed once. max_length: tokens of a text, cut
     on the left, at best those of the training. chat: strings are messages, too. append_eos: strings
-    end with the EOS token. `minimore.load` knows both of a run.
+    end with the EOS token. `minimore.load` knows both of a run. beyond_positions: a max_length
+    above the max_position_embeddings of a rotary model is meant.
 
     Returns the rewards (N,), or for lists of responses N tensors (n,), all fp32 on the CPU. Without
     prompts they are empty, and so are those of an empty list of responses. Raises InputError for
@@ -430,7 +432,7 @@ def score_texts(
         score_texts(model, checkpoint.tokenizer, ["2 + 2 ="], [[" 4", " 5", " 22"]])  # [(3,)]
     """
     _check_types(model, tokenizer, prompts, responses)
-    check_length(model.trunk.c, max_length, tokenizer.directory)
+    check_length(model.trunk.c, max_length, tokenizer.directory, beyond=beyond_positions)
     are_lists = _are_lists(responses)
     key = "responses" if are_lists else "response"
     texts, wheres = [], []

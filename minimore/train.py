@@ -34,6 +34,7 @@ from .engine.objective import RewardObjective, StepResult, labels_of
 from .engine.optim import AdamW
 from .engine.recipe import Recipe
 from .engine.streamed import open_engine
+from .engine.trained import ALL
 from .engine.whole import WholeModelEngine, whole_model_bytes
 from .engine.workload import RunOptions, workload_of
 from .files import write_json, write_text
@@ -324,6 +325,7 @@ def check_whole_model(options: TrainOptions) -> None:
         f"{name} needs --engine streamed and --recompute full: blocks are computed again, once for"
         " the weights and once with them",
     )
+    require(options.train in (None, ALL), f"{name} is of all parameters; leave out --train")
     require(processes() == 1, f"{name}: runs in one process; leave out torchrun")
 
 
@@ -344,7 +346,9 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     Nothing is written before everything that can be refused has been accepted.
     """
     origin, facts = open_origin(options, run)
-    check_length(origin.config, options.max_length, origin.directory)
+    check_length(
+        origin.config, options.max_length, origin.directory, beyond=options.beyond_positions
+    )
     sources, test_sources = open_sources(options, paths, origin)
     mix = check_sources(options, [source.name for source in sources])
     sources, validation_sources = held_out_of(sources, options)
@@ -361,7 +365,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
     check_recipe(run, recipe)
     unit = len(sources) if options.lambda_scope == "group" else 1
     check_group(recipe, mix.batch_size, unit, processes())
-    optimizer, adopt = open_optimizer(options, recipe)
+    optimizer, adopt = open_optimizer(options, recipe, origin.config.blocks)
     model = load_reward_model(origin, options, adopt)
     weighting_state: dict[str, Tensor] = {}
     training = RewardTraining(

@@ -37,10 +37,11 @@ from .engine.distributed import (
 )
 from .engine.host import available_memory, pinned
 from .engine.objective import NonFiniteGradient, NonFiniteLoss, Objective
-from .engine.optim import AdamW
+from .engine.optim import AdamW, where_it_is
 from .engine.plain import PlainEngine
 from .engine.recipe import Recipe, RecipeOptions
 from .engine.streamed import StreamedEngine
+from .engine.trained import is_trained, trained_blocks
 from .engine.workload import Workload
 from .metrics import Log, RecentSteps, cut_log
 from .model.checkpoint import Checkpoint, model_tensors, write_config
@@ -318,6 +319,7 @@ def choose_recipe(
     """
     stored = stored_recipe(Path(options.output)) if options.resume else {}
     chosen = options.chosen_recipe(options.micro_tokens, stored)
+    trained_blocks(chosen.get("train", Recipe.train), checkpoint.config.blocks)  # may be refused
     if options.memory is None:
         return Recipe(**chosen)
     return choose(
@@ -333,19 +335,19 @@ def choose_recipe(
 
 
 def open_optimizer(
-    options: LoopOptions, recipe: Recipe
+    options: LoopOptions, recipe: Recipe, blocks: int
 ) -> tuple[AdamW, Callable[[str, Tensor], Tensor]]:
     """The optimizer of a recipe, and the function that gives it every parameter as it is loaded.
 
-    The function takes a name and a value, and returns what the model is to hold of it.
+    The function takes a name and a value, and returns what the model is to hold of it. blocks: of
+    the model.
     """
     kind = AdamW if processes() == 1 else ShardedAdamW
     optimizer = kind(recipe.parameters, recipe.moments, options.weight_decay, seed=options.seed)
 
     def adopt(name: str, value: Tensor) -> Tensor:
-        if "states" in recipe.offload:
-            return optimizer.adopt(name, value, pinned)
-        return optimizer.adopt(name, value)
+        home = pinned if "states" in recipe.offload else where_it_is
+        return optimizer.adopt(name, value, home, is_trained(name, recipe.train, blocks))
 
     return optimizer, adopt
 
@@ -488,10 +490,12 @@ def raise_not_finite(
 def print_what_begins(training: Training, log_steps: int) -> None:
     """Steps, what is trained, size and device; where lines show means, over how many steps."""
     parameters = sum(p.numel() for p in training.model.parameters())
+    trained = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
     is_continued = training.first_step > 1
     print(
         f"{training.schedule.steps} steps of {training.what_begins()}, {parameters:,} parameters on"
         f" {training.model.top.device}"
+        + (f", of which {trained:,} are trained" if trained < parameters else "")
         + (f", {processes()} processes" if processes() > 1 else "")
         + (f", continuing after step {training.first_step - 1}" if is_continued else ""),
         flush=True,
@@ -508,7 +512,8 @@ def print_if_nothing_moves(training: Training) -> None:
     bf16 are computed in fp32 and rounded at random, so smaller steps arrive on average.)
     """
     rate = training.options.learning_rate
-    largest = max(training.model.parameters(), key=Tensor.numel)
+    trained = [p for p in training.model.parameters() if p.requires_grad]
+    largest = max(trained, key=Tensor.numel)
     typical = own(largest.detach()).flatten()[:100_000].abs().float().median().item()
     if rate < typical * 2**-24:
         print(

@@ -24,7 +24,7 @@ data.inspection.survey data.inspection.findings data.inspection.between data.ins
 data.public.sources data.public.download data.public.changes data.public.manifest data.public.parts
 data.public.get
 reward temperature score opened report comparison evaluate
-engine.recipe engine.objective engine.storage engine.optim engine.plain
+engine.trained engine.recipe engine.objective engine.storage engine.optim engine.plain
 engine.distributed engine.host engine.streamed engine.workload engine.cost engine.choose engine.plan
 engine.whole
 metrics resume run best training train
@@ -37,7 +37,7 @@ alignment.judges alignment.answers alignment.endpoint alignment.questions alignm
 lab.methods.states lab.methods.solve lab.methods.heads lab.methods.maxmin lab.methods.mean_variance
 lab.methods.prototypes lab.methods.gated lab.methods.ensemble lab.methods.shrinkage
 lab.methods.by_name
-lab.features lab.solved lab.probe lab.word_counts
+lab.features lab.solved lab.saved_head lab.probe lab.word_counts
 lab.published lab.policies lab.best_of lab.association lab.scale_matters
 lab.recipes lab.grid lab.drift lab.testbed lab.learners lab.cells lab.estimate lab.statistics
 lab.scheme_tables

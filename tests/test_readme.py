@@ -164,7 +164,7 @@ def test_the_page_of_plan_is_what_plan_prints(capsys, tmp_path):
     page = PAGES["minimore/engine/README.md"]
     shown = re.search(r"```\n(model   gpt_neox.*?)```", page, re.S).group(1)
     (tmp_path / "config.json").write_text(json.dumps(PYTHIA_6_9B))
-    assert main(["plan", str(tmp_path), "--memory", "24GB"]) == 0
+    assert main(["plan", str(tmp_path), "--memory", "24GB", "--host-memory", "128GB"]) == 0
     assert capsys.readouterr().out.strip() == shown.strip()
 
 

@@ -108,14 +108,16 @@ def prepare(options: FinetuneOptions, run: Path, lock: Lock) -> PolicyTraining:
     """
     origin, facts = open_origin(options, run)
     require_language_model(origin)
-    check_length(origin.config, options.max_length, origin.directory)
+    check_length(
+        origin.config, options.max_length, origin.directory, beyond=options.beyond_positions
+    )
     files = read_files(options, origin)
     files_to_save(origin, "language")  # what cannot be saved in the end is refused now
     sizes = tuple(len(file.items) for file in files)
     schedule = Schedule(options, options.epochs, sizes, options.batch_size)
     recipe = choose_recipe(options, origin, lambda: workload_of(schedule, files, origin))
     check_recipe(run, recipe)
-    optimizer, adopt = open_optimizer(options, recipe)
+    optimizer, adopt = open_optimizer(options, recipe, origin.config.blocks)
     model = open_policy(origin, options, adopt)
     training = PolicyTraining(
         options=options,

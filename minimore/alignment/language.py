@@ -149,7 +149,8 @@ class TokenLoss(torch.autograd.Function):
         M = len(targets)
         total = states.new_zeros(())
         d_states = torch.empty_like(states)
-        d_unembedding = torch.zeros_like(at_least_fp32(unembedding))
+        is_trained = ctx.needs_input_grad[1]
+        d_unembedding = torch.zeros_like(at_least_fp32(unembedding)) if is_trained else None
         chunks = (tensor.split(CHUNK) for tensor in (states, targets, d_states))
         for s, target, d_s in zip(*chunks):
             s = s.to(unembedding.dtype)
@@ -159,14 +160,18 @@ class TokenLoss(torch.autograd.Function):
             d_logits[torch.arange(len(target), device=target.device), target] -= 1  # p - onehot
             d_logits = (d_logits / M).to(unembedding.dtype)
             d_s.copy_(d_logits @ unembedding)  # into d_states
-            d_unembedding += d_logits.T @ s
+            if d_unembedding is not None:
+                d_unembedding += d_logits.T @ s
         ctx.gradients = d_states, d_unembedding  # neither input nor output, so not saved as such
         ctx.dtype = unembedding.dtype
         return total / M
 
     @staticmethod
-    def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor, Tensor, None]:
-        """() -> (M, D), (V, D)."""
-        d_states, d_unembedding = (gradient.mul_(d_loss[0]) for gradient in ctx.gradients)
+    def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """() -> (M, D), (V, D) unless the unembedding is frozen."""
+        d_states, d_unembedding = ctx.gradients
         ctx.gradients = None
-        return d_states, d_unembedding.to(ctx.dtype), None
+        d_states.mul_(d_loss[0])
+        if d_unembedding is None:
+            return d_states, None, None
+        return d_states, d_unembedding.mul_(d_loss[0]).to(ctx.dtype), None

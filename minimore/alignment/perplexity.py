@@ -22,7 +22,7 @@ from ..files import refuse_existing, write_json
 from ..model.checkpoint import Checkpoint
 from ..model.tokenizer import Tokenizer
 from ..options import COUNT, InputError, check_ranges, option
-from ..reward import ModelOptions, check_length
+from ..reward import ModelOptions, PositionOptions, check_length
 from ..tables import Table, number
 from .language import Responses, pack_responses, perplexity_of
 from .policy import LanguageModel, open_policy
@@ -39,7 +39,7 @@ SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityOptions(ModelOptions):
+class PerplexityOptions(PositionOptions, ModelOptions):
     """What `align perplexity` takes."""
 
     input: str = option(value="PAIRS.jsonl", help="a file of preference pairs (.gz too)")
@@ -58,7 +58,9 @@ def perplexity(options: PerplexityOptions) -> None:
     check_ranges(options)
     refuse_existing(options.json, "--json")
     checkpoint = Checkpoint(options.model)
-    check_length(checkpoint.config, options.max_length, checkpoint.directory)
+    check_length(
+        checkpoint.config, options.max_length, checkpoint.directory, beyond=options.beyond_positions
+    )
     items = read_sides(options, checkpoint.tokenizer)
     model = open_policy(checkpoint, options)
     losses = response_losses(model, items, options.micro_tokens)

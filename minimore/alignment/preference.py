@@ -126,18 +126,22 @@ class TokenLogProbabilities(torch.autograd.Function):
         return -torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        """(M,) -> (M, D), (V, D)."""
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """(M,) -> (M, D), (V, D) unless the unembedding is frozen."""
         states, unembedding, targets = ctx.saved_tensors
         d_states = torch.empty_like(states)
-        d_unembedding = torch.zeros_like(at_least_fp32(unembedding))
+        is_trained = ctx.needs_input_grad[1]
+        d_unembedding = torch.zeros_like(at_least_fp32(unembedding)) if is_trained else None
         chunks = (x.split(CHUNK) for x in (states, targets, d_outputs[0], d_states))
         for s, target, d, d_s in zip(*chunks):
             d_logits = -logits_of(s, unembedding).softmax(1)
             d_logits[torch.arange(len(target), device=target.device), target] += 1  # onehot - p
             d_logits = (d_logits * d[:, None]).to(unembedding.dtype)
             d_s.copy_(d_logits @ unembedding)  # into d_states
-            d_unembedding += d_logits.T @ s.to(unembedding.dtype)
+            if d_unembedding is not None:
+                d_unembedding += d_logits.T @ s.to(unembedding.dtype)
+        if d_unembedding is None:
+            return d_states, None, None
         return d_states, d_unembedding.to(unembedding.dtype), None
 
 

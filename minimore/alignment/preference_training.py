@@ -131,7 +131,9 @@ def prepare(options: FinetuneOptions, run: Path, lock: Lock) -> PreferenceTraini
     """
     origin, facts = open_origin(options, run)
     require_language_model(origin)
-    check_length(origin.config, options.max_length, origin.directory)
+    check_length(
+        origin.config, options.max_length, origin.directory, beyond=options.beyond_positions
+    )
     sources, test_sources = read_sources(options, origin)
     references = open_references(options, origin, sources)
     files_to_save(origin, "language")  # what cannot be saved in the end is refused now
@@ -144,7 +146,7 @@ def prepare(options: FinetuneOptions, run: Path, lock: Lock) -> PreferenceTraini
     items = {f"train {source.name}": source.items for source in sources}
     items |= {f"test {source.name}": source.items for source in test_sources}
     stored = stored_log_probabilities(run / REFERENCE, references, items, options)
-    optimizer, adopt = open_optimizer(options, recipe)
+    optimizer, adopt = open_optimizer(options, recipe, origin.config.blocks)
     model = open_policy(origin, options, adopt)
     weighting_state: dict[str, Tensor] = {}
     training = PreferenceTraining(
@@ -202,7 +204,12 @@ def open_references(
     expected = origin.tokenizer.encode(prompts)
     for reference in references:
         require_language_model(reference)
-        check_length(reference.config, options.max_length, reference.directory)
+        check_length(
+            reference.config,
+            options.max_length,
+            reference.directory,
+            beyond=options.beyond_positions,
+        )
         require(
             reference.tokenizer.encode(prompts) == expected,
             f"--reference {reference.directory}: its tokenizer reads the prompts as other ids than"

@@ -25,7 +25,7 @@ from ..files import refuse_existing
 from ..model.checkpoint import Checkpoint, ids_of_eos
 from ..model.tokenizer import Tokenizer
 from ..options import COUNT, Range, check_ranges, option, require
-from ..reward import ModelOptions, check_length
+from ..reward import ModelOptions, PositionOptions, check_length
 from .generate import Sample, Sampling, Stop, generate
 from .policy import LanguageModel, open_policy, require_language_model
 from .portions import Unfinished, alone, begin_or_continue
@@ -34,7 +34,7 @@ LOWEST_TEMPERATURE = 1e-3  # besides 0; below it logits may become infinite
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(ModelOptions):
+class SampleOptions(PositionOptions, ModelOptions):
     """What `align sample` takes."""
 
     input: str = option(
@@ -105,6 +105,7 @@ def sample(options: SampleOptions) -> None:
         options.max_length + options.max_new_tokens,
         Path(options.model),
         "--max-length and --max-new-tokens together",
+        options.beyond_positions,
     )
     require_language_model(checkpoint)
     prompts = read_prompts(options, checkpoint.tokenizer)
@@ -143,7 +144,8 @@ def written_in_portions(
 
 def identity_of(options: SampleOptions, checkpoint: Checkpoint) -> dict[str, Any]:
     """What the samples depend on."""
-    named = {key: value for key, value in asdict(options).items() if key != "resume"}
+    changes_nothing = ("resume", "beyond_positions")
+    named = {key: value for key, value in asdict(options).items() if key not in changes_nothing}
     files = {"model": checkpoint.identity(), "input": file_checksum(Path(options.input))}
     return json.loads(json.dumps(named | {"of": files}))
 

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..engine.trained import HEAD
 from ..engine.workload import EPOCHS, Workload
 from ..model.checkpoint import Checkpoint
 from ..more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS
 from ..options import COUNT, Range, check_ranges, flag_of, option, parse_sources, require
+from ..reward import PositionOptions
 from ..training import LoopOptions, Schedule, check_recipe_options, table_of_options
 from .preference_losses import LOSSES
 from .responses import WHICH
@@ -21,7 +23,7 @@ LIKELIHOOD = "likelihood"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(LoopOptions):
+class FinetuneOptions(PositionOptions, LoopOptions):
     """What `align finetune` takes; batch, length, learning rate and schedule are the paper's."""
 
     loss: str = option(
@@ -132,6 +134,10 @@ def check_options(options: FinetuneOptions) -> None:
     """Refuse options that cannot be run (InputError)."""
     check_ranges(options)
     refuse_unread(options)
+    require(
+        options.train != HEAD,
+        "--train head: expected all or last-N; the head alone is trained of a reward model only",
+    )
     if options.loss == LIKELIHOOD:
         check_input(options)
     else:

@@ -1,8 +1,8 @@
-"""Which recipe fits: what `--memory` chooses, and what it says if nothing fits."""
+"""Which recipe fits: what `--memory` chooses, and what it offers if nothing fits."""
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -28,6 +28,7 @@ from .recipe import ENGINES, MOMENTS, OFFLOADS, PARAMETERS, Recipe
 from .workload import Workload, tokens_of
 
 SMALLER_MICRO_TOKENS = (4096, 2048, 1024)  # tried beside the given number
+FEWEST_MICRO_TOKENS = (512, 256, 128)  # tried where nothing fits with any of these
 AS_FAST = 1.01  # a recipe that takes so much longer than the fastest is as fast
 COMFORTABLE = 0.93  # share of the memory that a recipe should not exceed if another one fits
 UNITS = {"GB": 1e9, "GiB": 2**30, "MB": 1e6, "MiB": 2**20}
@@ -108,8 +109,9 @@ def recipes(fixed: Mapping[str, Any]) -> list[Recipe]:
     for name in ("engine", "parameters", "moments", "recompute", "offload"):
         if name in fixed:
             values_of[name] = (fixed[name],)
+    never_chosen = {name: fixed[name] for name in ("max_grad_norm", "train") if name in fixed}
     combinations = [
-        Recipe(**dict(zip(values_of, values)), max_grad_norm=fixed.get("max_grad_norm"))
+        Recipe(**dict(zip(values_of, values)), **never_chosen)
         for values in product(*values_of.values())
     ]
     return [recipe for recipe in combinations if is_consistent(recipe)]
@@ -150,11 +152,7 @@ def fastest(
     limit, host: bytes of the device's memory, and of the host's. A recipe that needs nearly all of
     the limit is taken only if no other fits. The candidates come in order, the simplest first.
     """
-    fitting = [
-        candidate
-        for candidate in (Candidate(recipe, job.memory(recipe)) for recipe in candidates)
-        if candidate.memory.peak <= limit and candidate.memory.offloaded <= host
-    ]
+    fitting = that_fit(job, candidates, limit, host)
     comfortable = [c for c in fitting if c.memory.peak <= COMFORTABLE * limit]
     fitting = comfortable or fitting
     seconds = [job.seconds(candidate.recipe, gpu) for candidate in fitting]
@@ -162,6 +160,12 @@ def fastest(
         if taken <= AS_FAST * min(seconds):
             return candidate
     return None
+
+
+def that_fit(job: Job, candidates: Iterable[Recipe], limit: float, host: float) -> list[Candidate]:
+    """The recipes that fit the device's memory and the host's, with what they take."""
+    costed = [Candidate(recipe, job.memory(recipe)) for recipe in candidates]
+    return [c for c in costed if c.memory.peak <= limit and c.memory.offloaded <= host]
 
 
 def choose(
@@ -230,18 +234,64 @@ def refusal(job: Job, fixed: Mapping[str, Any], limit: float, host: float) -> st
             f"--offload {' and '.join(fixed['offload'])}: takes {in_bytes(least)} of the host's "
             f"memory, but {host_has}; offload less"
         )
-    lossy = leanest(job, recipes(fixed), host)
     shapes = parameter_shapes(job.config, job.work.top)
     parameters = sum(parameter_bytes(part, exact.recipe) for part in shapes.parts)
-    if lossy is not None and lossy.memory.peak < exact.memory.peak:
-        remedy = f"{in_bytes(lossy.memory.peak)} with {lossy.recipe}, which rounds at random"
-    else:
-        remedy = "try a smaller --micro-tokens, --batch-size or --max-length"
     return (
         f"--memory: {in_bytes(limit)} are too little: the parameters alone take "
         f"{in_bytes(parameters)}, training at least {in_bytes(exact.memory.peak)} "
-        f"({exact.recipe}); {host_has + '; ' if host < math.inf else ''}{remedy}"
+        f"({exact.recipe}); {host_has + '; ' if host < math.inf else ''}"
+        f"{what_would_fit(job, fixed, limit, host)}"
     )
+
+
+def what_would_fit(job: Job, fixed: Mapping[str, Any], limit: float, host: float) -> str:
+    """What fits where no exact recipe does: fewer tokens or pairs at a time, else what rounds.
+
+    Nothing is named that does not fit.
+    """
+    exact, every = exact_recipes(fixed, job.itemsize), recipes(fixed)
+    jobs = smaller_steps(job)
+    for candidates, warning in ((exact, ""), (every, ", which rounds at random")):
+        # What does not fit with the fewest pairs fits with no more.
+        possible = that_fit(jobs[-1], with_fewer_tokens(candidates), limit, host)
+        for smaller in jobs if possible else ():
+            best = fastest(smaller, [recipe for recipe, _ in possible], limit, host)
+            if best is not None:
+                return f"{offer(job, smaller, best)}{warning}"
+    return (
+        "fewer pairs or tokens at a time and what rounds do not fit either; expected more memory,"
+        " a smaller model, or less to train (--train)"
+    )
+
+
+def offer(job: Job, smaller: Job, best: Candidate) -> str:
+    """What a recipe takes for the same job, or for one with fewer pairs a step."""
+    pairs, memory = len(smaller.work.largest), in_bytes(best.memory.peak)
+    host = f", host {in_bytes(best.memory.offloaded)}" if best.memory.host else ""
+    batch = f"--batch-size {pairs} " if pairs < len(job.work.largest) else ""
+    return f"{memory}{host} with {batch}{best.recipe}"
+
+
+def smaller_steps(job: Job) -> list[Job]:
+    """The job as it is, then with half of its pairs a step, a quarter, and so on, while even.
+
+    The longest pairs of the largest step stay, which is as a rule more than a step of so many has.
+    """
+    longest_first = sorted(job.work.largest, key=sum, reverse=True)
+    jobs, pairs = [job], len(longest_first)
+    while pairs % 2 == 0 and pairs // 2 >= job.gpus:
+        pairs //= 2
+        work = replace(job.work, largest=tuple(longest_first[:pairs]))
+        jobs.append(replace(job, work=work))
+    return jobs
+
+
+def with_fewer_tokens(candidates: Sequence[Recipe]) -> list[Recipe]:
+    """The recipes, then those of the fewest tokens at a time with fewer than are chosen else."""
+    fewest = min(recipe.micro_tokens for recipe in candidates)
+    fewer = [n for n in FEWEST_MICRO_TOKENS if n < fewest]
+    of_fewest = [recipe for recipe in candidates if recipe.micro_tokens == fewest]
+    return [*candidates, *(replace(recipe, micro_tokens=n) for n in fewer for recipe in of_fewest)]
 
 
 def leanest(job: Job, candidates: Iterable[Recipe], host: float) -> Candidate | None:
@@ -251,8 +301,8 @@ def leanest(job: Job, candidates: Iterable[Recipe], host: float) -> Candidate | 
     return min(possible, key=lambda candidate: candidate.memory.peak, default=None)
 
 
-def parse_memory(text: str) -> float:
-    """Bytes of a number with its unit.
+def parse_memory(text: str, flag: str = "--memory") -> float:
+    """Bytes of a number with its unit; flag: the option that gave it.
 
     >>> parse_memory("24GB"), parse_memory("0.5 MiB")
     (24000000000.0, 524288.0)
@@ -260,5 +310,5 @@ def parse_memory(text: str) -> float:
     pattern = rf"([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?) ?({'|'.join(UNITS)})"
     match = re.fullmatch(pattern, text, re.ASCII)
     if match is None or float(match.group(1)) == 0:
-        raise InputError(f"--memory {text}: expected a number with its unit, 24GB or 24GiB")
+        raise InputError(f"{flag} {text}: expected a number with its unit, 24GB or 24GiB")
     return float(match.group(1)) * UNITS[match.group(2)]

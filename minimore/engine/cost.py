@@ -20,6 +20,7 @@ from ..model.model_config import ModelConfig
 from ..model.trunk import Trunk
 from .recipe import Recipe
 from .storage import SCALE_BLOCK, SCALES
+from .trained import ALL, trained_blocks
 from .workload import Items, ItemShape, Workload, tokens_of
 
 MATRIX_ITEMSIZE = {"float32": 4, "split": 2, "bfloat16": 2}  # of what the model holds of a matrix
@@ -50,17 +51,38 @@ GPUS = {
 
 @dataclass(frozen=True)
 class ParameterShapes:
-    """Shapes of every parameter of one block, of the embeddings, and of final norm and head."""
+    """Shapes of every parameter of one block, of the embeddings, of the final norm, and of a head.
+
+    The head is that of a reward model, or an unembedding that is not tied to the embedding.
+    """
 
     block: tuple[Shape, ...]
     embeddings: tuple[Shape, ...]
-    top: tuple[Shape, ...]
+    final_norm: tuple[Shape, ...]
+    head: tuple[Shape, ...]
     blocks: int
 
     @property
     def parts(self) -> list[tuple[Shape, ...]]:
         """The parts of the model in the order in which a streamed step goes back through them."""
-        return [self.top, *[self.block] * self.blocks, self.embeddings]
+        return self.trained_parts(ALL)
+
+    def trained_parts(self, train: str) -> list[tuple[Shape, ...]]:
+        """Those of which a step changes the parameters, in the same order; train: see trained.py.
+
+        Raises InputError if the model has fewer blocks.
+        """
+        blocks = trained_blocks(train, self.blocks)
+        top = self.head + (self.final_norm if blocks else ())
+        return [top, *[self.block] * blocks] + ([self.embeddings] if train == ALL else [])
+
+    def frozen_parts(self, train: str) -> list[tuple[Shape, ...]]:
+        """All others."""
+        if train == ALL:
+            return []
+        blocks = trained_blocks(train, self.blocks)
+        norm = [] if blocks else [self.final_norm]
+        return [*norm, *[self.block] * (self.blocks - blocks), self.embeddings]
 
     @property
     def parameters(self) -> int:
@@ -73,19 +95,22 @@ def parameter_shapes(config: ModelConfig, top: str = "head") -> ParameterShapes:
     """The shapes of a model, read from a trunk that has no memory; top: see `Workload`."""
     with torch.device("meta"):
         trunk = Trunk(replace(config, blocks=1, windows=config.windows[:1]))
-    block, embeddings, above = [], [], []
+    block, embeddings, final_norm = [], [], []
     for name, parameter in trunk.named_parameters():
         if name.startswith("blocks."):
             block.append(tuple(parameter.shape))
         elif "embedding" in name:
             embeddings.append(tuple(parameter.shape))
         else:
-            above.append(tuple(parameter.shape))
-    if top == "head":
-        above.append((config.width,))
-    elif top == "untied":
-        above.append((config.vocabulary, config.width))
-    return ParameterShapes(tuple(block), tuple(embeddings), tuple(above), config.blocks)
+            final_norm.append(tuple(parameter.shape))
+    heads: dict[str, tuple[Shape, ...]] = {
+        "head": ((config.width,),),
+        "untied": ((config.vocabulary, config.width),),
+        "tied": (),
+    }
+    return ParameterShapes(
+        tuple(block), tuple(embeddings), tuple(final_norm), heads[top], config.blocks
+    )
 
 
 def count(shapes: Iterable[Shape]) -> int:
@@ -113,10 +138,32 @@ def parameter_bytes(shapes: Iterable[Shape], recipe: Recipe) -> int:
 def state_bytes(shapes: Iterable[Shape], recipe: Recipe) -> int:
     """Bytes of the optimizer's state: both moments, and the low halves of split parameters."""
     shapes = tuple(shapes)
-    numbers = count(matrices(shapes))
-    low_halves = 2 * numbers if recipe.parameters == "split" else 0
     vector_moments = 2 * 4 * count(vectors(shapes))
-    return low_halves + matrix_moment_bytes(shapes, recipe.moments) + vector_moments
+    moments = matrix_moment_bytes(shapes, recipe.moments) + vector_moments
+    return low_half_bytes(shapes, recipe) + moments
+
+
+def low_half_bytes(shapes: Iterable[Shape], recipe: Recipe) -> int:
+    """Bytes of the 16 bits that split parameters lack; of frozen ones they are all of the state."""
+    return 2 * count(matrices(shapes)) if recipe.parameters == "split" else 0
+
+
+def states_of_parts(shapes: ParameterShapes, recipe: Recipe) -> list[int]:
+    """Bytes of the state of every part: of those that are trained, then of those that are not."""
+    trained = [state_bytes(part, recipe) for part in shapes.trained_parts(recipe.train)]
+    return trained + [low_half_bytes(part, recipe) for part in shapes.frozen_parts(recipe.train)]
+
+
+def checkpoint_bytes(shapes: ParameterShapes, recipe: Recipe) -> int:
+    """Bytes of the tensors of a saved state: fp32 parameters, and moments as they are stored."""
+    trained = shapes.trained_parts(recipe.train)
+    moments = sum(state_bytes(part, recipe) - low_half_bytes(part, recipe) for part in trained)
+    return 4 * shapes.parameters + moments
+
+
+def trained_parameters(shapes: ParameterShapes, recipe: Recipe) -> int:
+    """How many numbers a step changes."""
+    return sum(count(part) for part in shapes.trained_parts(recipe.train))
 
 
 def matrix_moment_bytes(shapes: Iterable[Shape], moments: str) -> int:
@@ -133,9 +180,9 @@ def bytes_held(shapes: ParameterShapes, recipe: Recipe) -> int:
     """Bytes that lie on the device throughout, and the whole gradient of the plain engine."""
     held = sum(parameter_bytes(part, recipe) for part in shapes.parts)
     if "states" not in recipe.offload:
-        held += sum(state_bytes(part, recipe) for part in shapes.parts)
+        held += sum(states_of_parts(shapes, recipe))
     if recipe.engine == "plain":
-        held += 4 * shapes.parameters  # gradients
+        held += 4 * trained_parameters(shapes, recipe)  # gradients
     return held
 
 
@@ -314,6 +361,16 @@ class StepShape:
         return parameter_shapes(self.config, self.top)
 
     @property
+    def blocks(self) -> int:
+        """How many blocks are trained."""
+        return trained_blocks(self.recipe.train, self.config.blocks)
+
+    @property
+    def trained(self) -> int:
+        """How many numbers the step changes."""
+        return trained_parameters(self.shapes, self.recipe)
+
+    @property
     def several(self) -> bool:
         """Whether gradients are summed over micro-batches."""
         return len(self.micro_batches) > 1
@@ -359,6 +416,17 @@ class StepShape:
         residual_and_attention = 2 * self.config.width
         return self.most_tokens * self.itemsize * (mlp + residual_and_attention)
 
+    @property
+    def frozen_forward(self) -> dict[str, int]:
+        """Bytes inside of a frozen block, by kind; {} if none is.
+
+        No graph holds anything of it, so it has at most what a graph would hold of one block.
+        """
+        if self.blocks == self.config.blocks:
+            return {}
+        inside = max(self._activations(items, "none") for items in self.micro_batches)
+        return {"casts": self.casts, "scratch": inside}
+
     def _activations(self, items: Items, recompute: str) -> int:
         return block_activations(self.config, items, self.itemsize, recompute, self.flash)
 
@@ -372,7 +440,13 @@ class StepShape:
     @property
     def tied_gradient(self) -> int:
         """Bytes of the unembedding's gradient, which waits for that of the embedding."""
-        return self.itemsize * self.unembedding if self.top == "tied" else 0
+        is_there = self.top == "tied" and self.is_unembedding_trained
+        return self.itemsize * self.unembedding if is_there else 0
+
+    @property
+    def is_unembedding_trained(self) -> bool:
+        """Whether a language model's unembedding changes; a tied one does with the embedding."""
+        return self.top == "untied" or self.recipe.train == ALL
 
     def language_loss(self, micro_batches: Sequence[Items]) -> dict[str, int]:
         """Bytes of the loss of these micro-batches and of its gradients, as TokenLoss makes them.
@@ -391,7 +465,7 @@ class StepShape:
         of_states = narrow + 3 * wide + 2 * wide
         of_gradient = wide + narrow  # the sum over chunks, and one term of it, or its cast
         return {
-            "gradients": of_gradient * self.unembedding,
+            "gradients": of_gradient * self.unembedding if self.is_unembedding_trained else 0,
             "casts": narrow * self.unembedding if is_cast else 0,
             "logits": of_logits * logits,
             "scratch": of_states * states,
@@ -404,10 +478,14 @@ Phases = dict[str, dict[str, int]]  # name -> bytes by kind, beside parameters a
 def plain_phases(step: StepShape) -> Phases:
     """The last micro-batch's backward pass of the plain engine.
 
-    At its start all activations are there, at its end all gradients are.
+    At its start all activations are there, at its end all gradients are. With frozen blocks it ends
+    at the first one that is not, and what goes forward through them may take more.
     """
-    shapes, blocks = step.shapes, step.config.blocks
-    all_gradients = 4 * shapes.parameters
+    shapes, blocks = step.shapes, step.blocks
+    all_gradients = 4 * step.trained
+    phases = frozen_phases(step, {"gradients": all_gradients if step.several else 0})
+    if blocks == 0:
+        return phases
     saved = max(step.saved)
     casts = step.casts * (1 if step.recipe.recompute == "full" else blocks)
     start = {
@@ -428,7 +506,12 @@ def plain_phases(step: StepShape) -> Phases:
         "recomputed": step.recomputed,
         "scratch": table_gradients + residual_gradients,
     }
-    phases = {"backward, last block": start, "backward, embedding": end}
+    phases["backward, last block"] = start
+    if step.recipe.train == ALL:
+        phases["backward, embedding"] = end
+    else:
+        inside = {"casts": step.casts, "scratch": start["scratch"]}
+        phases["backward, first trained block"] = end | inside
     if step.top != "head":
         # Every micro-batch has a loss of its own. The casts of its graph are there already.
         top = max((step.language_loss([items]) for items in step.micro_batches), key=total_of)
@@ -439,6 +522,22 @@ def plain_phases(step: StepShape) -> Phases:
             "logits": top["logits"],
             "scratch": top["scratch"] + step.residual(step.most_tokens),
         }
+    return phases
+
+
+def frozen_phases(step: StepShape, others: dict[str, int]) -> Phases:
+    """What goes forward through frozen blocks, of either engine; others: bytes that are there, too.
+
+    Where only the head is trained, its gradient comes last, and takes next to nothing.
+    """
+    phases = {}
+    if step.frozen_forward:
+        scratch = others.get("scratch", 0) + step.frozen_forward["scratch"]
+        phases["forward, frozen blocks"] = others | step.frozen_forward | {"scratch": scratch}
+    if step.blocks == 0:
+        texts = sum(texts_of(items) for items in step.micro_batches)
+        states = 4 * texts * step.config.width
+        phases["head"] = {"gradients": 4 * step.trained, "scratch": 2 * states}
     return phases
 
 
@@ -462,7 +561,10 @@ def sharded_phases(step: StepShape, gpus: int) -> Phases:
 
 def streamed_phases(step: StepShape) -> Phases:
     """The end of the way forward, the first block of the way back, and the embedding."""
-    shapes, blocks, itemsize = step.shapes, step.config.blocks, step.itemsize
+    shapes, blocks, itemsize = step.shapes, step.blocks, step.itemsize
+    phases = frozen_phases(step, {"scratch": step.residual(step.tokens)})
+    if blocks == 0:
+        return phases
     saved = blocks * sum(step.saved)
     if "inputs" in step.recipe.offload:
         saved = 3 * step.residual(step.most_tokens)  # one in use, one on its way each way
@@ -486,11 +588,9 @@ def streamed_phases(step: StepShape) -> Phases:
         "gradients": 4 * count(shapes.embeddings) + step.tied_gradient,
         "scratch": 2 * step.residual(step.tokens) + as_fp32,
     }
-    phases = {
-        "forward, last block": forward,
-        "backward, last block": backward,
-        "backward, embedding": embedding,
-    }
+    phases |= {"forward, last block": forward, "backward, last block": backward}
+    if step.recipe.train == ALL:
+        phases["backward, embedding"] = embedding
     if step.top != "head":
         top = step.language_loss(step.micro_batches)
         phases["loss"] = {
@@ -532,9 +632,10 @@ def memory_of(
 
 def always_on_device(shapes: ParameterShapes, recipe: Recipe) -> dict[str, int]:
     """Bytes that are on the device in every phase."""
-    states = [state_bytes(part, recipe) for part in shapes.parts]
+    states = states_of_parts(shapes, recipe)
     if "states" in recipe.offload:  # of a part that is updated, one that comes, one that leaves
-        states = sorted(states)[-3:]
+        trained = len(shapes.trained_parts(recipe.train))
+        states = sorted(states[:trained])[-3:]
     return {
         "parameters": sum(parameter_bytes(part, recipe) for part in shapes.parts),
         "optimizer states": sum(states),
@@ -545,12 +646,11 @@ def always_on_host(step: StepShape) -> dict[str, int]:
     """Bytes that the host holds."""
     host = {}
     if "states" in step.recipe.offload:
-        parts = step.shapes.parts
-        host["optimizer states"] = sum(state_bytes(part, step.recipe) for part in parts)
+        host["optimizer states"] = sum(states_of_parts(step.shapes, step.recipe))
     if "inputs" in step.recipe.offload:
         inputs = [step.residual(tokens_of(items)) for items in step.micro_batches]
         # torch's pinned memory comes in powers of two.
-        host["block inputs"] = step.config.blocks * sum(next_power_of_two(n) for n in inputs)
+        host["block inputs"] = step.blocks * sum(next_power_of_two(n) for n in inputs)
     return host
 
 
@@ -567,13 +667,19 @@ def next_power_of_two(number: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def forward_flops(config: ModelConfig, items: Items, at_ends: bool) -> float:
+def forward_flops(
+    config: ModelConfig, items: Items, at_ends: bool, blocks: int | None = None
+) -> float:
     """FLOPs of the blocks' matrices and attention: 2 for a multiplication with its addition.
 
     Each token meets every matrix, and each query the keys that it sees. at_ends: in the last block
     all tokens have queries, keys and values, and the rest is computed where texts end. Embeddings
-    are not counted.
+    are not counted. blocks: so many last ones are; None is all.
     """
+    if blocks is None:
+        blocks = config.blocks
+    if blocks == 0:
+        return 0.0
     weights = count(matrices(parameter_shapes(config).block))
     per_pair = 4.0 * config.heads * config.head_width  # FLOPs of a query and a key that it sees
     seen = seen_at_ends = 0.0  # pairs of a query and a key
@@ -581,12 +687,17 @@ def forward_flops(config: ModelConfig, items: Items, at_ends: bool) -> float:
         within = sum(n * (n + 1) / 2 for n in (shared, *rests))  # each text's own, causally
         seen += within + shared * sum(rests)
         seen_at_ends += sum(shared + rest for rest in rests)
-    total = config.blocks * (2.0 * weights * tokens_of(items) + per_pair * seen)
+    total = blocks * (2.0 * weights * tokens_of(items) + per_pair * seen)
     if at_ends:
-        heads = config.width * (config.heads + 2 * config.kv_heads) * config.head_width
-        total -= 2.0 * (weights - heads) * (tokens_of(items) - texts_of(items))
+        others = weights - weights_of_heads(config)
+        total -= 2.0 * others * (tokens_of(items) - texts_of(items))
         total -= per_pair * (seen - seen_at_ends)
     return total
+
+
+def weights_of_heads(config: ModelConfig) -> int:
+    """Numbers of a block's matrices of queries, keys and values."""
+    return config.width * (config.heads + 2 * config.kv_heads) * config.head_width
 
 
 def texts_of(items: Items) -> int:
@@ -597,23 +708,43 @@ def texts_of(items: Items) -> int:
 def step_flops(config: ModelConfig, work: Workload, recipe: Recipe) -> tuple[float, float]:
     """Useful and executed FLOPs of the largest step.
 
-    One forward pass and a backward pass that costs two are useful. Full recomputation adds a
-    forward pass, less the last product of each block's MLP, whose value backward does not need but
-    for a norm behind it. The logits of a language model are computed once, and their two gradients.
+    One forward pass is useful, and a backward pass through what is trained, which costs two. Full
+    recomputation adds a forward pass of that, less the last product of each block's MLP, whose
+    value backward does not need but for a norm behind it. The logits of a language model are
+    computed once, and their gradients: that of the states, and of an unembedding that is trained.
     """
     at_ends = work.top == "head"
+    blocks = trained_blocks(recipe.train, config.blocks)
     forward = forward_flops(config, work.largest, at_ends)
-    logits = 3 * 2.0 * work.largest_targets * config.vocabulary * config.width
-    useful = executed = 3 * forward + logits
-    if recipe.recompute == "full":
+    trained_forward = forward_flops(config, work.largest, at_ends, blocks)
+    is_frozen_tied = work.top == "tied" and recipe.train != ALL
+    products = 2.0 * work.largest_targets * config.vocabulary * config.width
+    logits = (2 if is_frozen_tied else 3) * products
+    useful = executed = (
+        forward + 2 * trained_forward + logits - unneeded_flops(config, work, recipe)
+    )
+    if recipe.recompute == "full" and blocks:
         in_last_block = texts_of(work.largest) if at_ends else work.largest_tokens
-        rows = (config.blocks - 1) * work.largest_tokens + in_last_block
+        rows = (blocks - 1) * work.largest_tokens + in_last_block
         last_products = 2.0 * config.width * config.mlp_width * rows
-        executed += forward - (0 if config.norm_after else last_products)
+        executed += trained_forward - (0 if config.norm_after else last_products)
     is_cut = work.largest_tokens > recipe.micro_tokens
-    if recipe.engine == "plain" and is_cut and at_ends:
+    if recipe.engine == "plain" and is_cut and at_ends and blocks:
         executed += forward  # whole-step weights over several micro-batches
     return useful, executed
+
+
+def unneeded_flops(config: ModelConfig, work: Workload, recipe: Recipe) -> float:
+    """FLOPs that the plain engine's backward leaves out where the embedding is frozen.
+
+    Nothing needs the gradient of the first trained block's input, which the streamed engine takes
+    all the same. A norm before attention needs that of its output; without such a norm autograd
+    leaves out the three products behind it.
+    """
+    blocks = trained_blocks(recipe.train, config.blocks)
+    if recipe.engine != "plain" or recipe.train == ALL or not blocks or config.norm_before:
+        return 0.0
+    return 2.0 * work.largest_tokens * weights_of_heads(config)
 
 
 def step_seconds(
@@ -626,15 +757,18 @@ def step_seconds(
     beside the computation, too.
     """
     shapes = parameter_shapes(config, work.top)
-    parameters = sum(parameter_bytes(part, recipe) for part in shapes.parts)
-    states = sum(state_bytes(part, recipe) for part in shapes.parts)
-    gradients = 4 * shapes.parameters
+    parts = shapes.trained_parts(recipe.train)
+    parameters = sum(parameter_bytes(part, recipe) for part in parts)
+    states = sum(state_bytes(part, recipe) for part in parts)
+    gradients = 4 * trained_parameters(shapes, recipe)
     touched = 2 * (states + parameters + gradients)  # each is read once and written once
     each_way = 0
     if "states" in recipe.offload:
         each_way += states
     if "inputs" in recipe.offload:
-        each_way += config.blocks * work.largest_tokens * config.width * 2
+        each_way += (
+            trained_blocks(recipe.train, config.blocks) * work.largest_tokens * config.width * 2
+        )
     _, executed = step_flops(config, work, recipe)
     computing = executed / (EFFICIENCY * gpu.flops) + touched / gpus / gpu.bandwidth
     copying = each_way / gpu.link
@@ -643,7 +777,7 @@ def step_seconds(
         passes = 3 if micro_batches == 1 else 4  # gathered forward and backward, added up; weights
         others = (gpus - 1) / gpus * parameters  # bytes of the rows that a GPU does not hold
         return max(computing, micro_batches * passes * others / gpu.peers)
-    return max(computing + 2 * copying / len(shapes.parts), copying)
+    return max(computing + 2 * copying / len(parts), copying)
 
 
 # ---- numbers with their units --------------------------------------------------------------------

@@ -210,14 +210,16 @@ class ShardedAdamW(AdamW):
         super().__init__(*values, **named)
         self.rows: dict[str, Tensor] = {}  # of parameters that the model does not hold yet
 
-    def adopt(self, name: str, value: Tensor, home: Any = where_it_is) -> Tensor:
+    def adopt(
+        self, name: str, value: Tensor, home: Any = where_it_is, is_trained: bool = True
+    ) -> Tensor:
         """Begin the state of this process's rows. Returns a parameter without memory.
 
         The head is held whole. The rows are held until `shard` lays them into the model.
         """
         if name == HEAD:
-            return super().adopt(name, value, home)
-        self.rows[name] = super().adopt(name, own_rows(value).clone(), home)
+            return super().adopt(name, value, home, is_trained)
+        self.rows[name] = super().adopt(name, own_rows(value).clone(), home, is_trained)
         return value.to("meta")
 
     def update(self, name: str, p: Tensor, gradient: Tensor, state: Any = None) -> None:
@@ -260,7 +262,8 @@ def round_rows(model: Any, dtype: torch.dtype) -> None:
 
 # The only values that several processes can train with: streaming would gather each block again for
 # every part of a step, and what is rounded at random depends on places in the whole parameter.
-GROUP_RECIPE = {"engine": "plain", "parameters": "float32", "moments": "float32"}
+# What is frozen would be gathered like the rest, which nobody has tried.
+GROUP_RECIPE = {"engine": "plain", "parameters": "float32", "moments": "float32", "train": "all"}
 
 
 def check_group(recipe: Recipe, batch_size: int, unit: int, count: int) -> None:

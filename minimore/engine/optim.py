@@ -87,11 +87,16 @@ class AdamW:
         self._numbers: StepNumbers | None = None
 
     def adopt(
-        self, name: str, value: Tensor, home: Callable[[Tensor], Tensor] = where_it_is
+        self,
+        name: str,
+        value: Tensor,
+        home: Callable[[Tensor], Tensor] = where_it_is,
+        is_trained: bool = True,
     ) -> Tensor:
         """Begin a parameter's state with moments of zero; returns what the model is to hold of it.
 
-        home: moves a tensor of the state to where it is to stay.
+        home: moves a tensor of the state to where it is to stay. is_trained: one that is not has no
+        moments, and is stored as the others are.
         """
         flat, state = value.reshape(-1), {}
         is_matrix = value.ndim > 1
@@ -100,14 +105,15 @@ class AdamW:
             value = high.view(value.shape)
         elif is_matrix and self.parameters == "bfloat16":
             value = value.bfloat16()
-        state |= empty_moments(flat, self.moments if is_matrix else "float32")
+        if is_trained:
+            state |= empty_moments(flat, self.moments if is_matrix else "float32")
         self.state[name] = {kind: home(tensor) for kind, tensor in state.items()}
         return value
 
     def adopt_all(self, model: torch.nn.Module) -> None:
         """Begin the state of every parameter that a model holds already."""
         for name, p in model.named_parameters():
-            held = self.adopt(name, p.detach())
+            held = self.adopt(name, p.detach(), is_trained=p.requires_grad)
             if held.dtype != p.dtype:
                 replace_parameter(model, name, held)
 

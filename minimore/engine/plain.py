@@ -24,6 +24,9 @@ class PlainEngine:
         a part of one micro-batch    forward -> loss -> backward
         a part of several            forward without a graph -> loss -> gradient of the states
                                      -> forward and backward again, one micro-batch at a time
+
+    Where the head alone is trained, no part goes through the trunk again. Of frozen blocks autograd
+    keeps nothing (trained.py).
     """
 
     def __init__(self, model: Any, optimizer: AdamW, recipe: Recipe):
@@ -46,19 +49,23 @@ class PlainEngine:
             loss, result = objective.loss(computed_with(self.model), states, part)
             share = sum(batch.size for batch in part) / step_size
             (loss * share).backward()  # reaches the trunk if the part is one batch, else `states`
-            if len(part) > 1:
+            if len(part) > 1 and states.requires_grad:
                 self._carry_on(part, gradient_of(states))
             results.append(result.times(share))
         self._update()
         return type(results[0]).of_parts(results)
 
     def _states(self, part: Sequence[Batch]) -> Tensor:
-        """States at all tokens that a part reads: (M, D). Several micro-batches get no graph."""
+        """States at all tokens that a part reads: (M, D). Several micro-batches get no graph.
+
+        They are where their graph begins, if anything below them is trained.
+        """
         if len(part) == 1:
             return self._states_of(part[0])
         with torch.no_grad():
             states = [self._states_of(batch) for batch in part]
-        return torch.cat(states).requires_grad_()
+        is_needed = any(p.requires_grad for p in self.model.trunk.parameters())
+        return torch.cat(states).requires_grad_(is_needed)
 
     def _states_of(self, batch: Batch) -> Tensor:
         device = self.model.top.device
@@ -73,8 +80,9 @@ class PlainEngine:
             torch.autograd.backward(self._states_of(batch), d)
 
     def _update(self) -> None:
-        """Let the optimizer change every parameter by its gradient, and drop the gradients."""
-        parameters = dict(self.model.named_parameters())
+        """Let the optimizer change what is trained by its gradient, and drop the gradients."""
+        named = self.model.named_parameters()
+        parameters = {name: p for name, p in named if p.requires_grad}
         gradients = {name: gradient_of(p) for name, p in parameters.items()}
         if not self._is_finite(gradients):
             raise NonFiniteGradient

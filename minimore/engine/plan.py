@@ -1,5 +1,7 @@
 """What a training will take, before anything is allocated: the verb `plan`."""
 
+import math
+import shutil
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +15,7 @@ from ..model.checkpoint import find, read_config
 from ..model.recompute import RECOMPUTE
 from ..model.tokenizer import Tokenizer
 from ..options import (
+    COUNT,
     MOST,
     Range,
     check_ranges,
@@ -23,20 +26,33 @@ from ..options import (
 )
 from ..reward import check_length
 from ..tables import Table
-from .choose import Candidate, Job, best_for, exact_recipes, fastest, parse_memory, reason
+from .choose import (
+    Candidate,
+    Job,
+    best_for,
+    exact_recipes,
+    fastest,
+    parse_memory,
+    reason,
+    what_would_fit,
+)
 from .cost import (
     EFFICIENCY,
     GPUS,
     Memory,
     bytes_held,
+    checkpoint_bytes,
     in_bytes,
     in_flops,
     in_time,
     parameter_shapes,
     step_flops,
+    trained_parameters,
 )
 from .distributed import check_group
+from .host import available_memory
 from .recipe import OFFLOADS, Recipe
+from .trained import HEAD, trained_blocks
 from .workload import RunOptions, Workload, assumed_workload, workload_of
 
 SIZES = (24e9, 40e9, 80e9, 141e9)  # bytes of the GPUs that people have
@@ -90,6 +106,15 @@ class PlanOptions(RunOptions):
         within=Range(least=1, most=MOST_GPUS),
         help="GPUs of one machine that share the work, by torchrun --nproc-per-node GPUS",
     )
+    host_memory: str | None = option(
+        None,
+        value="64GB",
+        help="what may be offloaded to the host's memory (default: what this machine has free)",
+    )
+    output: str | None = option(
+        None, value="RUN", help="where the run is to be: the disk's free space is compared"
+    )
+    keep: int = option(1, within=COUNT, help="checkpoints that the run is to keep, as in `train`")
     json: str | None = option(None, value="OUT.json", help="write all figures here; must not exist")
 
 
@@ -99,18 +124,21 @@ def plan(options: PlanOptions) -> None:
     refuse_existing(options.json, "--json")
     fixed = options.chosen_recipe(options.micro_tokens)
     limit = None if options.memory is None else parse_memory(options.memory)
+    host = host_of(options)
     if limit is None:
         Recipe(**fixed).check()
     model_type, job = open_job(options)
     fixed = job.fixed(fixed)
     check_group(Recipe(**fixed), len(job.work.largest), 1, job.gpus)
-    rows = recipe_rows(job, options.micro_tokens)
-    fits = {size: best_exact(job, options.micro_tokens, size) for size in SIZES}
-    print(heading(model_type, job), end="\n\n")
-    print(recipe_table(rows, job.gpus), end="\n\n")
-    print(fits_by_size(fits), end="\n\n")
-    recipe = Recipe(**fixed) if limit is None else recipe_for_memory(job, fixed, limit)
-    print(page_of(job, recipe))
+    asked = {"micro_tokens": options.micro_tokens, "train": fixed.get("train", Recipe.train)}
+    rows = recipe_rows(job, asked)
+    fits = {size: best_exact(job, asked, size, host) for size in SIZES}
+    print(heading(model_type, job, asked["train"], host), end="\n\n")
+    print(recipe_table(rows, job.gpus, host), end="\n\n")
+    print(fits_by_size(job, asked, fits, host), end="\n\n")
+    recipe = Recipe(**fixed) if limit is None else recipe_for_memory(job, fixed, limit, host)
+    print(page_of(job, recipe, host), end="\n\n")
+    print(disk_lines(job, recipe, options))
     if options.json:
         write_json(options.json, figures(job, rows, fits, recipe))
 
@@ -118,11 +146,19 @@ def plan(options: PlanOptions) -> None:
 # ---- what is planned -----------------------------------------------------------------------------
 
 
+def host_of(options: PlanOptions) -> float:
+    """Bytes of the host's memory that may be offloaded to; infinite where the system is silent."""
+    if options.host_memory is not None:
+        return parse_memory(options.host_memory, "--host-memory")
+    return available_memory() or math.inf
+
+
 def open_job(options: PlanOptions) -> tuple[str, Job]:
     """The model's type, and what is to be computed with it, as on a GPU."""
     directory = find(options.model, config_only=True)
     values, family, config = read_config(directory)
-    check_length(config, options.max_length, directory)
+    check_length(config, options.max_length, directory, beyond=options.beyond_positions)
+    trained_blocks(options.train or Recipe.train, config.blocks)  # refused if there are fewer
     is_policy = options.objective == "language"
     require(
         not (is_policy and options.source),
@@ -132,6 +168,10 @@ def open_job(options: PlanOptions) -> tuple[str, Job]:
     require(
         options.gpus == 1 or not is_policy,
         "--gpus: several GPUs train a reward model; expected --objective reward",
+    )
+    require(
+        not (is_policy and options.train == HEAD),
+        "--train head: expected all or last-N; the head alone is trained of a reward model only",
     )
     if options.source:
         work = real_workload(options, Tokenizer(directory))
@@ -179,15 +219,15 @@ def workload_without_data(options: PlanOptions) -> Workload:
     return assumed_workload(options.tokens, options.pairs, batch_size, options.epochs)
 
 
-def best_exact(job: Job, micro_tokens: int, limit: float) -> Candidate | None:
-    """The fastest exact recipe that fits, whatever it is otherwise."""
-    fixed = job.fixed({"micro_tokens": micro_tokens})
-    return fastest(job, exact_recipes(fixed, job.itemsize), limit)
+def best_exact(job: Job, asked: Mapping[str, Any], limit: float, host: float) -> Candidate | None:
+    """The fastest exact recipe that fits, whatever it is otherwise; asked: fields of it."""
+    fixed = job.fixed(asked)
+    return fastest(job, exact_recipes(fixed, job.itemsize), limit, host)
 
 
-def recipe_for_memory(job: Job, fixed: Mapping[str, Any], limit: float) -> Recipe:
+def recipe_for_memory(job: Job, fixed: Mapping[str, Any], limit: float, host: float) -> Recipe:
     """What `train --memory` would choose, and a paragraph that says why."""
-    best = best_for(job, fixed, limit)
+    best = best_for(job, fixed, limit, host)
     print(paragraph(reason(job, best, fixed, limit)), end="\n\n")
     return best.recipe
 
@@ -204,12 +244,12 @@ class RecipeRow(NamedTuple):
     seconds: dict[str, float]
 
 
-def recipe_rows(job: Job, micro_tokens: int) -> dict[str, RecipeRow]:
-    """The rows of the table, by name."""
+def recipe_rows(job: Job, asked: Mapping[str, Any]) -> dict[str, RecipeRow]:
+    """The rows of the table, by name; asked: fields of every recipe."""
     shapes = parameter_shapes(job.config, job.work.top)
     rows = {}
     for name, recipe in (RECIPES if job.gpus == 1 else GROUP_RECIPES).items():
-        recipe = replace(recipe, micro_tokens=micro_tokens)
+        recipe = replace(recipe, **asked)
         if job.gpus == 1:
             recipe = replace(recipe, recompute="full")
         held = bytes_held(shapes, recipe) / shapes.parameters / job.gpus
@@ -223,30 +263,35 @@ def seconds_by_gpu(job: Job, recipe: Recipe) -> dict[str, float]:
     return {name: job.run_seconds(recipe, gpu) for name, gpu in GPUS.items()}
 
 
-def heading(model_type: str, job: Job) -> str:
+def heading(model_type: str, job: Job, train: str, host: float) -> str:
     """The model, the data, the FLOPs of its largest step, and what the table's columns mean."""
-    work, parameters = job.work, parameter_shapes(job.config, job.work.top).parameters
-    useful, _ = step_flops(job.config, work, Recipe())
+    work, shapes = job.work, parameter_shapes(job.config, job.work.top)
+    recipe = Recipe(train=train)
+    useful, _ = step_flops(job.config, work, recipe)
     tops = {
         "head": "the reward head, without a language-model head",
         "tied": "a tied language-model head",
         "untied": "the language-model head",
     }
-    lines = {
-        "model": f"{model_type}, {parameters:,} parameters with {tops[work.top]}",
+    lines = {"model": f"{model_type}, {shapes.parameters:,} parameters with {tops[work.top]}"}
+    if train != Recipe.train:
+        lines["train"] = f"{train}, {trained_parameters(shapes, recipe):,} parameters"
+    lines |= {
         "data": f"largest step {len(work.largest)} {work.unit}, {work.largest_tokens:,} unique"
         f" tokens; {work.steps:,} steps, {work.tokens / 1e6:,.1f} million unique tokens",
         "flops": f"{in_flops(useful)} useful in the largest step",
         "times": f"of the whole run, at {EFFICIENCY:.0%} of a GPU's peak (assumed)",
         "bytes": "of each parameter that lie on the device throughout a step",
     }
+    if host < math.inf and job.gpus == 1:
+        lines["host"] = f"{in_bytes(host)} of its memory to offload to"
     if job.gpus > 1:
         lines["gpus"] = f"{job.gpus}, at most {job.share.largest_tokens:,} tokens of a step for one"
     return "\n".join(f"{title:8}{line}" for title, line in lines.items())
 
 
-def recipe_table(rows: dict[str, RecipeRow], gpus: int) -> Table:
-    """What each recipe takes, on which GPU it fits, and its time on each."""
+def recipe_table(rows: dict[str, RecipeRow], gpus: int, host: float) -> Table:
+    """What each recipe takes, on which GPU it fits beside this host, and its time on each."""
     title = "with --recompute full" if gpus == 1 else f"each of {gpus} GPUs"
     table = Table(title, "bytes", "device", "host", "fits", *GPUS)
     for name, row in rows.items():
@@ -255,26 +300,36 @@ def recipe_table(rows: dict[str, RecipeRow], gpus: int) -> Table:
             f"{row.held:.2f}",
             in_bytes(row.memory.peak),
             in_bytes(row.memory.offloaded) if row.memory.host else "-",
-            next((in_gigabytes(size) for size in SIZES if row.memory.peak <= size), "none"),
+            smallest_gpu(row.memory) if row.memory.offloaded <= host else "host",
             *(in_time(seconds) for seconds in row.seconds.values()),
         )
     return table
 
 
-def fits_by_size(fits: dict[float, Candidate | None]) -> str:
+def smallest_gpu(memory: Memory) -> str:
+    """The size of the smallest GPU that has so much memory."""
+    return next((in_gigabytes(size) for size in SIZES if memory.peak <= size), "none")
+
+
+def fits_by_size(
+    job: Job, asked: Mapping[str, Any], fits: dict[float, Candidate | None], host: float
+) -> str:
     """The best exact recipe of each GPU; GPUs that take the same recipe share a line."""
     sizes_of_line: dict[str, list[str]] = {}
     for size, best in fits.items():
-        sizes_of_line.setdefault(what_fits(best), []).append(in_gigabytes(size))
+        if best is None:
+            remedy = what_would_fit(job, job.fixed(asked), size, host)
+            line = f"no exact recipe fits; {remedy}"
+        else:
+            line = what_fits(best)
+        sizes_of_line.setdefault(line, []).append(in_gigabytes(size))
     return "\n".join(
         paragraph(f"{', '.join(sizes)} GB: {line}") for line, sizes in sizes_of_line.items()
     )
 
 
-def what_fits(best: Candidate | None) -> str:
+def what_fits(best: Candidate) -> str:
     """A recipe and its bytes."""
-    if best is None:
-        return "no exact recipe fits"
     host = f", host {in_bytes(best.memory.offloaded)}" if best.memory.host else ""
     return f"{in_bytes(best.memory.peak)}{host}, with {best.recipe}"
 
@@ -289,18 +344,44 @@ def paragraph(text: str) -> str:
     return textwrap.fill(text, PAGE_WIDTH, subsequent_indent="    ", break_on_hyphens=False)
 
 
-def page_of(job: Job, recipe: Recipe) -> str:
+def page_of(job: Job, recipe: Recipe, host: float) -> str:
     """One recipe in detail: bytes by kind in its fullest phase, and its time."""
     memory = job.memory(recipe)
     useful, executed = step_flops(job.config, job.share, recipe)
+    missing = memory.offloaded - host
+    too_little = f"the host has {in_bytes(missing)} too little\n\n" if missing > 0 else ""
     return (
         f"{paragraph(str(recipe))}\n\n"
         f"fullest phase: {memory.phase}, {in_bytes(memory.peak)}\n"
         f"{memory_table(memory)}\n\n"
+        f"{too_little}"
         f"{in_flops(executed)} executed in the largest step, {in_flops(useful)} useful"
         f"{'' if job.gpus == 1 else ', by the GPU with most of it'}\n"
         f"{time_table(job, recipe)}"
     )
+
+
+def disk_lines(job: Job, recipe: Recipe, options: PlanOptions) -> str:
+    """What checkpoints take of the disk, and what is free where the run is to be."""
+    each = checkpoint_bytes(parameter_shapes(job.config, job.work.top), recipe)
+    most = each * (options.keep + 1)
+    text = (
+        f"disk: a checkpoint takes {in_bytes(each)}, and all of them at most {in_bytes(most)}: "
+        f"--keep {options.keep} and the one that is being written"
+    )
+    if options.output is not None:
+        free = free_space(Path(options.output))
+        verdict = "enough" if most <= free else f"too little by {in_bytes(most - free)}"
+        text += f"; {in_bytes(free)} are free at {options.output}, {verdict}"
+    return paragraph(text)
+
+
+def free_space(run: Path) -> int:
+    """Bytes that are free on the disk where a run is to be; the directory need not exist yet."""
+    above = run.absolute()
+    while not above.is_dir():
+        above = above.parent
+    return shutil.disk_usage(above).free
 
 
 def memory_table(memory: Memory) -> Table:
@@ -347,6 +428,7 @@ def figures(
         "recipe": {
             "recipe": asdict(recipe),
             "memory": asdict(job.memory(recipe)),
+            "checkpoint": checkpoint_bytes(parameter_shapes(job.config, job.work.top), recipe),
             "useful": useful,
             "executed": executed,
         },

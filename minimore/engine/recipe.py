@@ -1,6 +1,7 @@
 """The recipe of a training step: how it is carried out, memory against time.
 
-Beyond rounding, only the storage of parameters and moments, and clipping, change a step's result.
+Beyond rounding, only the storage of parameters and moments, clipping, and what is trained change a
+step's result.
 """
 
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from ..model.recompute import RECOMPUTE
 from ..options import option, require
+from .trained import ALL, require_train
 
 ENGINES = ("plain", "streamed")
 PARAMETERS = ("float32", "split", "bfloat16")
@@ -23,7 +25,8 @@ class Recipe:
     engine: "plain" is autograd over the whole model, "streamed" goes block by block.
     parameters, moments: how the numbers are stored (optim.py). recompute: what backward makes again
     (model/recompute.py). offload: what the host's memory holds. micro_tokens: tokens computed at a
-    time. max_grad_norm: the gradient is scaled down to this norm; None leaves it.
+    time. max_grad_norm: the gradient is scaled down to this norm; None leaves it. train: which
+    parameters are trained (trained.py).
     """
 
     engine: str = "plain"
@@ -33,6 +36,7 @@ class Recipe:
     offload: tuple[str, ...] = ()
     micro_tokens: int = 8192
     max_grad_norm: float | None = None
+    train: str = ALL
 
     def check(self) -> None:
         """Raise InputError for a value that does not exist, or for two that contradict."""
@@ -74,6 +78,7 @@ class Recipe:
             self.max_grad_norm is None or self.max_grad_norm > 0,
             f"--max-grad-norm {self.max_grad_norm}: expected more than 0",
         )
+        require_train(self.train)
 
     def __str__(self) -> str:
         """The recipe as options of the command."""
@@ -87,6 +92,8 @@ class Recipe:
         ]
         if self.max_grad_norm is not None:
             words.append(f"--max-grad-norm {self.max_grad_norm:g}")
+        if self.train != ALL:
+            words.append(f"--train {self.train}")
         return " ".join(words)
 
 
@@ -133,13 +140,20 @@ class RecipeOptions:
     max_grad_norm: float | None = option(
         None, help="clip the gradient's global norm (with --engine plain; default: no clipping)"
     )
+    train: str | None = option(
+        None,
+        value="all|head|last-N",
+        help="what is trained: all (default); the head alone; or the last N blocks, the final norm "
+        "and the head. All else stays as it is, and takes neither gradients nor moments",
+    )
 
     def chosen_recipe(
         self, micro_tokens: int, stored: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """The fields of a recipe that the user chose, by name.
 
-        stored: the recipe of a run that is continued. It keeps its storage of numbers.
+        stored: the recipe of a run that is continued. It keeps its storage of numbers, and what it
+        trains.
         """
         stored = stored or {}
         values = {
@@ -150,5 +164,6 @@ class RecipeOptions:
             "micro_tokens": micro_tokens,
             "offload": tuple(sorted(set(self.offload))),
             "max_grad_norm": self.max_grad_norm,
+            "train": self.train or stored.get("train"),
         }
         return {name: value for name, value in values.items() if value not in (None, "", ())}

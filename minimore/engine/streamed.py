@@ -25,6 +25,7 @@ from .objective import Batch, NonFiniteGradient, Objective, global_norm
 from .optim import AdamW
 from .plain import PlainEngine
 from .recipe import Recipe
+from .trained import freeze, frozen_blocks
 
 EMBEDDINGS = ("trunk.embedding.", "trunk.position_embedding.")
 
@@ -38,17 +39,18 @@ def name_of_top(model: Any) -> str:
 
 
 def parts_of(model: Any) -> list[list[str]]:
-    """Names of the parameters, part by part in the order in which backward reaches them.
+    """Names of the trained parameters, part by part in the order in which backward reaches them.
 
-    The top (head and final norm), the blocks from the last to the first, the embeddings.
+    The top (head and final norm), the blocks from the last to the first, the embeddings. What is
+    frozen is in no part, and a part of which all is frozen is left out.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
     prefixes = [f"trunk.blocks.{i}." for i in reversed(range(len(model.trunk.blocks)))]
     blocks = [[name for name in names if name.startswith(prefix)] for prefix in prefixes]
     embeddings = [name for name in names if name.startswith(EMBEDDINGS)]
     below = embeddings + [name for block in blocks for name in block]
     top = [name for name in names if name not in below]
-    return [top, *blocks, embeddings]
+    return [part for part in (top, *blocks, embeddings) if part]
 
 
 class StreamedStep:
@@ -62,6 +64,9 @@ class StreamedStep:
     `forward()` returns the objective's result. `backward()` is a generator: it yields the gradients
     of one part of `parts_of` at a time. The caller may change that part's parameters before it asks
     for the next.
+
+    Frozen blocks (trained.py), which are the first ones, keep nothing on the way forward, and the
+    way back ends before them.
 
     recompute: "full" keeps the inputs of the blocks alone, as drawn above; with a host, they are
     kept there. "selective" and "none" keep a graph of each block with more of what it computed.
@@ -77,6 +82,7 @@ class StreamedStep:
     ):
         self.model, self.trunk = model, model.trunk
         self.blocks = cast(Sequence[Block], model.trunk.blocks)
+        self.frozen = frozen_blocks(model)
         self.batches, self.objective = batches, objective
         self.recompute, self.host = recompute, host
         self.inputs = BlockInputs(host)  # what "full" keeps
@@ -107,8 +113,9 @@ class StreamedStep:
         block = compute_copy(self.blocks[number], self.trunk.compute_dtype)
         for i, (streams, rotations_by_block, _) in enumerate(self.micro_batches):
             x, rotation, stream = activations[i], rotations_by_block[number], streams[number]
-            if self.recompute == "full":
-                self.inputs.push(x)
+            if number < self.frozen or self.recompute == "full":
+                if number >= self.frozen:
+                    self.inputs.push(x)
                 with torch.no_grad():
                     activations[i] = block(x, rotation, stream)
             else:
@@ -124,21 +131,21 @@ class StreamedStep:
 
         read: (M, D), what the last block returned at the tokens that the objective reads. Kept are
         d_read (M, D), the gradients d_top of the parameters of the top, and d_tied (V, D): that of
-        an unembedding which is the embedding, whose own gradient comes last. Else d_tied is None.
+        an unembedding which is the embedding, whose own gradient comes last. Else d_tied is None,
+        and so is d_read where no block is trained.
         """
-        read = read.detach().requires_grad_()
+        read = read.detach().requires_grad_(self.frozen < len(self.blocks))
         norm = compute_copy(self.trunk.final_norm, torch.float32)
-        top = compute_parameter(self.model.top, self.trunk.compute_dtype).requires_grad_()
+        top = compute_parameter(self.model.top, self.trunk.compute_dtype)
         loss, result = self.objective.loss(top, norm(at_least_fp32(read)), self.batches)
-        self.d_read, d_parameter, *d_norm = torch.autograd.grad(
-            loss, [read, top, *norm.parameters()]
-        )
-        names = [f"trunk.final_norm.{name}" for name, _ in norm.named_parameters()]
-        self.d_top = dict(zip(names, d_norm))
+        name = name_of_top(self.model)
+        leaves = {"read": read, name: top}
+        leaves |= {f"trunk.final_norm.{leaf}": p for leaf, p in norm.named_parameters()}
+        trained = {leaf: tensor for leaf, tensor in leaves.items() if tensor.requires_grad}
+        self.d_top = dict(zip(trained, torch.autograd.grad(loss, list(trained.values()))))
+        self.d_read = self.d_top.pop("read", None)
         is_tied = self.model.top is self.trunk.embedding.weight
-        self.d_tied = d_parameter if is_tied else None
-        if not is_tied:
-            self.d_top[name_of_top(self.model)] = d_parameter
+        self.d_tied = self.d_top.pop(name, None) if is_tied else None
         return result
 
     # ---- backward ----
@@ -146,21 +153,24 @@ class StreamedStep:
     def backward(self) -> Iterator[Gradients]:
         """The gradients of every part of `parts_of`, one part at a time; once, after forward."""
         yield self._take_gradient_of_top()
-        d_activations = self._gradient_of_output()
-        for i in reversed(range(len(self.blocks))):
+        if self.d_read is None:
+            return
+        d_activations = self._gradient_of_output(self.d_read)
+        for i in reversed(range(self.frozen, len(self.blocks))):
             gradients = self._block_backward(i, d_activations)
             yield {f"trunk.blocks.{i}.{name}": gradients.pop(name) for name in list(gradients)}
-        yield self._embedding_gradients(torch.cat(d_activations))
+        if self.trunk.embedding.weight.requires_grad:
+            yield self._embedding_gradients(torch.cat(d_activations))
 
     def _take_gradient_of_top(self) -> Gradients:
         """The gradients of the top, which are not kept here: an unembedding is large."""
         gradients, self.d_top = self.d_top, {}
         return gradients
 
-    def _gradient_of_output(self) -> list[Tensor]:
+    def _gradient_of_output(self, d_read: Tensor) -> list[Tensor]:
         """The gradient of what the last block returned, of every micro-batch."""
-        d_read = self.d_read.split([len(part.reads) for part in self.micro_batches])
-        return [part.unread(d) for d, part in zip(d_read, self.micro_batches)]
+        parts = d_read.split([len(part.reads) for part in self.micro_batches])
+        return [part.unread(d) for d, part in zip(parts, self.micro_batches)]
 
     def _block_backward(self, number: int, d_activations: list[Tensor]) -> Gradients:
         """The gradients of a block's parameters, summed over the micro-batches.
@@ -305,7 +315,8 @@ def compute_copy(module: AModule, dtype: torch.dtype) -> AModule:
 
 def compute_parameter(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     """A parameter as it is computed with: a matrix in the compute type, a vector as it is."""
-    return nn.Parameter(p.detach().to(dtype) if p.ndim > 1 else p.detach())
+    value = p.detach().to(dtype) if p.ndim > 1 else p.detach()
+    return nn.Parameter(value, requires_grad=p.requires_grad)
 
 
 def recomputed_gradients(
@@ -432,9 +443,11 @@ class StreamedEngine:
 def open_engine(model: Any, optimizer: AdamW, recipe: Recipe) -> PlainEngine | StreamedEngine:
     """The engine that a recipe names; for a sharded optimizer, that of several processes.
 
-    Raises InputError for a recipe that contradicts itself.
+    From then on the model has gradients only of what the recipe trains. Raises InputError for a
+    recipe that contradicts itself, or does not fit the model.
     """
     recipe.check()
+    freeze(model, recipe.train)
     if isinstance(optimizer, ShardedAdamW):
         shard(model, optimizer)
         return DistributedEngine(model, optimizer, recipe)

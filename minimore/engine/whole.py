@@ -69,25 +69,26 @@ class WholeModelStep(StreamedStep):
         A source without a pair has a gradient of zero.
         """
         self.source_of_batch = [int(batch.source[0]) for batch in self.batches]
-        products = self._products_of_top(read)
-        d_activations = self._gradient_of_output()
+        products, d_read = self._products_of_top(read)
+        d_activations = self._gradient_of_output(d_read)
         inputs = list(self.inputs.stack)  # the second walk needs them, too
         for number in reversed(range(len(self.blocks))):
             products += self._products_of_block(number, d_activations)
         self.inputs.stack = inputs
         return products + self._products_of_embeddings(d_activations)
 
-    def _products_of_top(self, read: Tensor) -> Tensor:
-        """The products at head and final norm; leaves the gradient of L_1 + ... + L_K in d_read."""
+    def _products_of_top(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """The products at head and final norm, and the gradient d_read (M, D) of L_1 + ... + L_K."""
         objective, d_read = self.objective, torch.zeros_like(read)
         by_source: list[Gradients] = [{} for _ in range(objective.sources)]
         for k in sorted(set(self.source_of_batch)):
             self.objective = replace(objective, weigh=partial(only, k))
             super()._top_forward(read)
+            assert self.d_read is not None  # all blocks are trained
             d_read += self.d_read  # zero but in the rows of source k
             by_source[k] = self._take_gradient_of_top()
-        self.objective, self.d_read = objective, d_read
-        return products_of(by_source)
+        self.objective = objective
+        return products_of(by_source), d_read
 
     def _products_of_block(self, number: int, d_activations: list[Tensor]) -> Tensor:
         """The products at a block; d_activations become the gradients of its inputs."""

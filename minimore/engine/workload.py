@@ -15,7 +15,7 @@ import numpy as np
 
 from ..data.pairs import Source, TokenPair
 from ..data.sampling import DataOptions, Mix, epoch_steps
-from ..reward import ModelOptions
+from ..reward import ModelOptions, PositionOptions
 from .recipe import RecipeOptions
 
 EPOCHS = 20  # that are looked at before a training; later ones are taken to be like them
@@ -23,7 +23,7 @@ SHARED = 0.41  # share of a pair's unique tokens that both texts share, a mean o
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(RecipeOptions, DataOptions, ModelOptions):
+class RunOptions(RecipeOptions, DataOptions, PositionOptions, ModelOptions):
     """What `train` and `plan` both take: a model, the data of a run, and its recipe."""
 
 

@@ -555,4 +555,4 @@ def _check_real_data(options: ReproduceOptions) -> None:
     require_tests(parse_sources(options.source))
     for model in options.model:
         checkpoint = Checkpoint(model)
-        check_length(checkpoint.config, options.max_length, checkpoint.directory)
+        check_length(checkpoint.config, options.max_length, checkpoint.directory, beyond=None)

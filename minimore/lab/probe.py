@@ -36,6 +36,7 @@ from .features import PROBE, Stored, load_features, load_states
 from .methods.by_name import METHODS
 from .methods.solve import Parameters
 from .methods.states import StatePairs
+from .saved_head import BestHead, best_head, open_origin, save_head
 from .solved import Runs, print_notes, rates_of, solved_runs
 
 DEFAULT_METHODS = ("uniform", "more")  # unless others are asked for
@@ -86,6 +87,17 @@ class ProbeOptions:
         0.0,
         within=Range(least=0, below=0.5),
         help="share of labels taken as the wrong way round",
+    )
+    save: str | None = option(
+        None,
+        value="DIR",
+        help="write the head with the lowest mean NLL on the test pairs, of all weightings and "
+        "seeds, as a reward model on the trunk whose states were stored; must not exist",
+    )
+    model: str | None = option(
+        None,
+        value="DIR|HUB",
+        help="with --save: the model whose states were stored (default: where it was then)",
     )
     json: str | None = option(None, value="OUT.json", help="write all figures here; must not exist")
 
@@ -189,9 +201,12 @@ def probe(options: ProbeOptions) -> None:
     """
     check_ranges(options)
     refuse_existing(options.json, "--json")
+    refuse_existing(options.save, "--save")
+    require(options.save or not options.model, "--model: goes with --save")
     description, stored = load_features(options.features)
     names, methods = list(stored), tuple(dict.fromkeys(options.method)) or DEFAULT_METHODS
     check_methods(options, methods, len(names))
+    origin = open_origin(options.model, description) if options.save else None
     states = load_states(options.features) if set(methods) & set(METHODS) else {}
     runs: Runs = {}
     for method in methods:
@@ -202,6 +217,9 @@ def probe(options: ProbeOptions) -> None:
     print_notes(methods, states)
     print(f"{PROBE}: {description['model']}, {options.seeds} seeds")
     print(probe_table(names, runs))
+    if options.save and origin:
+        head, best = trained_again(runs, stored, options)
+        save_head(options.save, head, best, origin, description)
     if options.json:
         report = {
             "note": PROBE,
@@ -213,6 +231,20 @@ def probe(options: ProbeOptions) -> None:
         write_json(options.json, report)
 
 
+def trained_again(
+    runs: Runs, stored: Mapping[str, Mapping[str, Stored]], options: ProbeOptions
+) -> tuple[Tensor, BestHead]:
+    """The best head (D,) of all weightings and seeds, and which it is.
+
+    Heads are not kept while they are compared; the same seed makes the same one.
+    """
+    best = best_head({method: rates for method, rates in runs.items() if method in WEIGHTINGS})
+    train = [parts["train"].difference for parts in stored.values()]
+    scale = scale_of(train)
+    head, _ = train_head(train, best.method, options, best.seed, scale)
+    return head / scale, best
+
+
 def check_methods(options: ProbeOptions, methods: Sequence[str], sources: int) -> None:
     """Refuse what cannot be run with so many sources."""
     batch_size = options.batch_size
@@ -220,6 +252,10 @@ def check_methods(options: ProbeOptions, methods: Sequence[str], sources: int) -
         options.sampling != "equal" or not batch_size or batch_size % sources == 0,
         f"--batch-size {batch_size}: under equal sampling expected a multiple of the {sources}"
         " sources",
+    )
+    require(
+        not options.save or set(methods) & set(WEIGHTINGS),
+        f"--save: expected a --method with one head, one of {', '.join(WEIGHTINGS)}",
     )
     require(
         "more" not in methods or sources <= MOST_SOURCES,

@@ -108,7 +108,11 @@ class Json:
             f"{self.where}: {rotary_width} rotary dimensions do not fit in heads of width"
             f" {head_width}",
         )
-        fields = {"rotary_width": rotary_width, "rope_base": base}
+        fields = {
+            "rotary_width": rotary_width,
+            "rope_base": base,
+            "named_positions": self.get("max_position_embeddings", int, longest),
+        }
         return fields | self._rope_scaling(scaling, longest)
 
     def _rope_object(self) -> "Json":

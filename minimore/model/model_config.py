@@ -15,6 +15,7 @@ class ModelConfig:
     leading dimensions of a head rotate. rope_factor: all frequencies are divided by it.
     rope_llama3: factor, low, high and original length. rope_positions: how many positions a text
     may have at most, since a scaling would change all frequencies of a longer one; 0 is any number.
+    named_positions: the max_position_embeddings of a model that rotates; 0 is none.
     windows: how many last positions a token sees, for every block; () is everything in every block.
     window_rope_base: the base in blocks with a window, where no scaling applies; None is rope_base,
     scaled. qk_norm: RMSNorm of queries and keys before rotation, of "each head" on its own, of "all
@@ -43,6 +44,7 @@ class ModelConfig:
     rope_factor: float = 1.0
     rope_llama3: tuple[float, float, float, int] | None = None
     rope_positions: int = 0
+    named_positions: int = 0
     windows: tuple[int | None, ...] = ()
     window_rope_base: float | None = None
     qk_norm: str = "none"

@@ -1,16 +1,14 @@
 """The language objective: its gradients are transformers', by both engines and every storage."""
 
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KeepsGradients, write_checkpoint
+from counted import PeakBytes
 from reference import SIZES, reference_model
 from runs import slow_but
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from minimore.alignment import language
 from minimore.alignment.language import LanguageObjective, Responses
@@ -139,35 +137,6 @@ def test_pack_by_hand():
     assert batch.stream.tokens.tolist() == [5, 6, 7, 8, 9, 10, 2, 11, 12, 13, 14, 2]
     assert batch.reads.tolist() == [2, 3, 4, 5, 7, 7, 9, 10]
     assert batch.targets.tolist() == [8, 9, 10, 2, 12, 13, 14, 2]
-
-
-class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and the most there were at a time."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
-        for tensor in tensors:
-            self.add(tensor)
-
-    def add(self, tensor):
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address not in self.alive:
-            self.alive[address] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.drop, address)
-
-    def drop(self, address):
-        self.now -= self.alive.pop(address)
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        result = function(*arguments, **(named or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.add(leaf)
-        return result
 
 
 @pytest.mark.parametrize("tied", slow_but([True], [True, False]))

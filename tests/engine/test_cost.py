@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from counted import Products
 from runs import slow_but
 from shapes import FAMILIES, ODD, PAPER, PYTHIA, pairs_of, random_shapes, small_model
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from minimore.data.pairs import Source, pack_pairs
@@ -17,6 +17,7 @@ from minimore.engine.choose import is_exact
 from minimore.engine.cost import (
     block_activations,
     bytes_held,
+    checkpoint_bytes,
     forward_flops,
     memory_of,
     parameter_bytes,
@@ -33,6 +34,7 @@ from minimore.engine.streamed import open_engine
 from minimore.engine.workload import PairShape, Workload, tokens_of, workload
 from minimore.model import recompute as recomputation
 from minimore.model.attention import tile_shapes
+from minimore.model.checkpoint import read_config
 from minimore.model.rotation import rotary_angles
 from minimore.more import uniform_weights
 
@@ -73,6 +75,15 @@ def test_bytes_a_parameter_are_those_of_the_table():
         name: bytes_held(shapes, recipe) / shapes.parameters for name, recipe in RECIPES.items()
     }
     assert held == pytest.approx(TABLE, abs=0.005)
+
+
+def test_a_checkpoint_takes_what_is_planned(halted):
+    """The tensors; beside them there are names, and torch's random state of 5 kB."""
+    (checkpoint,) = halted.glob("checkpoint-*")
+    shapes = parameter_shapes(read_config(checkpoint)[2])
+    files = [checkpoint / name for name in ("model.safetensors", "state.safetensors")]
+    written = sum(file.stat().st_size for file in files)
+    assert 0 <= written - checkpoint_bytes(shapes, Recipe()) < 20_000
 
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -218,21 +229,6 @@ def test_flops_are_what_torch_counts(family, at_ends):
     all_seen = (config.blocks - 1) * seen + (seen_at_ends if at_ends else seen)
     attention = 4 * config.heads * config.head_width * all_seen
     assert forward_flops(config, shapes, at_ends) == counter.get_total_flops() + attention
-
-
-class Products(TorchDispatchMode):
-    """Counts 2 x rows x inner x columns of every matrix product.
-
-    torch's own counter cannot be used with autograd.grad.
-    """
-
-    total = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            a, b = arguments[-2:]
-            self.total += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return function(*arguments, **named or {})
 
 
 @pytest.mark.parametrize("family", slow_but(["llama"], ["gpt_neox", "llama", "gemma3"]))

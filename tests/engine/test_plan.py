@@ -1,7 +1,11 @@
 """What fits is chosen, and it is exact; the verb says so on one page."""
 
+import argparse
 import json
+import math
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +14,21 @@ from shapes import GPT_NEOX, PAPER, PYTHIA
 
 from minimore.cli import main
 from minimore.data.world import World
-from minimore.engine.choose import Job, choose, is_exact, parse_memory, recipes
-from minimore.engine.cost import GPUS, memory_of, parameter_shapes
+from minimore.engine.choose import (
+    Job,
+    choose,
+    exact_recipes,
+    is_exact,
+    leanest,
+    parse_memory,
+    recipes,
+    what_would_fit,
+)
+from minimore.engine.cost import GPUS, checkpoint_bytes, memory_of, parameter_shapes
 from minimore.engine.plan import RECIPES
-from minimore.engine.recipe import OFFLOADS, Recipe
+from minimore.engine.recipe import OFFLOADS, Recipe, RecipeOptions
 from minimore.model.checkpoint import read_config
-from minimore.options import InputError
+from minimore.options import InputError, add_options
 
 
 def chosen_on_cuda(fixed, limit, config=PYTHIA, work=PAPER, **host):
@@ -58,6 +71,43 @@ def test_what_is_fixed_is_kept(capsys):
 def test_lossy_storage_is_named_where_nothing_exact_fits():
     with pytest.raises(InputError, match="rounds at random"):
         chosen_on_cuda({"offload": ("inputs",)}, 30e9)
+
+
+SMALL = Job(GPT_NEOX, PAPER, 4, False)
+
+
+def recipe_of(words):
+    """The recipe that an offer names, and the pairs a step."""
+    named = re.search(r" with (--batch-size (\d+) )?(--engine [^,;]*)", words)
+    parser = argparse.ArgumentParser()
+    add_options(parser, RecipeOptions)
+    parser.add_argument("--micro-tokens", type=int)
+    values = vars(parser.parse_args(named[3].split()))
+    values["offload"] = tuple(values["offload"])
+    return Recipe(**{k: v for k, v in values.items() if v}), int(named[2] or len(PAPER.largest))
+
+
+@pytest.mark.parametrize("share, pairs", [(0.75, 40), (0.6, 20), (0.3, 10)])
+def test_what_is_offered_fits_and_rounds_only_where_it_must(share, pairs):
+    """Of the leanest exact recipe's peak: with fewer pairs a step, and then with what rounds."""
+    streamed = {"engine": "streamed", "offload": ()}
+    limit = share * leanest(SMALL, exact_recipes(streamed, 4), math.inf).memory.peak
+    words = what_would_fit(SMALL, streamed, limit, math.inf)
+    recipe, offered = recipe_of(words)
+    smaller = replace(SMALL, work=replace(PAPER, largest=PAPER.largest[:offered]))
+    assert smaller.memory(recipe).peak <= limit and offered == pairs
+    assert is_exact(recipe, 4) == ("rounds" not in words) == (share > 0.5)
+
+
+def test_fewer_tokens_at_a_time_come_before_fewer_pairs():
+    limit = leanest(SMALL, exact_recipes({}, 4), math.inf).memory.peak - 1
+    recipe, pairs = recipe_of(what_would_fit(SMALL, {}, limit, math.inf))
+    assert recipe.micro_tokens < 1024 and is_exact(recipe, 4) and pairs == 80
+
+
+def test_nothing_is_offered_where_nothing_fits():
+    words = what_would_fit(SMALL, {}, 1e6, math.inf)
+    assert "do not fit either" in words and "--engine" not in words and "--batch-size" not in words
 
 
 def test_what_contradicts_itself_is_refused():
@@ -202,6 +252,34 @@ def test_bad_plans_are_refused_in_one_line(config_only, capsys, words, error):
     assert main(["plan", str(config_only), *words]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and error in said, said
+
+
+# ---- the host and the disk -----------------------------------------------------------------------
+
+
+def test_what_is_offloaded_counts_against_the_host(config_only, capsys):
+    lean = ["--engine", "streamed", "--offload", "states"]
+    for host, is_enough in (("1GB", True), ("0.01MB", False)):
+        assert main(["plan", str(config_only), "--host-memory", host, *lean]) == 0
+        said = capsys.readouterr().out
+        row = next(line for line in said.splitlines() if line.startswith("split master, states on"))
+        assert ("  host " in row) == ("too little" in said) == (not is_enough)
+    assert main(["plan", str(config_only), "--host-memory", "1"]) == 2
+    assert "--host-memory 1: expected a number with its unit" in capsys.readouterr().err
+
+
+def test_the_disk_is_compared_with_what_checkpoints_take(
+    config_only, tmp_path, capsys, monkeypatch
+):
+    each = checkpoint_bytes(parameter_shapes(read_config(config_only)[2]), Recipe())
+    plan = ["plan", str(config_only), "--keep", "2"]
+    assert main(plan) == 0
+    assert f"at most {3 * each / 1e3:.1f} kB: --keep 2 and" in capsys.readouterr().out
+    for free, verdict in ((3 * each, "enough"), (3 * each - 1000, "too little by 1.0 kB")):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr("minimore.engine.plan.shutil.disk_usage", lambda _, usage=usage: usage)
+        assert main([*plan, "--output", str(tmp_path / "not" / "yet")]) == 0
+        assert verdict in capsys.readouterr().out.replace("\n    ", " ")
 
 
 # ---- several GPUs --------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from counted import Products
 from runs import content, options, slow_but
 from shapes import FAMILIES, pairs_of, random_shapes, small_model
-from test_cost import Products
 from test_engine import WHOLE, flat, plain_gradients, random_pairs
 
 import minimore.training as training
@@ -194,6 +194,7 @@ def test_a_run_has_other_weights_than_by_the_head_and_resumes_bitwise(world, tmp
         ({"method": "uniform"}, "goes with --method more"),
         ({"gradient_average": 0.5}, "--gradient-average 1"),
         ({"lambda_scope": "group"}, "--lambda-scope step"),
+        ({"train": "last-1"}, "leave out --train"),
     ],
 )
 def test_what_does_not_go_together_is_refused(world, tmp_path, changes, says):

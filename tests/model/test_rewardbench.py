@@ -68,7 +68,7 @@ def test_rewardbench_scores_a_hundred_texts_as_we_do(transformers, golden, damag
         (source / "chat_template.jinja").write_text(TEMPLATES[name])
     saved = save(source, tmp_path / "saved")
     (tmp_path / "in").write_text("".join(json.dumps(pair) + "\n" for pair in pairs()))
-    command = ["score", "--model", saved, "--chat", "--max-length", 2048]
+    command = ["score", "--model", saved, "--chat", "--max-length", 2048, "--beyond-positions"]
     command += ["--input", tmp_path / "in", "--output", tmp_path / "out"]
     assert main([str(word) for word in command]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]

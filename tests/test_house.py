@@ -43,6 +43,7 @@ lab.scheme_tables
 lab.stored lab.consistency lab.judge lab.agreement
 lab.neighbours lab.finished lab.alignment_figures lab.figure7 lab.table1 lab.learned
 lab.experiments lab.reproduce lab.demo
+lab.choosing.points lab.choosing.taste lab.choosing.asking lab.choosing.choose
 exercises.expect exercises.learning_checks exercises.calibration_checks exercises.engine_checks
 exercises.catalogue exercises.blank exercises.judge exercises.exercise
 check cli

@@ -26,6 +26,7 @@ from .estimate import SHARE_OF_SPEED, STEP_SECONDS, estimated_seconds
 from .experiments import REPORTS, every_entry
 from .finished import Grid
 from .grid import PROTOCOLS, Cell, ReproduceOptions, checked_cells
+from .learning_curves import check_curves, report_curves, run_curves
 from .neighbours import check_neighbours, report_methods, run_worlds
 
 # Options that leave a grid what it is. It may be continued with other values of these.
@@ -59,6 +60,7 @@ WORLDS_ALONE = {
     "agreement": OfWorlds(
         "each a world with four models", check_agreement, run_agreement, report_agreement
     ),
+    "curves": OfWorlds("each a world", check_curves, run_curves, report_curves),
 }
 
 

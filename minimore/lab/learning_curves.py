@@ -45,6 +45,7 @@ LEAST_PAIRS = 80  # of a source, of which the smallest amount is one pair of eac
 RATES = ("accuracy", "nll", "ece")
 TITLES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 BASE = "any"
+NOT_DRAWN = ("short", "long")  # their curves lie on that of BASE
 
 Selection = Callable[[CountedPairs], np.ndarray]  # which pairs of a pool are of a kind: (N,)
 Figures = dict[str, dict[str, dict[str, float]]]  # kind -> amount, as JSON writes it -> rates
@@ -232,9 +233,9 @@ def rate_table(worlds: Sequence[Figures], rate: str) -> Table:
 
 
 def curves_of(worlds: Sequence[Figures]) -> dict[str, list[tuple[Any, ...]]]:
-    """The accuracy of every kind as points (log2 of the pairs, mean, half its interval)."""
+    """The accuracy of kinds as points (log2 of the pairs, mean, half its interval)."""
     curves: dict[str, list[tuple[Any, ...]]] = {}
-    for kind in KINDS:
+    for kind in (kind for kind in KINDS if kind not in NOT_DRAWN):
         for amount in worlds[0][kind]:
             values = values_at(worlds, kind, amount, "accuracy")
             if values is not None:

@@ -75,6 +75,7 @@ def judge(tmp_path_factory):
     return fitted(open_policy(checkpoint, options), questions.items(), fitting, 0), questions, pairs
 
 
+@pytest.mark.slow
 def test_a_judge_learns_the_letter_of_the_chosen_response(judge):
     _, questions, _ = judge
     assert set(questions.chosen_first.tolist()) == {True, False}
@@ -102,6 +103,7 @@ def test_what_a_question_says():
     assert questions.letters == [ord("A"), ord("B")]
 
 
+@pytest.mark.slow
 def test_answers_are_drawn_with_the_judges_own_probabilities(judge):
     """A judge that learned its pairs by heart is sure of them, and its draws say the same."""
     model, questions, _ = judge

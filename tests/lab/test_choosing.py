@@ -204,6 +204,7 @@ class SimulatedPerson:
         return self.shares[a, b] < probability(self.values[a] - self.values[b])
 
 
+@pytest.mark.slow
 def test_a_known_taste_is_served_with_fewer_comparisons_than_at_random(monkeypatch):
     """Over many tastes: by more than three standard errors, and no worse a point in the end."""
     monkeypatch.setattr(taste, "DRAWS", 200)
@@ -298,6 +299,12 @@ def test_what_the_verb_refuses(grid, tmp_path, answer, capsys):
     assert "answers about other points" in refusal(grid, "--output", file)
     file.write_text("{}")
     assert "checksum" in refusal(grid, "--output", file)
+    for log in grid.glob("runs/16-more-*/metrics.jsonl"):
+        log.write_text("{}")
+    assert "is not a report of table2" in refusal(grid)
+    for log in grid.glob("runs/16-more-*/metrics.jsonl"):
+        log.unlink()
+    assert "holds no 16-more-SEED/metrics.jsonl" in refusal(grid)
     (grid / "report.json").write_text('[{"size": 16}]')
     assert "is not a report of table2" in refusal(grid)
     write_checked_json(grid / "grid.json", {"experiment": "figure7"})

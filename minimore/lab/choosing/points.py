@@ -20,7 +20,7 @@ import numpy as np
 
 from ...checksums import read_checked_json
 from ...files import read_json
-from ...options import require
+from ...options import InputError, require
 from ..grid import Cell
 from ..statistics import is_single
 
@@ -59,6 +59,8 @@ def points_of(grid: Path, regime: str) -> list[Point]:
     try:
         points = readers[experiment]()
         is_whole = all(np.isfinite(point.criteria).all() for point in points)
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         points, is_whole = [], False
     require(
@@ -104,7 +106,12 @@ def seconds_of_runs(grid: Path, size: Any, scheme: str) -> float:
     name = Cell({"size": size, "scheme": scheme}, "", {}, {}).name
     logs = (grid / "runs").glob("*/metrics.jsonl")
     own = [log for log in logs if log.parent.name.rpartition("-")[0] == name]
-    return float(np.mean([seconds_in(log) for log in own])) if own else float("nan")
+    require(
+        own,
+        f"{grid}/runs: holds no {name}-SEED/metrics.jsonl, which says how long {scheme} took;"
+        " `minimore reproduce` again makes what is missing",
+    )
+    return float(np.mean([seconds_in(log) for log in own]))
 
 
 def seconds_in(log: Path) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..alignment.policy import open_policy
+from ..alignment.policy import LanguageModel, open_policy
 from ..calibration import expected_calibration_error, probability
 from ..data.forms import Pair
 from ..data.pairs import Source, load_source
@@ -29,6 +29,7 @@ from ..engine.cost import in_time
 from ..engine.objective import RewardObjective
 from ..files import make_directory, write_json, write_text
 from ..model.checkpoint import Checkpoint
+from ..model.tokenizer import Tokenizer
 from ..more import WEIGHTINGS
 from ..options import check_ranges, require
 from ..report import source_margins
@@ -38,7 +39,7 @@ from .cells import prepare_world
 from .consistency import MEASURES, counts_of, most_frequent
 from .drift import true_pairs
 from .grid import REGIMES, Home, ReproduceOptions, home_of
-from .judge import NO_LETTER, drawn_answers, letter_probabilities, questions_of
+from .judge import NO_LETTER, Questions, drawn_answers, letter_probabilities, questions_of
 from .policies import MAX_LENGTH, Fitting, fitted
 from .scheme_tables import cell_text, difference_text
 from .stored import stored_or_made
@@ -85,33 +86,50 @@ def check_agreement(options: ReproduceOptions) -> None:
 
 def figures_of_world(home: Home, share: float, fitting: Fitting) -> Figures:
     """RATES of every confidence, of models that saw this share of a world's training pairs."""
-    world, seed = home.world, home.world.seed
-    prepare_world(home.directory, world)
-    checkpoint = Checkpoint(str(home.directory / "model"))
-    paths = world.paths(home.directory).values()
-    train = [first_of(share, true_pairs(path)) for path, _ in paths]
+    prepare_world(home.directory, home.world)
+    paths = home.world.paths(home.directory).values()
     tests = [true_pairs(path) for _, path in paths]
-    pairs = [pair for own in tests for pair in own]
-    p_chosen = true_probabilities(world, tests)
+    p_chosen = true_probabilities(home.world, tests)
+    train = [pair for path, _ in paths for pair in first_of(share, true_pairs(path))]
+    judge, tokenizer = fitted_judge(home, train, fitting)
+    test = [pair for own in tests for pair in own]
+    questions = questions_of(test, tokenizer, home.world.seed + 1)
+    return {
+        BASELINE: rates_of_margins(reward_margins(home, share, fitting), p_chosen),
+        **judge_rates(judge, questions, p_chosen, home.world.seed),
+    }
 
-    rows = {BASELINE: rates_of_margins(reward_margins(home, share, fitting), p_chosen)}
+
+def fitted_judge(
+    home: Home, pairs: Sequence[Pair], fitting: Fitting
+) -> tuple[LanguageModel, Tokenizer]:
+    """A judge that learned these pairs, and its tokenizer."""
+    checkpoint = Checkpoint(str(home.directory / "model"))
     options = ModelOptions(model=str(checkpoint.directory), device="cpu", compute_dtype="float32")
-    shown = questions_of([pair for own in train for pair in own], checkpoint.tokenizer, seed)
-    judge = fitted(open_policy(checkpoint, options), shown.items(), fitting, seed)
+    questions = questions_of(pairs, checkpoint.tokenizer, home.world.seed)
+    policy = open_policy(checkpoint, options)
+    return fitted(policy, questions.items(), fitting, home.world.seed), checkpoint.tokenizer
 
-    questions = questions_of(pairs, checkpoint.tokenizer, seed + 1)
-    # Of every answer, how probable it is that the annotator would give it: (N, 3).
+
+def judge_rates(
+    judge: LanguageModel, questions: Questions, p_chosen: np.ndarray, seed: int
+) -> Figures:
+    """RATES of the judge's own probability, and of agreement among its answers.
+
+    p_chosen: (N,), with which probability the annotator prefers the chosen response.
+    """
+    # Of each answer, how probable it is that the annotator would give it; no letter never: (N, 3).
     p_first = np.where(questions.chosen_first, p_chosen, 1 - p_chosen)
-    p_right = np.stack([p_first, 1 - p_first, np.zeros(len(pairs))], 1)
+    p_right = np.stack([p_first, 1 - p_first, np.zeros(len(p_first))], 1)
     own = letter_probabilities(judge, questions)
-    rows["judge"] = rates_of(own.max(1), at(p_right, own.argmax(1)))
+    rates = {"judge": rates_of(own.max(1), at(p_right, own.argmax(1)))}
     answers = drawn_answers(judge, questions, max(SAMPLES), seed)
     for n in SAMPLES:
         counts = counts_of(answers[:, :n], NO_LETTER + 1)
         right = at(p_right, most_frequent(counts))
         for name, measure in MEASURES.items():
-            rows[f"{name} of {n}"] = rates_of(measure(counts), right)
-    return rows
+            rates[f"{name} of {n}"] = rates_of(measure(counts), right)
+    return rates
 
 
 def first_of(share: float, items: Sequence[Any]) -> Sequence[Any]:

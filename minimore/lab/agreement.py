@@ -45,7 +45,7 @@ from .scheme_tables import cell_text, difference_text
 from .stored import stored_or_made
 
 AMOUNTS = {"all pairs": 1.0, "a tenth, by heart": 0.1}  # shares of every annotator's pairs
-SAMPLES = (5, 25)  # answers to a question; odd, so that two letters cannot be equally frequent
+SAMPLES = (5, 25)  # answers to a question; odd, so that both letters are never as frequent
 FULL, QUICK = Fitting(500, 80, 3e-3), Fitting(40, 20, 3e-3)
 MICRO_TOKENS = 8192
 BASELINE = "reward model"
@@ -194,14 +194,14 @@ def at(values: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 def run_agreement(options: ReproduceOptions, output: Path) -> dict[str, list[Figures]]:
     """Figures by amount, of every seed: read where they are stored, else made and stored."""
-    make_directory(output / "figures of worlds")
+    make_directory(output / "rates")
     results: dict[str, list[Figures]] = {amount: [] for amount in AMOUNTS}
     for number, seed in enumerate(options.seed_range(), 1):
         began = time.monotonic()
         pairs, test_pairs = options.training_pairs(), options.test_pair_count()
         home = home_of(options, options.regime, pairs, test_pairs, seed)
         for amount, share in AMOUNTS.items():
-            path = output / "figures of worlds" / f"{amount}, {seed}.json"
+            path = output / "rates" / f"{share:g}-{seed}.json"
             fitting = QUICK if options.quick else FULL
             results[amount].append(
                 stored_or_made(path, partial(figures_of_world, home, share, fitting))

@@ -13,14 +13,16 @@ from minimore.alignment.policy import open_policy
 from minimore.calibration import pair_ece
 from minimore.cli import main
 from minimore.data.forms import Pair
+from minimore.data.pairs import encode
 from minimore.data.world import World
-from minimore.lab.agreement import rates_of, rates_of_margins, true_probabilities
+from minimore.lab.agreement import rates_of, rates_of_margins, reward_margins, true_probabilities
 from minimore.lab.consistency import MEASURES, counts_of, most_frequent
 from minimore.lab.drift import true_pairs
+from minimore.lab.grid import Home
 from minimore.lab.judge import drawn_answers, letter_probabilities, questions_of
 from minimore.lab.policies import Fitting, fitted
 from minimore.model.checkpoint import Checkpoint
-from minimore.reward import ModelOptions
+from minimore.reward import ModelOptions, group_rewards, open_reward_model
 
 # ---- the measures --------------------------------------------------------------------------------
 
@@ -141,6 +143,33 @@ def test_true_probabilities_are_those_of_the_annotator_of_each_pair(tmp_path):
     for k, own in enumerate(tests):
         margins = 2.0 * world.true_margins(own)[:, k]
         np.testing.assert_allclose(p[5 * k : 5 * k + 5], 1 / (1 + np.exp(-margins)))
+
+
+def test_margins_are_of_the_same_pairs_as_the_questions(tmp_path, monkeypatch):
+    """Both read the test files of all annotators, label ties left out, in one order."""
+    world = World(annotators=("ana", "ben"), train_pairs=(3,), test_pairs=9, ties=0.4, seed=2)
+    world.write(tmp_path / "home")
+    seen = []
+
+    def untrained(model, items, fitting, seed, objective, source):
+        seen.append(source)
+        return model
+
+    monkeypatch.setattr(experiment, "fitted", untrained)
+    home = Home(tmp_path / "home", world)
+    margins = reward_margins(home, 1.0, Fitting(1, 1, 1e-3))
+    options = ModelOptions(model=str(home.directory / "model"), device="cpu", seed=2)
+    model, checkpoint = open_reward_model(options)
+    expected = []
+    for _, path in world.paths(home.directory).values():
+        for pair in true_pairs(path):
+            texts = [pair.prompt + pair.chosen, pair.prompt + pair.rejected]
+            (rewards,) = group_rewards(model, [encode(texts, checkpoint.tokenizer, 512)[0]])
+            expected.append(float(rewards[0] - rewards[1]))
+    assert 2 < len(expected) < 18
+    np.testing.assert_allclose(margins, expected, atol=1e-5)
+    train = [len(true_pairs(path)) for path, _ in world.paths(home.directory).values()]
+    assert seen == [[0] * train[0] + [1] * train[1]]
 
 
 # ---- the experiment ------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from .evaluate import EvaluateOptions, evaluate
 from .exercises.exercise import ExerciseOptions, exercise
 from .figures.plot import PlotOptions, plot
 from .files import is_out_of_memory
+from .lab.choosing.choose import ChooseOptions, choose
 from .lab.demo import DemoOptions, demo
 from .lab.features import FeaturesOptions, features
 from .lab.grid import ReproduceOptions
@@ -138,6 +139,11 @@ VERBS = {
         reproduce,
         "run one of the paper's experiments as a grid, on the built-in ladder or on real "
         "checkpoints",
+    ),
+    "choose": Verb(
+        ChooseOptions,
+        choose,
+        "which point of a finished grid you want, learned from comparisons of two",
     ),
     "score": Verb(ScoreOptions, score, "add rewards to every line of a JSON lines file"),
 }

@@ -41,8 +41,10 @@ lab.features lab.solved lab.saved_head lab.probe lab.word_counts
 lab.published lab.policies lab.best_of lab.association lab.scale_matters
 lab.recipes lab.grid lab.drift lab.testbed lab.learners lab.cells lab.estimate lab.statistics
 lab.scheme_tables
+lab.stored lab.consistency lab.judge lab.agreement lab.learning_curves
 lab.neighbours lab.finished lab.alignment_figures lab.figure7 lab.table1 lab.learned
 lab.experiments lab.reproduce lab.verdict lab.trial lab.demo
+lab.choosing.points lab.choosing.taste lab.choosing.asking lab.choosing.choose
 exercises.expect exercises.learning_checks exercises.calibration_checks exercises.engine_checks
 exercises.catalogue exercises.blank exercises.judge exercises.exercise
 check cli

@@ -78,7 +78,7 @@ class WholeModelStep(StreamedStep):
         return products + self._products_of_embeddings(d_activations)
 
     def _products_of_top(self, read: Tensor) -> tuple[Tensor, Tensor]:
-        """The products at head and final norm, and the gradient d_read (M, D) of L_1 + ... + L_K."""
+        """The products at head and final norm, and d_read (M, D), that of L_1 + ... + L_K."""
         objective, d_read = self.objective, torch.zeros_like(read)
         by_source: list[Gradients] = [{} for _ in range(objective.sources)]
         for k in sorted(set(self.source_of_batch)):

@@ -51,6 +51,16 @@ AUTHORS = {"lambda_scope": "group", "gradient_average": 0.99}  # --protocol auth
 # Experiments in which policies are judged; in most, reward models choose what they learn from.
 POLICY_EXPERIMENTS = ("figure7", "table1", "policies")
 TWO_ANNOTATORS = ("ana", "ben")  # of table1
+
+# Where they differ from those of the paper's grids: training pairs of a source, and seeds.
+DEFAULT_PAIRS = {
+    **{"figure7": 1600, "table1": 1600, "policies": 800},
+    **{"methods": 800, "agreement": 3200, "curves": 3200},
+}
+DEFAULT_SEEDS = {
+    **{"figure7": 5, "table1": 5, "policies": 5},
+    **{"methods": 20, "agreement": 5, "curves": 20},
+}
 REGIMES_OF_TWO = ("mild", "conflict", "revealed", "ties")
 
 PROTOCOLS = {
@@ -73,14 +83,15 @@ class ReproduceOptions:
         value="EXPERIMENT",
         choices=(
             *("table2", "regimes", "sources", "scaling", "drift", "figure7", "table1"),
-            *("methods", "policies"),
+            *("methods", "policies", "agreement", "curves"),
         ),
         positional=True,
         help="table2: schemes by size; regimes: where weights matter; sources: K = 2 to 5 (Fig. 6);"
         " scaling: sizes and amounts of data; drift: what rewards consist of; figure7: whether a"
         " lower ECE makes a better policy; table1: MultiTask against MORE, two sources; methods:"
         " how neighbouring work answers, on counts of the world's words; policies: with a reward"
-        " model, or by dpo, mrpo, bapo, spo without",
+        " model, or by dpo, mrpo, bapo, spo without; agreement: whether agreement among samples is"
+        " a calibrated confidence; curves: which pairs teach how much",
     )
     output: str = option(value="DIR", help="directory of the grid; the same command continues it")
     model: tuple[str, ...] = option(
@@ -105,7 +116,7 @@ class ReproduceOptions:
         None,
         within=Range(least=1, most=1000),
         help="runs of every cell; in the world a seed is also another world (default: 3, of"
-        " figure7, table1 and policies 5, of methods 20)",
+        " figure7, table1, policies and agreement 5, of methods and curves 20)",
     )
     first_seed: int = option(
         0,
@@ -119,14 +130,14 @@ class ReproduceOptions:
     pairs: int | None = option(
         None,
         within=Range(least=1, most=10**7),
-        help="training pairs of each source an epoch (default: 6400 in the world, of"
-        " figure7 and table1 1600, of methods and policies 800, 40000 else)",
+        help="training pairs of each source an epoch (default: 6400 in the world, of agreement"
+        " and curves 3200, of figure7 and table1 1600, of methods and policies 800, 40000 else)",
     )
     test_pairs: int | None = option(
         None,
         within=Range(least=1, most=10**6),
         help="world: test pairs of each annotator (default: 1200, of figure7, table1 and policies"
-        " 800)",
+        " 800, of agreement 400)",
     )
     regime: str = option(
         "conflict",
@@ -166,10 +177,7 @@ class ReproduceOptions:
             return self.pairs
         if self.model:
             return 40_000
-        if self.experiment == "methods":
-            return 80 if self.quick else 800
-        pairs = 1600 if self.has_policies() else 6400
-        pairs = 800 if self.experiment == "policies" else pairs
+        pairs = DEFAULT_PAIRS.get(self.experiment, 6400)
         return pairs // 10 if self.quick else pairs
 
     def test_pair_count(self) -> int:
@@ -178,6 +186,8 @@ class ReproduceOptions:
             return self.test_pairs
         if self.has_policies():
             return 120 if self.quick else 800
+        if self.experiment == "agreement":
+            return 40 if self.quick else 400
         return 1200
 
     def seed_count(self) -> int:
@@ -186,7 +196,7 @@ class ReproduceOptions:
             return self.seeds
         if self.quick:
             return 3
-        return 20 if self.experiment == "methods" else 5 if self.has_policies() else 3
+        return DEFAULT_SEEDS.get(self.experiment, 3)
 
     def seed_range(self) -> range:
         """The seeds of every cell."""

@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from ..engine.optim import AdamW
 from ..engine.plain import PlainEngine
 from ..engine.recipe import Recipe
 from ..model.checkpoint import Checkpoint, ids_of_eos
+from ..reward import RewardModel
+
+AnyModel = TypeVar("AnyModel", LanguageModel, RewardModel)
 
 MAX_LENGTH = 512  # tokens of a prompt and a response
 MAX_NEW_TOKENS = 32  # the world's responses have 14 words of one token each, and EOS
@@ -81,16 +84,17 @@ QUICK = Design(
 
 
 def fitted(
-    policy: LanguageModel,
+    policy: AnyModel,
     items: Sequence[Any],
     fitting: Fitting,
     seed: int,
     objective: Objective | None = None,
     source: Sequence[int] | None = None,
-) -> LanguageModel:
+) -> AnyModel:
     """A copy of a policy, fitted on responses, or on what another objective learns from.
 
-    The seed decides in which order they are seen. source: of each item, by default 0.
+    With `RewardObjective` it is a reward model that is fitted, on pairs. The seed decides in which
+    order they are seen. source: of each item, by default 0.
     """
     objective, source = objective or LanguageObjective(), source or [0] * len(items)
     policy = copy.deepcopy(policy)

@@ -7,10 +7,10 @@ report     margins -> tables (report.txt), every figure (report.json), drawings
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checksums import read_checked_json, write_checked_json
 from ..data.overlap import print_overlap_of_files
@@ -20,11 +20,13 @@ from ..figures import plots
 from ..files import make_directory, sweep, write_json, write_text
 from ..model.checkpoint import Checkpoint
 from ..options import InputError, parse_sources, require
+from .agreement import check_agreement, report_agreement, run_agreement
 from .cells import is_finished, margins_of, run_cell
 from .estimate import SHARE_OF_SPEED, STEP_SECONDS, estimated_seconds
 from .experiments import REPORTS, every_entry
 from .finished import Grid
 from .grid import PROTOCOLS, Cell, ReproduceOptions, checked_cells
+from .learning_curves import check_curves, report_curves, run_curves
 from .neighbours import check_neighbours, report_methods, run_worlds
 
 # Options that leave a grid what it is. It may be continued with other values of these.
@@ -41,10 +43,31 @@ FREE = (
 )
 
 
+class OfWorlds(NamedTuple):
+    """An experiment whose cells are worlds: no run directory is written.
+
+    plan: what a seed is, in words. run: figures of all worlds, from what is stored where it is.
+    """
+
+    plan: str
+    check: Callable[[ReproduceOptions], None]
+    run: Callable[[ReproduceOptions, Path], Any]
+    report: Callable[[ReproduceOptions, Path, Any], None]
+
+
+WORLDS_ALONE = {
+    "methods": OfWorlds("each in every regime", check_neighbours, run_worlds, report_methods),
+    "agreement": OfWorlds(
+        "each a world with four models", check_agreement, run_agreement, report_agreement
+    ),
+    "curves": OfWorlds("each a world", check_curves, run_curves, report_curves),
+}
+
+
 def reproduce(options: ReproduceOptions) -> int:
     """Plan, run and report an experiment; returns the exit code."""
-    if options.experiment == "methods":
-        return reproduce_methods(options)
+    if options.experiment in WORLDS_ALONE:
+        return reproduce_worlds(options)
     cells, output = checked_cells(options), Path(options.output)
     check_same_grid(options, output)
     if options.model and not options.allow_overlap:
@@ -61,16 +84,16 @@ def reproduce(options: ReproduceOptions) -> int:
     return exit_code
 
 
-def reproduce_methods(options: ReproduceOptions) -> int:
-    """The experiment without training runs: every world is a few seconds of fitting heads."""
-    output = Path(options.output)
-    check_neighbours(options)
+def reproduce_worlds(options: ReproduceOptions) -> int:
+    """An experiment without training runs: every world is computed, and its figures are stored."""
+    output, experiment = Path(options.output), WORLDS_ALONE[options.experiment]
+    experiment.check(options)
     check_same_grid(options, output)
-    print(f"methods: {options.seed_count()} seeds, each in every regime", flush=True)
+    print(f"{options.experiment}: {options.seed_count()} seeds, {experiment.plan}", flush=True)
     if options.dry_run:
         return 0
     open_output(options, output)
-    report_methods(options, output, run_worlds(options, output))
+    experiment.report(options, output, experiment.run(options, output))
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Choosing a trade-off among the points of a finished grid."""

@@ -45,8 +45,9 @@ from .options import (
     to_arguments,
 )
 from .reward import device_of
+from .reward_training import TrainOptions
 from .score import ScoreOptions, score
-from .train import TrainOptions, train
+from .train import train
 from .training import LoopOptions
 
 

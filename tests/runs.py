@@ -8,7 +8,7 @@ from processes import run_to_the_end
 
 from minimore.lab import grid
 from minimore.lab.policies import QUICK, Fitting
-from minimore.train import TrainOptions
+from minimore.reward_training import TrainOptions
 
 
 def slow_but(quick, parameters):

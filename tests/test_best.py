@@ -146,7 +146,7 @@ def test_a_moved_best_is_evaluated_and_scored_as_the_run_would_be(world, whole, 
 def test_where_the_last_step_is_the_best_both_are_the_same_model(
     world, tmp_path, monkeypatch, capsys, dtype
 ):
-    monkeypatch.setattr("minimore.train.better_of", lambda best, candidate: candidate)
+    monkeypatch.setattr("minimore.reward_training.better_of", lambda best, candidate: candidate)
     run = tmp_path / "run"
     assert train(options(world, run, save_dtype=dtype, **SHORT)) == 0
     for name in ("model.safetensors", "config.json", "checksums.json", "tokenizer.json"):

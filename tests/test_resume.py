@@ -558,7 +558,7 @@ def test_a_stop_after_the_last_step_saves_before_the_evaluation(world, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("minimore.train.evaluate_sources", stop)
+        patch.setattr("minimore.reward_training.evaluate_sources", stop)
         with pytest.raises(KeyboardInterrupt):
             train(options(world, tmp_path / "cut"))
     assert [p.name for p in training.checkpoints(tmp_path / "cut")] == ["checkpoint-11"]

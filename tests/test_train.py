@@ -19,8 +19,9 @@ from minimore.metrics import FinalAccuracy, what_is_wrong
 from minimore.model.checkpoint import Checkpoint
 from minimore.report import evaluate_sources
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
+from minimore.reward_training import TrainOptions
 from minimore.tables import number
-from minimore.train import TrainOptions, train
+from minimore.train import train
 from minimore.training import Schedule, learning_rate_at
 
 
@@ -240,7 +241,9 @@ def test_a_learning_rate_below_the_rounding_of_the_weights_is_told(world, tmp_pa
 def test_a_run_that_ends_at_chance_says_so(world, tmp_path, monkeypatch, capsys, has_learned):
     """And a run that has learned says nothing, wherever it has: its report or its last steps."""
     final = FinalAccuracy(0.9, 60, 3)
-    monkeypatch.setattr("minimore.train.final_accuracy", lambda log: final if has_learned else None)
+    monkeypatch.setattr(
+        "minimore.finish.final_accuracy", lambda log: final if has_learned else None
+    )
     run = tmp_path / "run"
     assert train(options(world, run, learning_rate=1e-6)) == 0
     chance, remedy, pairs, _ = capsys.readouterr().out.splitlines()[-4:]
@@ -256,7 +259,7 @@ def test_without_new_pairs_the_last_steps_show_chance(
     world, tmp_path, monkeypatch, capsys, accuracy, is_said
 ):
     final = FinalAccuracy(accuracy, 60, 3)
-    monkeypatch.setattr("minimore.train.final_accuracy", lambda log: final)
+    monkeypatch.setattr("minimore.finish.final_accuracy", lambda log: final)
     only = (f"ana={world[1]['ana'][0]}",)
     assert train(options(world, tmp_path / "run", source=only, pairs_per_source=6)) == 0
     assert ("at chance: the accuracy is .550 on the 60" in capsys.readouterr().out) == is_said

@@ -28,8 +28,9 @@ from minimore.alignment.selection import SelectOptions, select
 from minimore.data.world import World
 from minimore.evaluate import EvaluateOptions, evaluate
 from minimore.model.tensors import write_tensors
+from minimore.reward_training import TrainOptions
 from minimore.tables import Table
-from minimore.train import TrainOptions, train
+from minimore.train import train
 
 folder = tempfile.TemporaryDirectory()
 home = Path(folder.name)

@@ -30,7 +30,8 @@ from ..model.tensors import require_as_written, write_tensors
 from ..options import InputError
 from ..report import source_margins
 from ..reward import ModelOptions, RewardModel, open_reward_model
-from ..train import TrainOptions, train
+from ..reward_training import TrainOptions
+from ..train import train
 from .drift import DriftWatch
 from .grid import Cell, train_options
 from .learners import LEARNINGS, chooser_worth, learner_worth

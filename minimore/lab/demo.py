@@ -17,8 +17,9 @@ from ..files import refuse_existing, write_json
 from ..options import Range, check_ranges, option
 from ..report import evaluate_sources
 from ..reward import ModelOptions, device_of, open_reward_model
+from ..reward_training import TrainOptions
 from ..tables import Table
-from ..train import TrainOptions, train
+from ..train import train
 from .drift import true_pairs
 
 METHODS = ("uniform", "more")

@@ -16,7 +16,8 @@ from ..model.checkpoint import Checkpoint
 from ..model.recompute import RECOMPUTE
 from ..options import Range, check_ranges, option, parse_sources, require, require_tests
 from ..reward import check_length, device_of
-from ..train import TrainOptions, check_options
+from ..reward_training import TrainOptions
+from ..train import check_options
 from .policies import FULL, QUICK, Design
 from .recipes import CHOOSER, LEARNERS, RECIPES, table_1_recipes
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from minimore.data.world import World
+from minimore.reward_training import TrainOptions
 from minimore.tables import Table, number
-from minimore.train import TrainOptions, train
+from minimore.train import train
 
 FIGURES = ("accuracy", "nll", "ece")
 RECIPES = {

@@ -162,7 +162,9 @@ def draw_schemes(schemes: dict[str, dict], names: list[str], path: Path) -> Path
     return _save(figure, path)
 
 
-def draw_curves(curves: dict[str, list[tuple]], across: str, up: str, path: Path) -> Path:
+def draw_curves(
+    curves: dict[str, list[tuple]], across: str, up: str, path: Path, title: str = ""
+) -> Path:
     """Lines through points (x, mean, half interval), one line a label."""
     figure = _figure(2)
     axis = figure.subplots()
@@ -179,7 +181,7 @@ def draw_curves(curves: dict[str, list[tuple]], across: str, up: str, path: Path
             capsize=2,
             label=_plain(label),
         )
-    axis.set(xlabel=across, ylabel=up)
+    axis.set(xlabel=across, ylabel=up, title=_plain(title))
     axis.grid(axis="y", color="0.9")
     axis.legend(fontsize="small")
     return _save(figure, path)

@@ -1,4 +1,4 @@
-"""Tutorial 13: looking at preference data before training on it.
+"""Tutorial 12: looking at preference data before training on it.
 
 Question      The training went well, and the accuracy is .5. Or it is .86 on the test file, and .58
               in use. What could one have seen in the data beforehand?

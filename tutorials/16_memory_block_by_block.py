@@ -1,4 +1,4 @@
-"""Tutorial 10: where the memory goes.
+"""Tutorial 16: where the memory goes.
 
 Question      Training takes 16 bytes a parameter, they say, and activations. Which of these bytes
               must be there at the same time?

@@ -1,4 +1,4 @@
-"""Tutorial 6: diversified preferences and drift.
+"""Tutorial 5: diversified preferences and drift.
 
 Question      What becomes of one reward that is asked to please five people, and how much of it is
               drift?

@@ -1,4 +1,4 @@
-"""Tutorial 9: the bits of a step.
+"""Tutorial 15: the bits of a step.
 
 Question      A weight of .02 takes a step of one millionth, as the paper's learning rate has it.
               In which number formats does it arrive?

@@ -1,4 +1,4 @@
-"""Tutorial 8: what ECE can and cannot say.
+"""Tutorial 7: what ECE can and cannot say.
 
 Question      A reward model shows an ECE of .030 on 500 pairs and another .045. Is either of them
               miscalibrated? Is the first one better?

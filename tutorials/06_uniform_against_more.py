@@ -1,4 +1,4 @@
-"""Tutorial 7: uniform weights against MORE, with error bars.
+"""Tutorial 6: uniform weights against MORE, with error bars.
 
 Question      When is a difference between two methods more than luck, and where do MORE's weights
               make one?
@@ -20,7 +20,7 @@ from minimore.uncertainty import detectable, over_seeds
 SEEDS, W, K = 10, len(WORDS), 5
 
 # %% Pairs as word counts
-# As in tutorial 6 a head reads word counts, so a run takes a tenth of a second and ten seeds are no
+# As in tutorial 5 a head reads word counts, so a run takes a tenth of a second and ten seeds are no
 # luxury. A pair is the difference of two responses' counts, chosen minus rejected. Which response
 # is chosen is drawn, as the world draws it:
 #

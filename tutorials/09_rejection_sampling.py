@@ -1,4 +1,4 @@
-"""Tutorial 12: rejection sampling, from a reward model to a better policy.
+"""Tutorial 9: rejection sampling, from a reward model to a better policy.
 
 Question      The best of four samples is better than one sample. Does a policy that is trained on
               the best of four become better itself? And does it matter for that whether the reward

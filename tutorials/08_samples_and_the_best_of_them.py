@@ -1,4 +1,4 @@
-"""Tutorial 11: samples of a policy, and the best of n.
+"""Tutorial 8: samples of a policy, and the best of n.
 
 Question      What is a reward model for, and how far can one trust it while it chooses?
 You will see  a small language model that learns the world's responses by the language objective;

@@ -24,9 +24,7 @@ DIRECTORY = "MINIMORE_FIGURES"  # the environment variable that names a director
 Points = tuple[Sequence[float], Sequence[float]]  # x and y
 
 
-def show_curves(
-    name: str, title: str, across: str, up: str, curves: Mapping[str, Points]
-) -> None:
+def show_curves(name: str, title: str, across: str, up: str, curves: Mapping[str, Points]) -> None:
     """Print curves; write NAME.png, too, if MINIMORE_FIGURES names a directory.
 
     across, up: what the axes mean. curves: {label: (x, y)}, at most eight. Without matplotlib the

@@ -67,7 +67,7 @@ cases = {
 def is_optimal(weights, G, atol=1e-9):
     """Whether weights are feasible, and no source can take more of them and shorten d."""
     slack = G @ (weights @ G) - (weights @ G).square().sum()  # (K,)
-    is_feasible = (weights >= 0).all() and torch.isclose(weights.sum(), torch.tensor(1.0))
+    is_feasible = (weights >= 0).all() and (weights.sum() - 1).abs() < atol
     return bool(is_feasible and (slack > -atol).all() and (slack[weights > 0].abs() < atol).all())
 
 
@@ -137,14 +137,14 @@ same_shared = drift + torch.tensor([1.0, 0, 0])
 weights_same = min_norm_weights(same_shared)
 print("\nweights, shared part the same:", weights_same)
 
-# If the third source has less of it, .3, the weights lean to the third. The shared part of the step
-# falls from .77 to .63, and .29 of drift remains where uniform weights leave none.
+# If the third source has less of it, .3, the weights lean to it: of the step .63 is shared and .29
+# drift, where uniform weights keep .77 and leave no drift.
 
 less_shared = drift + torch.tensor([[1, 0, 0], [1, 0, 0], [0.3, 0, 0]])
 weights_less = min_norm_weights(less_shared)
 by_more, by_uniform = weights_less @ less_shared, less_shared.mean(0)
 print("weights, the third has less:  ", weights_less)
-print(f"    MORE keeps {by_more[0]:.2f} shared, {by_more[1:].norm():.2f} drift", end="; ")
+print(f"MORE keeps {by_more[0]:.2f} shared, {by_more[1:].norm():.2f} drift", end="; ")
 print(f"uniform {by_uniform[0]:.2f} and {by_uniform[1:].norm():.2f}")
 
 
@@ -161,9 +161,7 @@ for G, expected in zip(cases.values(), expected_weights):
     assert is_optimal(min_norm_weights(G), G)
 assert not uniform_is_optimal and is_optimal(weights, five)
 assert (min_norm_weights(cases["opposite"]) @ cases["opposite"]).norm() < 1e-9
-has_weight = weights > 0
-assert (~has_weight).sum() == 2
-assert torch.allclose((five @ d)[has_weight], d @ d) and ((five @ d)[~has_weight] > d @ d).all()
+assert (weights == 0).sum() == 2 and ((five @ d)[weights == 0] > 1.05 * (d @ d)).all()
 for iterations, claimed in {1: 0.3, 10: 0.06, 100: 0.01, 1000: 0.002}.items():
     assert abs(excess[iterations] / claimed - 1) < 0.5
 assert is_close(by_length, *(lengths**-2 / (lengths**-2).sum()))

@@ -50,9 +50,6 @@ def text_of_curves(across: str, up: str, curves: Mapping[str, Points]) -> str:
     """The same as text: one letter a point, at its place between the ends of both axes.
 
     Where two curves meet, the letter of the earlier one stands.
-
-    >>> print(text_of_curves("x", "y", {"rises": ([0, 1], [0, 3])}).splitlines()[1][-2:])
-     a
     """
     all_x = np.concatenate([np.asarray(x, dtype=float) for x, _ in curves.values()])
     all_y = np.concatenate([np.asarray(y, dtype=float) for _, y in curves.values()])

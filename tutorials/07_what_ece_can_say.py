@@ -47,7 +47,7 @@ show_curves("07_floor", "ECE of a model that is calibrated", "log2 pairs", "ECE"
 
 # So the question above is answered: on 500 pairs .030 is less than a perfect model shows on the
 # mean, and .045 no more than it may. Neither is miscalibrated, as far as 500 pairs can tell. Nor is
-# the first one better: two perfect models differ by so much as often as not.
+# the first one better: two perfect models differ by more than this in two of five tries.
 #
 # The paper's Table 1 has ECEs of .0177 (MultiTask) and .0109 (MORE) at 1.4B, means over two test
 # sets of 2,352 and 2,312 pairs. A perfect model lands there between about .009 and .022 in nine of

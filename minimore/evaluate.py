@@ -115,7 +115,9 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.store_temperature:
         keep_temperature(options, report["temperatures"]["pooled"], measured, held_out_paths)
     if options.figures:
-        figure = plots.draw_margins(measured.margins, Path(options.figures), measured.shares)
+        figure = plots.draw_margins(
+            measured.margins, Path(options.figures), measured.shares, options.model
+        )
         print(f"figure: {figure}")
     if options.json:
         write_json(options.json, report)

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 PAGE = """
 options files checksums tables votes more calibration
-uncertainty disagreement figures.plots figures.history figures.curves figures.plot
+uncertainty disagreement figures.plots figures.sketch figures.history figures.curves figures.plot
 model.attention model.fused model.recompute model.model_config model.rotation model.trunk
 model.config_json model.family_configs model.families model.bounds model.sandbox model.template
 model.tokenizer model.tensors model.checkpoint

@@ -11,6 +11,7 @@ import pytest
 
 from minimore.cli import main
 from minimore.figures.history import ALL, Series, What, read_history
+from minimore.figures.sketch import COLUMNS, DIRECTORY, ROWS, show_curves, text_of_curves
 from minimore.options import InputError
 
 SOURCES = ("ana", "ben", "cleo")
@@ -349,3 +350,48 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(run, tmp_path, capsys, monk
     assert main(["plot", str(run)]) == 2
     assert "this page needs matplotlib: pip install 'minimore[plots]'" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.partial"))
+
+
+# ---- curves as text ------------------------------------------------------------------------------
+
+
+def test_text_of_curves_has_every_point_at_its_place():
+    rising, falling = ([0, 1, 2], [0.0, 5.0, 10.0]), ([0, 2], [10.0, 0.0])
+    lines = text_of_curves("x", "y", {"rising": rising, "falling": falling}).splitlines()
+    assert lines[0] == "y: a rising, b falling" and lines[-1].split() == ["0", "2", "x"]
+    pictures = [line.partition("|")[2].ljust(COLUMNS) for line in lines[1:-1]]
+    places = {
+        mark: {
+            (row, column) for row, line in enumerate(pictures) for column in marks_at(line, mark)
+        }
+        for mark in "ab"
+    }
+    assert {(ROWS - 1, 0), (0, COLUMNS - 1)} <= places["a"] and len(places["a"]) == 3
+    assert places["b"] == {(0, 0), (ROWS - 1, COLUMNS - 1)}
+
+
+def marks_at(line, mark):
+    """The columns of a line at which a mark stands."""
+    return [column for column, letter in enumerate(line) if letter == mark]
+
+
+def test_a_constant_curve_is_a_line_and_the_first_of_two_equal_ones_is_seen():
+    flat = ([1, 2, 3], [0.5, 0.5, 0.5])
+    text = text_of_curves("x", "y", {"one": flat, "other": flat})
+    picture = "".join(line.partition("|")[2] for line in text.splitlines()[1:-1])
+    assert picture.count("a") == 3 and "b" not in picture
+
+
+@pytest.mark.parametrize("has_matplotlib", [True, False])
+def test_curves_are_printed_and_written_where_a_directory_is_named(
+    has_matplotlib, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("minimore.figures.sketch.available", lambda: has_matplotlib)
+    monkeypatch.setenv(DIRECTORY, str(tmp_path / "figures"))
+    if has_matplotlib:
+        pytest.importorskip("matplotlib")
+    show_curves("name", "A title", "x", "y", {"one": ([0, 1], [0, 1])})
+    printed = capsys.readouterr().out
+    assert "A title\ny: a one" in printed
+    assert (tmp_path / "figures" / "name.png").exists() == has_matplotlib
+    assert ("name.png is not written" in printed) != has_matplotlib

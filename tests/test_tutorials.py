@@ -19,6 +19,8 @@ TUTORIALS = sorted((Path(__file__).resolve().parents[1] / "tutorials").glob("*.p
 QUICK = "03_conflicting_gradients"
 # This one runs in a new Python, where an import that warns is an error, too.
 FRESH = "01_one_preference_by_hand"
+# What is given to a script that has a small size and a large one.
+ARGUMENTS = {"18_the_gpu_recipe": ["--tiny"]}
 
 
 def parameter(path):
@@ -48,7 +50,8 @@ def test_runs(path, tmp_path):
     if path.stem == FRESH:
         printed = run_afresh(path, tmp_path)
     else:
-        printed = run_to_the_end([], tmp_path, path, {"PYTHONWARNINGS": "error"})
+        words = ARGUMENTS.get(path.stem, [])
+        printed = run_to_the_end(words, tmp_path, path, {"PYTHONWARNINGS": "error"})
     assert printed.strip()
     assert not list(tmp_path.iterdir()), "a tutorial leaves nothing behind where it is run"
 
@@ -82,6 +85,16 @@ def test_no_assert_is_always_true(asserts):
     """A constant never fails, and neither does a tuple: `assert (claim, message)`."""
     cannot_fail = [a.lineno for a in asserts if isinstance(a.test, (ast.Constant, ast.Tuple))]
     assert not cannot_fail
+
+
+def test_is_neither_a_leaflet_nor_a_book(text):
+    assert 80 <= len(text.splitlines()) <= 180
+
+
+def test_the_first_line_has_the_number_of_the_file():
+    for number, path in enumerate(TUTORIALS, 1):
+        assert path.stem.startswith(f"{number:02}_")
+        assert path.read_text("utf-8").startswith(f'"""Tutorial {number}: ')
 
 
 def test_has_cells(text):

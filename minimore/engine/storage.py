@@ -12,7 +12,7 @@
 
 Rounding is random and unbiased: the expected value of a stored number is the number itself.
 Rounding to the nearest bf16 is not offered. At learning rate 1e-6 it drops nearly every step
-(tutorial 09).
+(tutorial 15).
 
 n numbers of a flat tensor. "Blocks" are runs of SCALE_BLOCK numbers that share their scales.
 """

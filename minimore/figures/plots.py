@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..calibration import pair_reliability
+from ..calibration import pair_ece, pair_reliability
 from ..files import written_whole
 from ..options import require
 
@@ -47,17 +47,24 @@ def draw_margins(
     margins: dict[str, np.ndarray],
     directory: Path,
     outcomes: dict[str, np.ndarray] | None = None,
+    method: str = "",
 ) -> Path:
     """Reliability diagrams and histograms of margins, a column for every source.
+
+    The title names the method or the model, and above each column stands its ECE. A source has a
+    colour, a marker and a kind of line of its own, and all histograms have the same bins.
 
     Top: the paper's bins, which hold both orders of every pair, each with its 95% interval, as of
     one vote a pair. outcomes: of every pair the share of votes for its chosen response, by default
     1. Where pairs have several votes, the intervals are too wide.
     """
     figure = _figure(len(margins), 2)
+    figure.suptitle(_plain(method))
     axes = figure.subplots(2, len(margins), squeeze=False)
+    edges = _bins(np.concatenate(list(margins.values())))
     for k, (name, m) in enumerate(margins.items()):
-        bins = pair_reliability(m, outcomes=outcomes[name] if outcomes else 1.0)
+        of_pairs = outcomes[name] if outcomes else 1.0
+        bins = pair_reliability(m, outcomes=of_pairs)
         top, bottom = axes[0, k], axes[1, k]
         is_filled = bins.count > 0
         shares = bins.accuracy[is_filled]
@@ -67,19 +74,20 @@ def draw_margins(
             bins.confidence[is_filled],
             shares,
             (shares - low, high - shares),
-            fmt="o-",
+            linestyle=LINES[k % len(LINES)],
+            marker=MARKERS[k % len(MARKERS)],
             color=PALETTE[k % len(PALETTE)],
             markersize=4,
             capsize=2,
         )
         top.set(
-            title=_plain(name),
+            title=f"{_plain(name)}, ECE {pair_ece(m, outcomes=of_pairs):.3f}",
             xlabel="predicted probability",
             ylabel="share that came true",
             xlim=(0, 1),
             ylim=(0, 1),
         )
-        bottom.hist(m, bins=_bins(m), color=PALETTE[k % len(PALETTE)])
+        bottom.hist(m, bins=edges, color=PALETTE[k % len(PALETTE)])
         bottom.axvline(0, color="black", linewidth=0.8)
         bottom.set(xlabel="margin (chosen minus rejected)", ylabel="pairs")
     return _save(figure, directory / "margins.png")
@@ -102,7 +110,8 @@ def draw_weights(weights: dict[str, list[float]], directory: Path) -> Path:
             label=_plain(name),
         )
     axis.axhline(1 / len(weights), color="grey", linewidth=0.8)
-    axis.set(xlabel="step", ylabel="weight (lambda)", ylim=(0, None))
+    smoothing = f"dots: single steps; lines: mean of {window} steps"
+    axis.set(title=smoothing, xlabel="step", ylabel="weight (lambda)", ylim=(0, None))
     axis.legend(fontsize="small", ncols=len(weights), loc="upper center")
     return _save(figure, directory / "weights.png")
 
@@ -162,7 +171,9 @@ def draw_schemes(schemes: dict[str, dict], names: list[str], path: Path) -> Path
     return _save(figure, path)
 
 
-def draw_curves(curves: dict[str, list[tuple]], across: str, up: str, path: Path) -> Path:
+def draw_curves(
+    curves: dict[str, list[tuple]], across: str, up: str, path: Path, title: str = ""
+) -> Path:
     """Lines through points (x, mean, half interval), one line a label."""
     figure = _figure(2)
     axis = figure.subplots()
@@ -179,7 +190,7 @@ def draw_curves(curves: dict[str, list[tuple]], across: str, up: str, path: Path
             capsize=2,
             label=_plain(label),
         )
-    axis.set(xlabel=across, ylabel=up)
+    axis.set(xlabel=across, ylabel=up, title=_plain(title))
     axis.grid(axis="y", color="0.9")
     axis.legend(fontsize="small")
     return _save(figure, path)

@@ -112,7 +112,7 @@ def report_of_run(run: Path, paths: Paths, options: DemoOptions) -> dict[str, An
     ]
     report, margins = evaluate_sources(model, tests)
     if plots.available():
-        plots.draw_margins(margins, run.parent / "figures" / run.name)
+        plots.draw_margins(margins, run.parent / "figures" / run.name, method=run.name)
     return report
 
 

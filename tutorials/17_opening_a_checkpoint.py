@@ -1,4 +1,4 @@
-"""Tutorial 5: opening a checkpoint.
+"""Tutorial 17: opening a checkpoint.
 
 Question      What is in a checkpoint directory, and how do its bytes become the hidden state that a
               reward is read from?

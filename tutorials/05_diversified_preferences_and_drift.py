@@ -1,4 +1,4 @@
-"""Tutorial 6: diversified preferences and drift.
+"""Tutorial 5: diversified preferences and drift.
 
 Question      What becomes of one reward that is asked to please five people, and how much of it is
               drift?
@@ -11,9 +11,10 @@ Takes         about 5 seconds on a laptop CPU.
 import numpy as np
 import torch
 
-from minimore.calibration import accuracy
+from minimore.calibration import accuracy, probability
 from minimore.data.forms import Pair
 from minimore.data.world import WORDS, World
+from minimore.figures.sketch import show_curves
 from minimore.lab.probe import ProbeOptions, train_head
 from minimore.tables import Table
 
@@ -35,8 +36,8 @@ print(f"the drifts sum to {np.abs(drifts.sum(0)).max().round(12)} for every word
 print(f"the correlation of two people's tastes is {similarity:.3f}")
 
 # %% Their preferences
-# We draw 4,000 pairs for each person. The label is drawn with the probability σ(2 m), where m is
-# that person's true margin and 2 the decisiveness.
+# We draw 3,000 pairs for each person. The label is drawn with the probability σ(β m), where m is
+# that person's true margin and β the decisiveness, here 2.
 
 random = np.random.default_rng(0)
 
@@ -54,13 +55,14 @@ def sample(count):
 
 def label(k, difference):
     """The same differences, turned so that person k's choice comes first."""
-    p = 1 / (1 + np.exp(-2 * difference @ (shared + drifts[k])))
+    beta = world.decisiveness[k % len(world.decisiveness)]
+    p = probability(beta * difference @ (shared + drifts[k]))
     sign = np.where(random.random(len(p)) < p, 1, -1)
     return difference * sign[:, None]
 
 
-train = [torch.tensor(label(k, sample(4000)[1]), dtype=torch.float32) for k in range(K)]
-test_pairs, test = sample(4000)
+train = [torch.tensor(label(k, sample(3000)[1]), dtype=torch.float32) for k in range(K)]
+test_pairs, test = sample(3000)
 answers = [label(k, test) for k in range(K)]
 
 # %% How a reward is taken apart
@@ -94,12 +96,17 @@ def shares(parts):
 # %% One person's reward model
 # A head that reads word counts can hold any of these tastes exactly, so nothing below is a matter
 # of capacity. Train one on Ana's pairs alone. Eq. 4 says r = r* + drift, so both slopes should be
-# near her decisiveness, 2, and the shares should be near a half each.
+# near her decisiveness, 2, and the shares near a half each. The five drifts sum to zero, so whoever
+# has Ana's has -1/4 of each other's. Slopes are taken one by one, hence Ben's -.5 below; the share
+# is that of all five together.
 
 options = ProbeOptions(features="", epochs=6, batch_size=200, learning_rate=0.25)
 head_of_ana, _ = train_head(train[:1], "uniform", options, seed=0)
 ana = world.decompose(test @ head_of_ana.numpy(), test_pairs)
-print(f"\nAna's model:      slope of r* {ana.shared:.2f}, of her drift {ana.drift[0]:.2f}")
+print(
+    f"\nAna's model:      slope of r* {ana.shared:.2f}, of her drift {ana.drift[0]:.2f}", end=", "
+)
+print(f"of Ben's {ana.drift[1]:.2f}")
 print(f"                  {shares(ana)}")
 
 # %% One reward for all
@@ -132,15 +139,24 @@ for k, name in enumerate(world.annotators):
     table.add(name, *(f"{value:.3f}" for value in row))
 print(f"\n{table}")
 
-# %% MORE
+# %% MORE, and what a mixture of two does
 # MORE's weights follow the gradients of whole losses. They cannot see which part of a gradient is
-# drift. With five people of equal strength they stay near 1/5, and the reward is taken apart into
-# the same shares.
+# drift. With five people of equal strength they stay near 1/5, and the reward has the same shares.
+# Let Ana and everybody else be mixed instead, with λ from 1/5 to 1 for Ana. Eq. 6 says how much of
+# her drift is left: (λ - (1 - λ) / 4) of it.
 
 head_of_more, weights = train_head(train, "more", options, seed=0)
 more = world.decompose(test @ head_of_more.numpy(), test_pairs)
 print(f"\nMORE:             mean weights {weights.mean(0).round(3)}")
 print(f"                  {shares(more)}")
+weights_of_ana, left = np.linspace(0.2, 1, 9), {"r*": [], "drift": []}
+for weight in weights_of_ana:
+    mixed = test @ (shared + weight * drifts[0] + (1 - weight) / 4 * drifts[1:].sum(0))
+    of_mixture = world.decompose(mixed, test_pairs)
+    left["r*"].append(of_mixture.shared_share)
+    left["drift"].append(of_mixture.drift_share)
+curves = {f"share of {name}": (weights_of_ana, values) for name, values in left.items()}
+show_curves("05_shares", "Eq. 6: a mixture's reward, taken apart", "λ of Ana", "share", curves)
 
 # %% What was claimed
 assert np.abs(drifts.sum(0)).max() < 1e-12 and np.abs(drifts @ shared).max() < 1e-9
@@ -153,11 +169,12 @@ assert np.mean(accuracy_own) > np.mean(accuracy_all) + 0.03  # It has a price,
 assert np.allclose(accuracy_all, shared_rule, atol=0.03)  # which is as low as it can be.
 assert np.allclose(weights.mean(0), 0.2, atol=0.05)
 assert abs(more.drift_share - everyone.drift_share) < 0.05
+assert abs(ana.drift[1] + ana.drift[0] / 4) < 0.15
+assert left["drift"][0] < 0.01 and 0.4 < left["drift"][-1] < 0.6
 
 # %% Two exercises
 # Exercise 1. Make Eve far less decisive than the others (`decisiveness=(2.0, 2.0, 2.0, 2.0, 0.2)`).
 #             Do the drifts still cancel in everyone's model? Whose is left? And why does
 #             `decompose` refuse a world in which Eve wants the opposite (`reversed="eve"`)?
-# Exercise 2. Give Ana ten times the pairs of the others and mix by `proportional` weights. How much
-#             of the mixture's reward is Ana's drift, and which weights in Eq. 6 would have told you
-#             so beforehand?
+# Exercise 2. Give Ana ten times the pairs of the others, and train by "proportional" weights with
+#             `sampling="proportional"`. How much of the reward is Ana's drift, and why?

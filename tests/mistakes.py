@@ -5,6 +5,21 @@ RIGHT_TOO: name of the function -> imports, and a body that does what the hints 
 """
 
 MISTAKES = {
+    "gpt2_config": [
+        ("parallel blocks", "parallel_residual=False", "parallel_residual=True"),
+        ("two rows before position 0", 'j.get("n_positions", int, 1024)', "1026"),
+        ("positions begin at 2", "1024),\n", "1024),\n        position_offset=2,\n"),
+        ("exact gelu", 'j.activation("gelu_new", "activation_function")', '"gelu"'),
+        ("n_inner unread", 'mlp_key="n_inner"', 'mlp_key="inner"'),
+        ("n_inner is n_embd", "4 * j.get", "j.get"),
+        ("epsilon unread", 'j.get("layer_norm_epsilon", float, 1e-5)', "1e-5"),
+        ("rms norm", 'norm="layer"', 'norm="rms"'),
+        ("gated", "gated=False", "gated=True"),
+        ("rotation", "rotary_width=0", 'rotary_width=sizes["head_width"]'),
+        ("no biases", "qkv_bias=True", "qkv_bias=False"),
+        ("width and heads exchanged", '("n_embd", "n_head"', '("n_head", "n_embd"'),
+        ("nothing refused", "is value,", "is not None,"),
+    ],
     "pair_losses": [
         ("sign", "losses = -F.logsigmoid(margins)", "losses = F.logsigmoid(margins)"),
         ("margin the wrong way", "-F.logsigmoid(margins)", "-F.logsigmoid(-margins)"),

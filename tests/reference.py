@@ -52,6 +52,17 @@ SIZES["opt"] = dict(
     bos_token_id=2,
     eos_token_id=2,
 )
+SIZES["gpt2"] = dict(
+    vocab_size=300,
+    n_embd=24,
+    n_layer=2,
+    n_head=4,
+    n_inner=40,
+    n_positions=512,
+    pad_token_id=None,
+    bos_token_id=2,
+    eos_token_id=2,
+)
 
 
 def quiet_transformers():

@@ -46,6 +46,7 @@ lab.neighbours lab.finished lab.alignment_figures lab.figure7 lab.table1 lab.lea
 lab.experiments lab.reproduce lab.verdict lab.trial lab.demo
 lab.choosing.points lab.choosing.taste lab.choosing.asking lab.choosing.choose
 exercises.expect exercises.learning_checks exercises.calibration_checks exercises.engine_checks
+exercises.model_checks
 exercises.catalogue exercises.blank exercises.judge exercises.exercise
 check cli
 """  # one order; a line may be a wing, or a part of one

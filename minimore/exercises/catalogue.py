@@ -9,6 +9,7 @@ from ..engine.storage import round_at_random, split
 from ..engine.streamed import recomputed_gradients
 from ..lab.best_of import weights_of_ranks
 from ..model.attention import pack, visible_keys
+from ..model.family_configs import gpt2_config
 from ..more import (
     group_dro_weights,
     head_gradients,
@@ -39,6 +40,7 @@ from .learning_checks import (
     check_pair_losses,
     check_weights_of_ranks,
 )
+from .model_checks import check_gpt2_config
 
 
 class Exercise(NamedTuple):
@@ -302,6 +304,22 @@ EXERCISES = (
             "d_x, *others = torch.autograd.grad([residual, hidden], [x, *parameters], [d_y, d_y @ "
             "W]); the weight's own is d_y.T @ hidden, the bias's d_y.sum(0). With norm_after "
             "compute the block to its end.",
+        ),
+    ),
+    Exercise(
+        gpt2_config,
+        check_gpt2_config,
+        "a family of models",
+        "GPT-2 in numbers",
+        "return the ModelConfig of GPT-2; refuse what no published GPT-2 has",
+        (
+            "Read opt_config in model/family_configs.py: the nearest family. Which of its numbers "
+            "and switches differ? GPT-2 has no two rows before position 0.",
+            "j.sizes(mlp_key=..., plain=True, keys=(width, heads, blocks), mlp_width=...) reads "
+            "the sizes under their own names; j.activation and j.get read the rest.",
+            "ModelConfig(**sizes, activation, gated=False, norm='layer', norm_eps, qkv_bias=True, "
+            "attention_output_bias=True, mlp_bias=True, parallel_residual=False, rotary_width=0, "
+            "rope_base=1.0, learned_positions). require(not j.values.get(key), ...) refuses.",
         ),
     ),
 )

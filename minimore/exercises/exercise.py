@@ -69,7 +69,7 @@ def list_of_exercises() -> str:
     words = ("exercise", "function", "in", "teaches")
     table = Table("", *words, left=words)
     for number, entry in enumerate(EXERCISES, 1):
-        file = entry.file.removeprefix("minimore/")
+        file = Path(entry.file).name
         table.add(f"{number:2}", entry.title, entry.name, file, entry.teaches)
     return f"{table}\n\n`minimore exercise 1` writes the first one to {FOLDER}/."
 

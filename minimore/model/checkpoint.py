@@ -139,7 +139,11 @@ class Checkpoint:
         self, theirs: str, ours: Sequence[str], trunk: Trunk, dtype: torch.dtype
     ) -> list[Tensor]:
         """The parameters that one stored tensor holds: one, or the parts of a fused one."""
-        tensor = self.tensors.read(theirs, fused_shape(trunk, ours), dtype)
+        shape = fused_shape(trunk, ours)
+        if self.family.is_transposed(theirs):
+            tensor = self.tensors.read(theirs, shape[::-1], dtype).T.contiguous()
+        else:
+            tensor = self.tensors.read(theirs, shape, dtype)
         rows = [len(trunk.get_parameter(name)) for name in ours]
         groups = self.family.groups_of(self.config)
         return [tensor] if len(ours) == 1 else split_rows(tensor, rows, groups)
@@ -295,10 +299,11 @@ def model_tensors(
     def value_of(name: str, p: Tensor) -> Tensor:
         return value(name, p) if value else p.detach()
 
-    def of_trunk(names: Sequence[str]) -> Tensor:
+    def of_trunk(names: Sequence[str], is_transposed: bool) -> Tensor:
         parts = [value_of(f"trunk.{name}", trunk.get_parameter(name)) for name in names]
         groups = origin.family.groups_of(origin.config)
-        return parts[0] if len(parts) == 1 else fuse_rows(parts, groups)
+        tensor = parts[0] if len(parts) == 1 else fuse_rows(parts, groups)
+        return tensor.T if is_transposed else tensor
 
     def lazy(key: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Lazy:
         return Lazy(shape, STORAGE[dtype], partial(_stored, key, make, STORAGE[dtype]))
@@ -308,7 +313,9 @@ def model_tensors(
     }
     for theirs, ours in name_table(origin.family, trunk).items():
         key, shape = origin.family.prefix + theirs, fused_shape(trunk, ours)
-        tensors[key] = lazy(key, shape, partial(of_trunk, ours))
+        is_transposed = origin.family.is_transposed(theirs)
+        shape = shape[::-1] if is_transposed else shape
+        tensors[key] = lazy(key, shape, partial(of_trunk, ours, is_transposed))
     return tensors
 
 

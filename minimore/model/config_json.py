@@ -28,6 +28,7 @@ KINDS = {
 }
 
 Fields = dict[str, Any]  # of ModelConfig
+SIZE_KEYS = ("hidden_size", "num_attention_heads", "num_hidden_layers")  # width, heads, blocks
 
 
 class Json:
@@ -181,34 +182,39 @@ class Json:
         kv_heads: int | None = None,
         head_width: int | None = None,
         plain: bool = False,
+        keys: tuple[str, str, str] = SIZE_KEYS,
+        mlp_width: int | None = None,
     ) -> Fields:
-        """The sizes that all families spell alike.
+        """The sizes that nearly all families spell alike.
 
-        kv_heads, head_width: a family's own defaults. plain: the family knows no other number of
-        either, so these keys are not read.
+        kv_heads, head_width, mlp_width: a family's own defaults. plain: the family knows no other
+        number of key/value heads or head width, so these keys are not read. keys: those of width,
+        heads and blocks.
         """
         if plain:
             own_keys = ("num_key_value_heads", "head_dim")
             values = {key: value for key, value in self.values.items() if key not in own_keys}
-            return Json(values, self.where).sizes(mlp_key, kv_heads, head_width)
-        width, heads = self.get("hidden_size", int), self.get("num_attention_heads", int)
+            plain_json = Json(values, self.where)
+            return plain_json.sizes(mlp_key, kv_heads, head_width, keys=keys, mlp_width=mlp_width)
+        width_key, heads_key, blocks_key = keys
+        width, heads = self.get(width_key, int), self.get(heads_key, int)
         if "num_key_value_heads" in self.values or kv_heads is None:
             kv_heads = heads
         kv_heads = self.get("num_key_value_heads", int, kv_heads)
         has_head_width = head_width is not None or not self.is_null("head_dim")
         require(
             (has_head_width or width % heads == 0) and heads % kv_heads == 0,
-            f"{self.where}: hidden_size {width}, num_attention_heads {heads} and"
+            f"{self.where}: {width_key} {width}, {heads_key} {heads} and"
             f" num_key_value_heads {kv_heads} do not divide",
         )
         fields = {
             "vocabulary": self.get("vocab_size", int),
             "width": width,
-            "blocks": self.get("num_hidden_layers", int),
+            "blocks": self.get(blocks_key, int),
             "heads": heads,
             "kv_heads": kv_heads,
             "head_width": self.get("head_dim", int, head_width or max(1, width // heads)),
-            "mlp_width": self.get(mlp_key, int),
+            "mlp_width": self.get(mlp_key, int, mlp_width),
         }
         self._require_a_model_that_exists(fields)
         return fields

@@ -15,6 +15,7 @@ from .config_json import Json
 from .family_configs import (
     gemma3_config,
     gemma_config,
+    gpt2_config,
     gpt_neox_config,
     internlm2_config,
     llama_config,
@@ -40,7 +41,8 @@ class Family:
     scalar head. names: a tuple on the right is one fused tensor, see `split_rows`. groups: the
     field of ModelConfig that counts the groups of a fused tensor; None is one group. tied: the
     embedding is the language-model head, too, unless config.json says otherwise. language_head: the
-    key of a language-model head of its own.
+    key of a language-model head of its own. transposed: endings of keys whose matrices are stored
+    as (in, out), where all others are (out, in).
     """
 
     config: Callable[[Json], ModelConfig]
@@ -50,6 +52,7 @@ class Family:
     groups: str | None = None
     tied: bool = False
     language_head: str = "lm_head.weight"
+    transposed: tuple[str, ...] = ()
 
     @property
     def language_class(self) -> str:
@@ -57,6 +60,10 @@ class Family:
         # Gemma 3 has a reward class for its text model, and one language class for both.
         name = self.reward_class.replace("TextFor", "For")
         return name.replace("ForSequenceClassification", "ForCausalLM")
+
+    def is_transposed(self, theirs: str) -> bool:
+        """Whether the matrix of a key is stored as (in, out)."""
+        return theirs.endswith(self.transposed)
 
     def groups_of(self, config: ModelConfig) -> int:
         """How many groups a fused tensor of such a model has."""
@@ -166,6 +173,24 @@ FAMILIES = {
         groups="kv_heads",
         language_head="output.weight",
     ),
+    "gpt2": Family(
+        gpt2_config,
+        "transformer.",
+        "GPT2ForSequenceClassification",
+        {
+            "wte.weight": "embedding.weight",
+            "wpe.weight": "position_embedding.weight",
+            "h.{}.ln_1.*": "blocks.{}.attention_norm.*",
+            "h.{}.attn.c_attn.*": QUERY_KEY_VALUE,
+            "h.{}.attn.c_proj.*": "blocks.{}.attention.output.*",
+            "h.{}.ln_2.*": "blocks.{}.mlp_norm.*",
+            "h.{}.mlp.c_fc.*": "blocks.{}.mlp.up.*",
+            "h.{}.mlp.c_proj.*": "blocks.{}.mlp.down.*",
+            "ln_f.*": "final_norm.*",
+        },
+        tied=True,
+        transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+    ),
     "opt": Family(
         opt_config,
         "model.decoder.",
@@ -198,7 +223,7 @@ LANGUAGE_HEADS = tuple({family.language_head for family in FAMILIES.values()})
 
 # Constants that a checkpoint may hold and that follow from config.json.
 IGNORED = re.compile(
-    r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|decoder\.version)"
+    r"(.*\.)?(rotary_emb\.inv_freq|(attention|attn)\.(masked_)?bias|decoder\.version)"
 )
 
 

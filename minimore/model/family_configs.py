@@ -99,6 +99,45 @@ def qwen3_config(j: Json) -> ModelConfig:
     )
 
 
+def gpt2_config(j: Json) -> ModelConfig:
+    """GPT-2: norms before attention and MLP, learned positions, biases everywhere.
+
+    Its config.json has words of its own: n_embd, n_head, n_layer; n_inner, which is 4 n_embd where
+    it is null; n_positions (1024); layer_norm_epsilon (1e-5); activation_function (gelu_new). Its
+    dropout is not applied. Raises InputError for attention that no published GPT-2 has.
+    """
+    for key, value in {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }.items():
+        require(
+            j.get(key, bool, value) is value,
+            f'{j.where}: "{key}" is {json.dumps(not value)}, which no published GPT-2 has;'
+            f" expected {json.dumps(value)}",
+        )
+    sizes = j.sizes(
+        mlp_key="n_inner",
+        plain=True,
+        keys=("n_embd", "n_head", "n_layer"),
+        mlp_width=4 * j.get("n_embd", int),
+    )
+    return ModelConfig(
+        **sizes,
+        activation=j.activation("gelu_new", "activation_function"),
+        gated=False,
+        norm="layer",
+        norm_eps=j.get("layer_norm_epsilon", float, 1e-5),
+        qkv_bias=True,
+        attention_output_bias=True,
+        mlp_bias=True,
+        parallel_residual=False,
+        rotary_width=0,
+        rope_base=1.0,
+        learned_positions=j.get("n_positions", int, 1024),
+    )
+
+
 def opt_config(j: Json) -> ModelConfig:
     """Pre-norm OPT: learned positions, two rows of which come before position 0.
 

@@ -14,6 +14,9 @@ import minimore.model.checkpoint
 import minimore.model.tensors
 from minimore.cli import main
 from minimore.model.checkpoint import Checkpoint
+from minimore.model.config_json import Json
+from minimore.model.families import FAMILIES
+from minimore.options import InputError
 
 # ---- no directory --------------------------------------------------------------------------------
 
@@ -307,3 +310,23 @@ def test_config_that_describes_no_model_is_refused(damaged, family, changes, wor
 @pytest.mark.parametrize("value", [2**62, 10**30], ids=str)
 def test_a_size_that_no_machine_can_hold_is_refused(damaged, key, value):
     assert_refused(damaged(config={key: value, "num_key_value_heads": 1}), "config.json")
+
+
+GPT2 = dict(model_type="gpt2", n_embd=24, n_head=4, n_layer=2, vocab_size=300)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(n_embd=None), ['"n_embd"', "expected a positive whole number"]),
+        (dict(n_embd=25), ["n_embd 25, n_head 4", "do not divide"]),
+        (dict(n_layer="2"), ['"n_layer"']),
+        (dict(scale_attn_weights=False), ['"scale_attn_weights" is false', "expected true"]),
+        (dict(scale_attn_by_inverse_layer_idx=True), ["inverse_layer_idx", "expected false"]),
+        (dict(add_cross_attention=True), ["add_cross_attention", "expected false"]),
+    ],
+)
+def test_a_gpt2_that_is_none_is_refused_in_its_own_words(changes, words):
+    with pytest.raises(InputError) as error:
+        FAMILIES["gpt2"].config(Json(GPT2 | changes, "config.json"))
+    assert all(word in str(error.value) for word in ["config.json", *words])

@@ -108,6 +108,20 @@ OPT = dict(
     pad_token_id=1,
     torch_dtype="float16",
 )
+GPT2 = dict(
+    model_type="gpt2",
+    activation_function="gelu_new",
+    attn_pdrop=0.1,
+    bos_token_id=50256,
+    embd_pdrop=0.1,
+    eos_token_id=50256,
+    initializer_range=0.02,
+    layer_norm_epsilon=1e-5,
+    n_ctx=1024,
+    n_positions=1024,
+    resid_pdrop=0.1,
+    vocab_size=50257,
+)
 GEMMA = dict(
     model_type="gemma",
     attention_bias=False,
@@ -495,6 +509,8 @@ REAL = {  # name: config.json, published number of parameters (language-model he
         ),
         7_298_617_344,
     ),
+    "gpt2": (GPT2 | dict(n_embd=768, n_head=12, n_layer=12), 124_439_808),
+    "gpt2-xl": (GPT2 | dict(n_embd=1600, n_head=25, n_layer=48), 1_557_611_200),
     "phi-3-mini-4k-instruct": (PHI3, 3_821_079_552),
     "internlm2-1_8b": (INTERNLM2, 1_889_110_016),
 }
@@ -527,16 +543,14 @@ def test_names_shapes_and_frequencies_are_those_of_transformers(transformers, re
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(theirs)
     expected = {k: tuple(p.shape) for k, p in model.named_parameters() if k != "score.weight"}
-    found = {
-        family.prefix + k: (
-            sum(trunk.get_parameter(p).shape[0] for p in ours),
-            *trunk.get_parameter(ours[0]).shape[1:],
-        )
-        for k, ours in name_table(family, trunk).items()
-    }
+    found = {}
+    for key, ours in name_table(family, trunk).items():
+        first = trunk.get_parameter(ours[0])
+        shape = (sum(trunk.get_parameter(p).shape[0] for p in ours), *first.shape[1:])
+        found[family.prefix + key] = shape[::-1] if family.is_transposed(key) else shape
     assert found == expected
     rotary = [type(m) for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-    assert bool(rotary) == (config["model_type"] != "opt")
+    assert bool(rotary) == (config["model_type"] not in ("opt", "gpt2"))
     if rotary:
         # Of every type of block that transformers rotates differently: what it is called there.
         kinds = {block: () for block in range(trunk.c.blocks)}

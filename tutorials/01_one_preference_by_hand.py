@@ -40,8 +40,8 @@ judgements = [
 
 # %% A model small enough to count in
 # A vocabulary of 258 leaves the tokenizer no room beyond the 256 bytes and two special tokens, so
-# one letter is one token. The weights are random: such a model's opinions are worthless, and its
-# arithmetic is that of 7 billion parameters.
+# one letter is one token. The weights are random, so the model's opinions are worthless, but what
+# it computes is what a model of 7 billion parameters computes.
 
 with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
@@ -70,14 +70,12 @@ print(f"\nshared {shared_text!r}\nchosen {chosen_ending!r}, rejected {rejected_e
 # %% Positions
 # Both endings follow directly on the shared part, so both count on from 34: first 34 35, then 34 35
 # 36 37 38. Each ending sees the shared part and itself, but never the other ending. The reward of a
-# text is read at its last token, which is at places 35 and 40 of the stream.
+# text is read at its last token, which is at places 35 and 40 of the stream. The stream has 41
+# tokens; the two texts apart have 75.
 
 positions = stream.positions.tolist()
 print("\npositions from place 32:", positions[32:])
 print("rewards are read at places", stream.last.tolist())
-
-# The stream has 41 tokens. Two texts apart have 75.
-
 apart = pack_pairs(source.pairs, share=False).stream
 print(f"tokens in the stream {len(tokens)}, of two texts apart {len(apart.tokens)}")
 
@@ -96,7 +94,9 @@ print(f"\nrewards: chosen {reward_chosen:.4f}, rejected {reward_rejected:.4f}")
 
 # %% Sharing the prompt is exact
 # A token of a causal model never sees what comes after it, so the prompt's hidden states are the
-# same whichever response follows. Only rounding may differ, by at most some 1e-6.
+# same whichever response follows. Only rounding may differ, by at most some 1e-6. A model whose
+# tokens saw later ones, or whose positions depended on a text's length, could not share. And texts
+# that are cut on the left may begin differently, and share nothing.
 
 with torch.no_grad():
     gap = (model.rewards(stream) - model.rewards(apart)).abs().max().item()

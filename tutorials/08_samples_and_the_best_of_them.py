@@ -54,8 +54,8 @@ print(f"{texts[0][:40]!r}... is {len(responses[0])} tokens, the end included")
 
 # %% A policy
 # A language model is a trunk with an unembedding on top. It learns by the loss of the responses'
-# tokens, given everything before them. Both engines take steps for it, as they do for rewards: what
-# stands on a trunk is an *objective*. A batch holds the prompt once, whatever stands behind it.
+# tokens, given everything before them. What stands on a trunk is an *objective*: the engine that
+# takes steps for rewards takes them for this one, too. A batch holds the prompt once.
 
 optimizer = AdamW()
 optimizer.adopt_all(policy)
@@ -73,7 +73,7 @@ print(f"log 40 a word, and nothing for the end: {LENGTH * np.log(W) / (LENGTH + 
 # %% Samples
 # The prompt is computed once. Every sample then goes on by itself: each block remembers the keys
 # and values of what the sample has written, so a step computes one new token a sample. A sample has
-# a seed of its own, and is the same in any company.
+# a seed of its own, so it is the same whether drawn alone or with others.
 
 sampling = Sampling(max_new_tokens=40, eos=frozenset({END}))
 alone = generate(policy, [prompt], [[7]], sampling)[0]
@@ -99,11 +99,11 @@ print(f"{whole.mean():.0%} of {len(samples):,} samples are 14 words of the world
 
 # %% The best of n, by a reward that is known
 # Take n samples of a prompt, and keep the one that Ana values most. If values are normal with
-# standard deviation σ, the best of n is on the mean σ c(n) above the others, with
+# standard deviation s, the best of n is on the mean s c(n) above the mean of all, with
 #
-#     c(n) = ∫ x d(Φ(x)ⁿ)
+#     c(n) = ∫ x d(Φ(x)ⁿ)     Φ: the share of a normal distribution that is below x
 #
-# which is 0.56 for two and 2.07 for 32.
+# which is 0.56 for two and 2.07 for 32. Here s is 1.01.
 
 features = np.stack([counts for counts, _ in read]).reshape(prompts, N, W) / np.sqrt(LENGTH)
 true = features @ values_of_words  # (prompts, N)
@@ -123,18 +123,19 @@ def expected_maximum(n):
 
 
 SIZES = 1, 2, 4, 8, 16, 32
-sigma, mean = true.std(), true.mean()
+spread, mean = true.std(), true.mean()
 possible, theory = [], []
 for n in SIZES:
     possible.append(best_of(n, true).mean() - mean)
-    theory.append(sigma * expected_maximum(n))
-print("\nn                ", *(f"{n:5}" for n in SIZES))
-print("gain by theory   ", *(f"{value:5.2f}" for value in theory))
-print("of the best of n ", *(f"{value:5.2f}" for value in possible))
+    theory.append(spread * expected_maximum(n))
+print("\nn                    ", *(f"{n:5}" for n in SIZES))
+print("gain by theory       ", *(f"{value:5.2f}" for value in theory))
+print("of the best of n     ", *(f"{value:5.2f}" for value in possible))
 
-# %% By a reward model, which only believes to know
+# %% By a reward model, which only believes that it knows
 # Two reward models learn Ana's taste from labels drawn with the probability σ(2 m): one from 60
-# pairs, one from 6,000. They choose; Ana counts.
+# pairs, one from 6,000. They choose; Ana counts. A promise is divided by its slope on Ana's values
+# (tutorial 5): a reward has no unit.
 
 
 def reward_model(pairs):
@@ -154,8 +155,8 @@ for name, model in {"few": reward_model(60), "many": reward_model(6000)}.items()
     slope = (rewards * true).mean() / (true * true).mean()  # in Ana's units
     promised[name] = [(rewards[:, :n].max(1) - rewards.mean()).mean() / slope for n in SIZES]
     kept[name] = [best_of(n, rewards).mean() - mean for n in SIZES]
-    print(f"{name} labels, promised", *(f"{value:5.2f}" for value in promised[name]))
-    print(f"{name} labels, kept    ", *(f"{value:5.2f}" for value in kept[name]))
+    print(f"{name:>4} labels, promised", *(f"{value:5.2f}" for value in promised[name]))
+    print(f"{name:>4} labels, kept    ", *(f"{value:5.2f}" for value in kept[name]))
 lines = {"60 labels: promised": promised["few"], "kept": kept["few"], "possible": possible}
 curves = {name: (np.log2(SIZES), values) for name, values in lines.items()}
 show_curves("08_best_of_n", "What the best of n gains, in Ana's units", "log2 n", "gain", curves)

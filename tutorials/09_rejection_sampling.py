@@ -158,10 +158,10 @@ print(f"the same choices: {is_same}")
 
 # The same choices make the same policy, to the last bit. So calibration by itself cannot be what
 # makes a policy better, wherever samples are only ranked. (Where the scale of rewards counts, it
-# matters: for a threshold, a mixture of several models' rewards, or a penalty in the same units.)
-# A reward model with a lower ECE may still be a better one for other reasons, such as a higher
-# accuracy, and then both go together. `minimore reproduce figure7` asks that of more than a hundred
-# reward models; the page of the lab has the answer.
+# matters: for a threshold, a mixture of several models' rewards, or a penalty in the same units, as
+# β KL in Eq. 2.) A reward model with a lower ECE may still be a better one for other reasons, such
+# as a higher accuracy, and then both go together. `minimore reproduce figure7` asks that of more
+# than a hundred reward models; the page of the lab has the answer.
 
 # %% What was claimed
 assert last["loss"] < first["loss"] - 2 and verdict["verdict"] == "win"

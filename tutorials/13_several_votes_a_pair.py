@@ -33,7 +33,7 @@ W, VOTES = len(WORDS), 4
 # A response is 14 words and is worth the sum of their values (tutorial 5). Four people vote on each
 # pair, each with the same probability,
 #
-#     π = P(first wins) = σ(worth of the first - worth of the second)
+#     p = P(first wins) = σ(worth of the first - worth of the second)
 #
 # The factor 1.25 sets worth against chance: two people agree on about .68 of the pairs.
 
@@ -112,8 +112,8 @@ show_curves("13_votes", "Said and voted", "predicted probability", "share of vot
 
 # %% What one label cannot say
 # The head of the votes agrees with a person about as often as any rule could. Is its Brier score
-# good? The mean of π (1 - π) is the part of the score that no model can go below, because people
-# differ. Several votes on a pair are enough to estimate it. In this world π is known, and the
+# good? The mean of p (1 - p) is the part of the score that no model can go below, because people
+# differ. Several votes on a pair are enough to estimate it. In this world p is known, and the
 # estimate can be compared with it. What is left for the model is small: it has next to nothing left
 # to learn.
 #
@@ -121,8 +121,8 @@ show_curves("13_votes", "Said and voted", "predicted probability", "share of vot
 
 votes = np.full(len(shares), VOTES)
 verdict = disagreement(margins["four votes"], shares, votes)
-pi = probability(test_margin)
-true_floor = np.mean(pi * (1 - pi))
+p = probability(test_margin)
+true_floor = np.mean(p * (1 - p))
 single = test_votes[:, 0].astype(float)
 of_single_labels = disagreement(margins["four votes"], single, np.ones_like(single))
 print(f"\ntwo people agree in {verdict.annotators_agree:.3f} of the pairs,", end=" ")

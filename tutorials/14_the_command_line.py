@@ -87,6 +87,18 @@ print(f"{len(rewards)} records with rewards, the first: {json.dumps(rewards[0])[
 
 # %% When something is wrong
 # A mistake is one line that says what was expected, and an exit code of 2. Nothing is overwritten.
+#
+# No message comes when a training runs to its end and the accuracy on new pairs stays at .5. Look
+# then, in this order, at
+#
+#     the data      labels all one way round, or pairs in both orders: `minimore data look`
+#                   (tutorial 11)
+#     the training  near 1 on its own pairs and .5 on new ones: it learned by heart, and perhaps
+#                   labels that mean nothing (tutorial 12)
+#     the log       a loss that does not fall: a step too small, or a number format in which it
+#                   does not arrive (tutorial 15)
+#     the sources   one by one: if one wants the opposite of another, no single reward can be right
+#                   for both (tutorial 10)
 
 again = minimore(f"train --model world/model {sources} --output reward {TRAINING}")
 print(f"exit code {again}")

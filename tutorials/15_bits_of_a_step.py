@@ -3,9 +3,9 @@
 Question      A weight of .02 takes a step of one millionth, as the paper's learning rate has it.
               In which number formats does it arrive?
 You will see  the grid of bf16, and that rounding to the nearest drops 97% of such steps; that
-              rounding at random keeps all of them on average; 16 bits that make a bf16 number
-              exact; a moment that cannot fall; and three trainings of one model, one of which
-              trains hardly anything.
+              rounding at random keeps all of them on average; 16 bits beside a bf16 number
+              that keep what it drops; a moment that cannot fall; and three trainings of one model,
+              one of which trains hardly anything.
 Takes         about 8 seconds on one CPU core; no GPU.
 """
 

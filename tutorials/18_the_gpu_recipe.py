@@ -44,7 +44,7 @@ class Sizes:
 
 TINY = Sizes("world/model", "1GB", "3e-3", 30, 64, 10)
 FULL = Sizes("EleutherAI/pythia-1.4b", "70GB", "1e-6", 81, 512, 200)  # nearly the paper's
-SETS = ("hh-helpful", "hh-harmless", "webgpt")  # of two sources, l2 makes MORE uniform
+SETS = ("hh-helpful", "hh-harmless", "webgpt")  # of two, l2 makes MORE uniform: tutorial 3
 
 parser = argparse.ArgumentParser()
 which = parser.add_mutually_exclusive_group()

@@ -35,12 +35,7 @@ from .engine.workload import workload_of
 from .finish import finish
 from .model.checkpoint import Checkpoint, files_to_save
 from .more import MOST_SOURCES, WEIGHTINGS
-from .options import (
-    check_ranges,
-    parse_sources,
-    require,
-    training_files,
-)
+from .options import check_ranges, parse_sources, require, training_files
 from .reward import check_length, load_reward_model
 from .reward_training import Paths, RewardTraining, TrainOptions
 from .run import Lock, check_recipe, open_run
@@ -287,7 +282,7 @@ def open_objective(
 
 
 def print_where_more_is_plain(options: TrainOptions, sources: int) -> None:
-    """Say it where MORE has no choice of weights."""
+    """Print where MORE can choose no weights, and is plain."""
     if options.method != "more":
         return
     if sources == 1:

@@ -152,12 +152,10 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
         print_overlap(test_sources, hashes_of(sources))
     origin.tokenizer.longest = options.max_length
     files_to_save(origin)  # what cannot be saved in the end is refused now
-    recipe = choose_recipe(
-        options,
-        origin,
-        lambda: workload_of(options, sources, mix),
-        whole_model_bytes(origin, len(sources)) if options.lambda_gradients == "all" else 0,
-    )
+    is_over_all = options.lambda_gradients == "all"
+    reserved = whole_model_bytes(origin, len(sources)) if is_over_all else 0
+    workload = partial(workload_of, options, sources, mix)
+    recipe = choose_recipe(options, origin, workload, reserved)
     check_recipe(run, recipe)
     unit = len(sources) if options.lambda_scope == "group" else 1
     check_group(recipe, mix.batch_size, unit, processes())
@@ -171,15 +169,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
         sources=sources,
         test_sources=test_sources,
         validation_sources=validation_sources,
-        schedule=Schedule(
-            options,
-            options.epochs,
-            tuple(len(source.pairs) for source in sources),
-            mix.batch_size,
-            mix.sampling,
-            mix.per_source,
-            mix.per_step,
-        ),
+        schedule=schedule_of(options, sources, mix),
         objective=open_objective(options, len(sources), mix.sampling, weighting_state),
         weighting_state=weighting_state,
         model=model,
@@ -245,6 +235,19 @@ def held_out_of(sources: list[Source], options: TrainOptions) -> tuple[list[Sour
     for left, held_out in zip(training, validation):
         print(f"  {left.name}: {held_out_line(left, held_out)}", flush=True)
     return training, validation
+
+
+def schedule_of(options: TrainOptions, sources: Sequence[Source], mix: Mix) -> Schedule:
+    """Which pairs every step sees, and its learning rate."""
+    return Schedule(
+        options,
+        options.epochs,
+        tuple(len(source.pairs) for source in sources),
+        mix.batch_size,
+        mix.sampling,
+        mix.per_source,
+        mix.per_step,
+    )
 
 
 def digests_of(sources: Sequence[Source], validation: Sequence[Source]) -> dict[str, str]:

@@ -175,6 +175,7 @@ def to_disk(path: Path) -> None:
     is_directory = path.is_dir()
     if is_directory and os.name == "nt":
         return  # Windows opens no directory
+    # Windows brings only files to the disk that are open for writing; no directory can be.
     descriptor = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
     try:
         os.fsync(descriptor)

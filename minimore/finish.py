@@ -4,25 +4,15 @@ from typing import Any
 
 from .best import write_best, write_which
 from .data.validation import held_out_line
-from .engine.distributed import (
-    is_first,
-)
+from .engine.distributed import is_first
 from .files import write_json, write_text
 from .metrics import final_accuracy
-from .options import (
-    parse_sources,
-    training_files,
-)
+from .options import parse_sources, training_files
 from .report import is_at_chance, table
 from .reward_training import RewardTraining
 from .run import BEST
 from .tables import number
-from .training import (
-    hold_as_stored,
-    table_of_options,
-    write_finished,
-    write_weights,
-)
+from .training import hold_as_stored, table_of_options, write_finished, write_weights
 
 
 def finish(training: RewardTraining) -> None:
@@ -40,7 +30,7 @@ def finish(training: RewardTraining) -> None:
 def write_reports(
     training: RewardTraining, report: dict[str, Any] | None, validation: dict[str, Any] | None
 ) -> None:
-    """Write what was found on the test sources and on what was held out; the run is finished."""
+    """Write the reports on the test sources and on what was held out; the run is finished."""
     run, options = training.run, training.options
     if report:
         print(table(report))
@@ -128,8 +118,9 @@ def model_card(training: RewardTraining, results: str) -> str:
         if source.name not in training.names
     ]
     counts = "\n".join(lines)
-    eos = ", an EOS token behind the text" if options.append_eos == "yes" else ""
-    eos_in_words = f"{' + tokenizer.eos_token' if eos else ''}"
+    ends_with_eos = options.append_eos == "yes"
+    eos_in_words = ", an EOS token behind the text" if ends_with_eos else ""
+    eos_in_code = " + tokenizer.eos_token" if ends_with_eos else ""
     return f"""---
 tags: [reward-model, minimore]
 pipeline_tag: text-classification
@@ -139,7 +130,7 @@ pipeline_tag: text-classification
 
 Made from `{options.model}`. \
 The reward is the one logit of `AutoModelForSequenceClassification`, read at the last token\
-{eos}; \
+{eos_in_words}; \
 sigmoid(difference of two rewards) is the probability that people prefer the first.
 
 ## Use
@@ -158,7 +149,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(RUN)
 model = AutoModelForSequenceClassification.from_pretrained(RUN)
-inputs = tokenizer(prompt + response{eos_in_words}, return_tensors="pt")
+inputs = tokenizer(prompt + response{eos_in_code}, return_tensors="pt")
 reward = model(**inputs).logits[0, 0].item()
 ```
 

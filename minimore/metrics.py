@@ -227,7 +227,7 @@ class Log:
 
     def __init__(self, path: Path, is_written: bool = True):
         self.path, self.is_written = path, is_written
-        self.total = checksum(b"")  # of all lines
+        self.total = checksum(b"")  # of all lines that the log holds
 
     def __enter__(self) -> "Log":
         if self.is_written:

@@ -176,9 +176,9 @@ class Saver:
                 self._write_into(directory, snapshot)
         except OSError as error:
             earlier = checkpoints(self.run)  # oldest first
-            kept = earlier[-1].name if earlier else "no checkpoint"
+            last = earlier[-1].name if earlier else "no checkpoint"
             reason = error.strerror or error
-            message = f"{reason}; {name} was not written, {kept} is kept"
+            message = f"{reason}; {name} was not written, {last} is kept"
             raise OSError(error.errno, message, str(self.run)) from None
         remove_superseded(self.run, self.keep)
 

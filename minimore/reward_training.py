@@ -18,16 +18,9 @@ from .engine.objective import RewardObjective, StepResult, labels_of
 from .engine.workload import RunOptions
 from .metrics import lines_of_test_files, progress_line, step_metrics, what_is_wrong
 from .more import NORMALIZATIONS, WEIGHTINGS, Labels
-from .options import (
-    COUNT,
-    Range,
-    option,
-)
+from .options import COUNT, Range, option
 from .report import evaluate_sources
-from .training import (
-    LoopOptions,
-    Training,
-)
+from .training import LoopOptions, Training
 
 # Name of a source -> its training file, which a held-out group has not, and its test file.
 Paths = dict[str, tuple[str | None, str | None]]
@@ -132,9 +125,11 @@ class RewardTraining(Training):
     def batch_at(self, step: int) -> tuple[list[TokenPair], list[int]]:
         """The pairs of a step, and the source of each."""
         sampled = self.schedule.sampled_at(step)  # (B, 2): source, pair in the source
-        if self.options.lambda_gradients == "all":  # micro-batches are of one source each
+        if self.options.lambda_gradients == "all":
+            # A micro-batch is of one source, so fewer are needed if every source stands together.
             sampled = sampled[np.argsort(sampled[:, 0], kind="stable")]
-        return [self.sources[k].pairs[i] for k, i in sampled], sampled[:, 0].tolist()
+        pairs = [self.sources[k].pairs[i] for k, i in sampled]
+        return pairs, sampled[:, 0].tolist()
 
     def record_of(
         self, step: int, items: Sequence[TokenPair], source: list[int], result: StepResult
@@ -177,10 +172,10 @@ class RewardTraining(Training):
             record["sources"][name]["head_weight"] = weight
 
     def compare_with_best(self, step: int, report: dict[str, Any]) -> None:
-        """Let a step be the best one, if it is, by its report on the validation sources."""
-        by = self.options.keep_best
-        if by:
-            self.best = better_of(self.best, Best(step, by, report["mean"][by]))
+        """Under --keep-best, remember a step whose report on the validation sources is the best."""
+        figure = self.options.keep_best
+        if figure:
+            self.best = better_of(self.best, Best(step, figure, report["mean"][figure]))
 
     def progress_line(
         self, record: dict[str, Any], means: dict[str, Any] | None, seconds_left: float

@@ -35,12 +35,7 @@ from .engine.workload import workload_of
 from .finish import finish
 from .model.checkpoint import Checkpoint, files_to_save
 from .more import MOST_SOURCES, WEIGHTINGS
-from .options import (
-    check_ranges,
-    parse_sources,
-    require,
-    training_files,
-)
+from .options import check_ranges, parse_sources, require, training_files
 from .reward import check_length, load_reward_model
 from .reward_training import Paths, RewardTraining, TrainOptions
 from .run import Lock, check_recipe, open_run
@@ -157,12 +152,10 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
         print_overlap(test_sources, hashes_of(sources))
     origin.tokenizer.longest = options.max_length
     files_to_save(origin)  # what cannot be saved in the end is refused now
-    recipe = choose_recipe(
-        options,
-        origin,
-        lambda: workload_of(options, sources, mix),
-        whole_model_bytes(origin, len(sources)) if options.lambda_gradients == "all" else 0,
-    )
+    is_over_all = options.lambda_gradients == "all"
+    reserved = whole_model_bytes(origin, len(sources)) if is_over_all else 0
+    workload = partial(workload_of, options, sources, mix)
+    recipe = choose_recipe(options, origin, workload, reserved)
     check_recipe(run, recipe)
     unit = len(sources) if options.lambda_scope == "group" else 1
     check_group(recipe, mix.batch_size, unit, processes())
@@ -176,15 +169,7 @@ def prepare(options: TrainOptions, paths: Paths, run: Path, lock: Lock) -> Rewar
         sources=sources,
         test_sources=test_sources,
         validation_sources=validation_sources,
-        schedule=Schedule(
-            options,
-            options.epochs,
-            tuple(len(source.pairs) for source in sources),
-            mix.batch_size,
-            mix.sampling,
-            mix.per_source,
-            mix.per_step,
-        ),
+        schedule=schedule_of(options, sources, mix),
         objective=open_objective(options, len(sources), mix.sampling, weighting_state),
         weighting_state=weighting_state,
         model=model,
@@ -252,6 +237,19 @@ def held_out_of(sources: list[Source], options: TrainOptions) -> tuple[list[Sour
     return training, validation
 
 
+def schedule_of(options: TrainOptions, sources: Sequence[Source], mix: Mix) -> Schedule:
+    """Which pairs every step sees, and its learning rate."""
+    return Schedule(
+        options,
+        options.epochs,
+        tuple(len(source.pairs) for source in sources),
+        mix.batch_size,
+        mix.sampling,
+        mix.per_source,
+        mix.per_step,
+    )
+
+
 def digests_of(sources: Sequence[Source], validation: Sequence[Source]) -> dict[str, str]:
     """What tells whether a source has the same texts, those that are held out included."""
     digests = {source.name: source.digest() for source in sources}
@@ -287,7 +285,7 @@ def open_objective(
 
 
 def print_where_more_is_plain(options: TrainOptions, sources: int) -> None:
-    """Say it where MORE has no choice of weights."""
+    """Print where MORE can choose no weights, and is plain."""
     if options.method != "more":
         return
     if sources == 1:

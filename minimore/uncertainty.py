@@ -127,21 +127,28 @@ class Sums(NamedTuple):
     gaps: np.ndarray
 
 
+def groups_of(prompts: ArrayLike | None, pairs: int) -> np.ndarray:
+    """The independent group of each pair, numbered from 0 on: (N,); the pairs of a prompt are one.
+
+    prompts: (N,) whole numbers, by default each pair its own. One prompt alone cannot be resampled:
+    its pairs are then taken as independent.
+    """
+    if prompts is not None:
+        distinct, group = np.unique(np.asarray(prompts), return_inverse=True)
+        if len(distinct) > 1:
+            return group
+    return np.arange(pairs)
+
+
 def prompt_sums(
     margins: ArrayLike,
     prompts: ArrayLike | None = None,
     bins: int = 10,
     outcomes: ArrayLike = 1.0,
 ) -> Sums:
-    """Sums over the pairs of every prompt.
-
-    prompts: (N,) whole numbers, by default each pair its own. One prompt alone cannot be resampled:
-    its pairs are then taken as independent.
-    """
+    """Sums over the pairs of every prompt; prompts: see `groups_of`."""
     m = np.asarray(margins, dtype=np.float64)
-    group = np.arange(len(m))
-    if prompts is not None and len(np.unique(np.asarray(prompts))) > 1:
-        group = np.unique(np.asarray(prompts), return_inverse=True)[1]
+    group = groups_of(prompts, len(m))
     p, G = probability(m), group.max() + 1
     gaps = np.zeros((G, bins))
     y = outcomes_of(outcomes, len(m))
@@ -308,12 +315,10 @@ def mean_interval(values: ArrayLike, prompts: ArrayLike | None = None) -> Interv
 
     half = t √(G / (G - 1) Σ over prompts of (Σ of their values less the mean)²) / N
 
-    t: of Student's distribution with G - 1 degrees of freedom. prompts: as in `prompt_sums`.
+    t: of Student's distribution with G - 1 degrees of freedom. prompts: see `groups_of`.
     """
     v = np.asarray(values, dtype=np.float64)
-    group = np.arange(len(v))
-    if prompts is not None and len(np.unique(np.asarray(prompts))) > 1:
-        group = np.unique(np.asarray(prompts), return_inverse=True)[1]
+    group = groups_of(prompts, len(v))
     mean, G = float(v.mean()), int(group.max()) + 1
     if G < 3:
         return Interval(mean, math.nan, math.nan)

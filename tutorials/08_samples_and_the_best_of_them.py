@@ -149,15 +149,15 @@ def reward_model(pairs):
     return head.double().numpy()
 
 
-promised, kept = {}, {}
+promised, gained = {}, {}
 for name, model in {"few": reward_model(60), "many": reward_model(6000)}.items():
     rewards = features @ model
     slope = (rewards * true).mean() / (true * true).mean()  # in Ana's units
     promised[name] = [(rewards[:, :n].max(1) - rewards.mean()).mean() / slope for n in SIZES]
-    kept[name] = [best_of(n, rewards).mean() - mean for n in SIZES]
+    gained[name] = [best_of(n, rewards).mean() - mean for n in SIZES]
     print(f"{name:>4} labels, promised", *(f"{value:5.2f}" for value in promised[name]))
-    print(f"{name:>4} labels, kept    ", *(f"{value:5.2f}" for value in kept[name]))
-lines = {"60 labels: promised": promised["few"], "kept": kept["few"], "possible": possible}
+    print(f"{name:>4} labels, kept    ", *(f"{value:5.2f}" for value in gained[name]))
+lines = {"60 labels: promised": promised["few"], "kept": gained["few"], "possible": possible}
 curves = {name: (np.log2(SIZES), values) for name, values in lines.items()}
 show_curves("08_best_of_n", "What the best of n gains, in Ana's units", "log2 n", "gain", curves)
 
@@ -169,9 +169,9 @@ assert together[7].tokens == alone.tokens
 for n, gain, expected in zip(SIZES, possible, theory):
     assert abs(gain - expected) < 4 * best_of(n, true).std(ddof=1) / np.sqrt(prompts)
 assert abs(expected_maximum(2) - 1 / np.sqrt(np.pi)) < 1e-3
-assert promised["few"][-1] > kept["few"][-1] + 0.6  # Few labels keep little of what they promise.
-assert kept["many"][-1] > kept["few"][-1] + 0.2
-assert kept["many"][-1] > 0.8 * possible[-1]
+assert promised["few"][-1] > gained["few"][-1] + 0.6  # Few labels keep little of what they promise.
+assert gained["many"][-1] > gained["few"][-1] + 0.2
+assert gained["many"][-1] > 0.8 * possible[-1]
 
 # %% Two exercises
 # Exercise 1. Sample at `temperature=0.5` and at `1.5`. What becomes of the share of whole

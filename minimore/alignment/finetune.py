@@ -23,7 +23,6 @@ from ..engine.streamed import open_engine
 from ..files import write_text
 from ..metrics import finite, position_and_loss
 from ..model.checkpoint import Checkpoint, files_to_save
-from ..reward import check_length
 from ..run import Lock, check_recipe, open_run
 from ..training import (
     Schedule,
@@ -32,16 +31,22 @@ from ..training import (
     choose_recipe,
     loop,
     open_optimizer,
-    open_origin,
     stop_requests,
     write_finished,
     write_weights,
 )
 from . import preference_training
 from .language import LanguageObjective, LanguageResult, Responses, perplexity_of
-from .policy import open_policy, require_language_model
+from .policy import open_policy
 from .responses import ResponseFile, eos_of, read_responses
-from .tuning import LIKELIHOOD, FinetuneOptions, check_options, model_card, workload_of
+from .tuning import (
+    LIKELIHOOD,
+    FinetuneOptions,
+    check_options,
+    model_card,
+    open_language_origin,
+    workload_of,
+)
 
 
 def finetune(options: FinetuneOptions) -> int:
@@ -106,11 +111,7 @@ def prepare(options: FinetuneOptions, run: Path, lock: Lock) -> PolicyTraining:
 
     Nothing is written before everything that can be refused has been accepted.
     """
-    origin, facts = open_origin(options, run)
-    require_language_model(origin)
-    check_length(
-        origin.config, options.max_length, origin.directory, beyond=options.beyond_positions
-    )
+    origin, facts = open_language_origin(options, run)
     files = read_files(options, origin)
     files_to_save(origin, "language")  # what cannot be saved in the end is refused now
     sizes = tuple(len(file.items) for file in files)

@@ -34,7 +34,6 @@ from ..training import (
     choose_recipe,
     hold_as_stored,
     open_optimizer,
-    open_origin,
     write_finished,
     write_weights,
 )
@@ -44,7 +43,7 @@ from .preference import Comparison, PreferenceObjective, PreferenceResult
 from .preference_losses import PreferenceLoss
 from .references import log_probabilities, stored_log_probabilities
 from .responses import digest_of, eos_of
-from .tuning import FinetuneOptions, model_card, workload_of
+from .tuning import FinetuneOptions, model_card, open_language_origin, workload_of
 
 REFERENCE = "reference"  # directory of a run
 PROBED = 64  # prompts of a source with which tokenizers are compared
@@ -76,14 +75,14 @@ class PreferenceTraining(Training):
     ) -> dict[str, Any]:
         """What metrics.jsonl says of a step: things as they were before its update."""
         names = [own.name for own in self.sources]
-        units = result.gradients / result.gradients.norm(dim=1, keepdim=True)
+        lengths = result.gradients.norm(dim=1, keepdim=True)  # (K, 1)
         return {
             "step": step,
             "learning_rate": self.optimizer.learning_rate,
             "tokens": sum(item.tokens for item in items),
             "loss": float(result.loss),
             "sources": by_source(result, source, names),
-            "cosines": cosines_between(units, names),
+            "cosines": cosines_between(result.gradients / lengths, names),
         }
 
     def progress_line(
@@ -129,11 +128,7 @@ def prepare(options: FinetuneOptions, run: Path, lock: Lock) -> PreferenceTraini
     Nothing is written before everything that can be refused has been accepted. The references are
     asked before the policy is in memory.
     """
-    origin, facts = open_origin(options, run)
-    require_language_model(origin)
-    check_length(
-        origin.config, options.max_length, origin.directory, beyond=options.beyond_positions
-    )
+    origin, facts = open_language_origin(options, run)
     sources, test_sources = read_sources(options, origin)
     references = open_references(options, origin, sources)
     files_to_save(origin, "language")  # what cannot be saved in the end is refused now

@@ -80,7 +80,7 @@ class Prompt(NamedTuple):
     has_space: the form of its conversation puts a space between it and what is said next.
     """
 
-    given: Any
+    value: Any
     where: str
     text: str
     ids: list[int]
@@ -157,21 +157,21 @@ def read_prompts(options: SampleOptions, tokenizer: Tokenizer) -> list[Prompt]:
     """The prompts of a file, each once."""
     prompts: dict[str, Prompt] = {}
     for where, record in read_records(options.input):
-        given = prompt_of(record, where, options.chat)
-        json_line({"prompt": given}, where)  # what cannot be written again is refused now
+        value = prompt_of(record, where, options.chat)
+        json_line({"prompt": value}, where)  # what cannot be written again is refused now
         is_rendered = has_space = False
-        if options.chat or is_conversation(given):
-            messages = messages_of(given, f'{where}: "prompt"', tokenizer, "user")
+        if options.chat or is_conversation(value):
+            messages = messages_of(value, f'{where}: "prompt"', tokenizer, "user")
             text = tokenizer.render(messages, prompt=True)
             is_rendered = tokenizer.template is not None
             has_space = not is_rendered
         else:
-            text = string_of(given, f'{where}: "prompt"', "a string, or messages")
+            text = string_of(value, f'{where}: "prompt"', "a string, or messages")
         refuse_doubled_bos(text, is_rendered, where, tokenizer)
         if text not in prompts:
             (ids,), _ = encode([text], tokenizer, options.max_length, [is_rendered])
             require(len(ids), f"{where}: the prompt is empty; expected some text")
-            prompts[text] = Prompt(given, where, text, ids.tolist(), has_space)
+            prompts[text] = Prompt(value, where, text, ids.tolist(), has_space)
     require(prompts, f"{options.input}: is empty; expected at least one prompt")
     return list(prompts.values())
 
@@ -225,7 +225,7 @@ def sampled(
         some = [own[first : first + options.batch_size] for own in seeds]
         samples += generate(model, ids, some, sampling, stop, options.micro_tokens)
     records: list[Record] = [
-        {"prompt": prompt.given, "responses": [], "finished": []} for prompt in prompts
+        {"prompt": prompt.value, "responses": [], "finished": []} for prompt in prompts
     ]
     for one in samples:
         text = response_text(tokenizer, prompts[one.prompt].ids, one.tokens, sampling.eos)

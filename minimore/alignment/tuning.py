@@ -7,6 +7,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..engine.trained import HEAD
@@ -14,8 +15,15 @@ from ..engine.workload import EPOCHS, Workload
 from ..model.checkpoint import Checkpoint
 from ..more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS
 from ..options import COUNT, Range, check_ranges, flag_of, option, parse_sources, require
-from ..reward import PositionOptions
-from ..training import LoopOptions, Schedule, check_recipe_options, table_of_options
+from ..reward import PositionOptions, check_length
+from ..training import (
+    LoopOptions,
+    Schedule,
+    check_recipe_options,
+    open_origin,
+    table_of_options,
+)
+from .policy import require_language_model
 from .preference_losses import LOSSES
 from .responses import WHICH
 
@@ -192,6 +200,21 @@ def check_preferences(options: FinetuneOptions) -> None:
         options.loss != "bapo" or options.base_responses,
         "--loss bapo: needs --base-responses; write them with `minimore align sample --samples 1`",
     )
+
+
+def open_language_origin(
+    options: FinetuneOptions, run: Path
+) -> tuple[Checkpoint, dict[str, Any] | None]:
+    """The checkpoint and the facts of `open_origin`, of a language model that reads max_length.
+
+    Raises InputError for any other model.
+    """
+    origin, facts = open_origin(options, run)
+    require_language_model(origin)
+    check_length(
+        origin.config, options.max_length, origin.directory, beyond=options.beyond_positions
+    )
+    return origin, facts
 
 
 def workload_of(schedule: Schedule, sources: Sequence[Any], origin: Checkpoint) -> Workload:

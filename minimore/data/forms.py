@@ -240,7 +240,10 @@ def _scored_pairs(
 def _scored_responses(
     record: Record, where: str, tokenizer: Tokenizer, chat: bool, rules: LabelRules
 ) -> tuple[list[Pair], int]:
-    """The same for several responses to one prompt."""
+    """The pairs of several responses to one prompt that have unequal scores.
+
+    Returns also how many label ties are left out, as `_scored_pairs` does.
+    """
     responses = record["responses"]
     if not isinstance(responses, list) or not 2 <= len(responses) <= MOST_RESPONSES:
         raise InputError(
@@ -254,7 +257,8 @@ def _scored_responses(
     def pair_of(i: int, j: int) -> list[Pair]:
         """Response i as the chosen one, response j as the rejected one."""
         single = record | {"chosen": responses[i], "rejected": responses[j]}
-        return record_pairs(single, where, tokenizer, chat)[0]
+        pairs, _ = record_pairs(single, where, tokenizer, chat)
+        return pairs
 
     return _scored_pairs(pair_of, ordered, tied, record, where, rules)
 

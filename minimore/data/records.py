@@ -191,11 +191,11 @@ class ListReader:
             self._read_on()
 
     def _take(self, mark: str, where: str | None = None) -> None:
-        found = self._next()
+        character = self._next()
         require(
-            found == mark,
-            f"{where or self.path}: not JSON ({found!r} instead of {mark!r}); expected a list of"
-            " objects, or one object a line",
+            character == mark,
+            f"{where or self.path}: not JSON ({character!r} instead of {mark!r}); expected a list"
+            " of objects, or one object a line",
         )
         self.place += 1
 

@@ -183,7 +183,10 @@ def _require_pairs(what: str, pairs: int | str) -> None:
 
 
 def by_name(flag: str, text: str, names: Sequence[str]) -> dict[str, str]:
-    """The values of NAME=VALUE,NAME=VALUE by the names of sources; others are refused."""
+    """The values of an option NAME=VALUE,NAME=VALUE, by name. Raises InputError.
+
+    names: of the sources, of which each may have one value, and nothing else may.
+    """
     values: dict[str, str] = {}
     for part in text.split(","):
         name, equals, value = part.rpartition("=")

@@ -99,7 +99,7 @@ class World:
             1 <= self.votes <= MOST_VOTES,
             f"world: {self.votes} votes a pair; expected 1 to {MOST_VOTES}",
         )
-        prompts = sum(self._of(self.train_pairs, k) + self.test_pairs for k in range(K))
+        prompts = sum(self._own(self.train_pairs, k) + self.test_pairs for k in range(K))
         require(
             len(WORDS) ** self.prompt_words >= 2 * prompts,
             f"world: {self.prompt_words} words a prompt make too few prompts for {prompts} pairs",
@@ -109,7 +109,7 @@ class World:
             require(count in (1, K), f"world: {name} has {count} values; expected 1 or {K}")
 
     @staticmethod
-    def _of(values: tuple, k: int) -> Any:
+    def _own(values: tuple, k: int) -> Any:
         """The value of annotator k: its own, or the one for all."""
         return values[k % len(values)]
 
@@ -216,7 +216,7 @@ class World:
         """Where `write` puts the training and the test file of each annotator."""
         paths = {}
         for k, name in enumerate(self.annotators):
-            suffix = ".jsonl.gz" if LineFormat.of(k).is_zipped else ".jsonl"
+            suffix = ".jsonl.gz" if LineFormat.of_annotator(k).is_zipped else ".jsonl"
             home = directory / "data"
             paths[name] = (home / f"{name}.train{suffix}", home / f"{name}.test{suffix}")
         return paths
@@ -233,7 +233,7 @@ class World:
         paths = self.paths(directory)
         texts = []  # on which the tokenizer is trained
         for k, name in enumerate(self.annotators):
-            train_pairs = self._of(self.train_pairs, k)
+            train_pairs = self._own(self.train_pairs, k)
             pairs = train_pairs + self.test_pairs
             lines = [json.dumps(self._line(k, random, prompts)) for _ in range(pairs)]
             _write_lines(paths[name][0], lines[:train_pairs])
@@ -260,11 +260,11 @@ class World:
         a = " " + _draw_words(random, self.response_words)
         b = " " + _draw_words(random, self.response_words)
         margin = self.true_margins([Pair(prompt, a, b)])[0, k]
-        p = float(probability(self._of(self.decisiveness, k) * margin))
+        p = float(probability(self._own(self.decisiveness, k) * margin))
         for_a = int((random.random(self.votes) < p).sum())
         is_tie = random.random() < self.ties
         labelled = LabelledPair(prompt, a, b, (for_a, self.votes - for_a), p)
-        return labelled.tie() if is_tie else LineFormat.of(k).write(labelled)
+        return labelled.tie() if is_tie else LineFormat.of_annotator(k).write(labelled)
 
 
 class LabelledPair(NamedTuple):
@@ -331,7 +331,7 @@ class LineFormat(NamedTuple):
     is_zipped: bool = False
 
     @classmethod
-    def of(cls, k: int) -> "LineFormat":
+    def of_annotator(cls, k: int) -> "LineFormat":
         """The format of annotator k: five formats, in turn."""
         formats = (
             cls(LabelledPair.triple),

@@ -96,6 +96,10 @@ class StepResult(NamedTuple):
         return cls(head, torch.cat(z_chosen), torch.cat(z_rejected), sum(weights), sum(loss))
 
 
+# (losses (K,), gradients (K, D), pairs (K,)) -> weights (K,)
+Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class RewardObjective:
     """How the losses of K sources become one loss.
@@ -107,7 +111,7 @@ class RewardObjective:
     """
 
     sources: int
-    weigh: Callable[[Tensor, Tensor, Tensor], Tensor]
+    weigh: Weigh
     method: str = "more"
     scope: str = "step"
     sampling: str = "equal"

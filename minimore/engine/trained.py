@@ -36,8 +36,10 @@ def trained_blocks(train: str, blocks: int) -> int:
     (6, 2, 0)
     """
     require_train(train)
-    if train in (ALL, HEAD):
-        return blocks if train == ALL else 0
+    if train == ALL:
+        return blocks
+    if train == HEAD:
+        return 0
     last = int(train.removeprefix("last-"))
     require(
         last <= blocks, f"--train {train}: the model has {blocks} blocks; expected at most that"

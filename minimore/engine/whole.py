@@ -21,7 +21,8 @@ adds to the gradient of L_1 + ... + L_K is its part of g_k.
 K sources, M tokens that are read, U tokens that differ, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ from ..data.pairs import PairBatch
 from ..model.checkpoint import Checkpoint
 from ..model.rotation import at_least_fp32
 from .cost import count, parameter_shapes
-from .objective import RewardObjective
+from .objective import RewardObjective, Weigh
 from .streamed import Gradients, StreamedEngine, StreamedStep, add_to
 
 AT_ONCE = 1 << 22  # numbers of a gradient that are multiplied at once, in float64
@@ -54,10 +55,16 @@ class WholeModelStep(StreamedStep):
         read: (M, D), what the last block returned at the tokens that the objective reads.
         """
         rows = rows_with_products(self._products(read))
-        objective = self.objective
-        self.objective = replace(objective, weigh=partial(weighed_by, objective, rows))
-        try:
+        with self._weighing(partial(weigh_rows, self.objective.weigh, rows)):
             return super()._top_forward(read)
+
+    @contextmanager
+    def _weighing(self, weigh: Weigh) -> Iterator[None]:
+        """Let the objective take its weights from another function, as long as this lasts."""
+        objective = self.objective
+        self.objective = replace(objective, weigh=weigh)
+        try:
+            yield
         finally:
             self.objective = objective
 
@@ -71,34 +78,40 @@ class WholeModelStep(StreamedStep):
         self.source_of_batch = [int(batch.source[0]) for batch in self.batches]
         products, d_read = self._products_of_top(read)
         d_activations = self._gradient_of_output(d_read)
-        inputs = list(self.inputs.stack)  # the second walk needs them, too
+        inputs = list(self.inputs.stack)  # this walk takes them off the stack
         for number in reversed(range(len(self.blocks))):
             products += self._products_of_block(number, d_activations)
-        self.inputs.stack = inputs
+        self.inputs.stack = inputs  # and the second walk needs them again
         return products + self._products_of_embeddings(d_activations)
 
     def _products_of_top(self, read: Tensor) -> tuple[Tensor, Tensor]:
-        """The products at head and final norm, and d_read (M, D), that of L_1 + ... + L_K."""
-        objective, d_read = self.objective, torch.zeros_like(read)
-        by_source: list[Gradients] = [{} for _ in range(objective.sources)]
+        """The products at head and final norm, and d_read: (M, D), ∂(L_1 + ... + L_K) / ∂read.
+
+        The head is small, so every source that has pairs goes through it on its own.
+        """
+        by_source = self._no_gradients()
+        d_read = torch.zeros_like(read)
         for k in sorted(set(self.source_of_batch)):
-            self.objective = replace(objective, weigh=partial(only, k))
-            super()._top_forward(read)
-            assert self.d_read is not None  # all blocks are trained
-            d_read += self.d_read  # zero but in the rows of source k
+            with self._weighing(partial(weigh_only, k)):
+                super()._top_forward(read)
             by_source[k] = self._take_gradient_of_top()
-        self.objective = objective
+            assert self.d_read is not None  # all blocks are trained
+            d_read += self.d_read  # ∂L_k / ∂read, which is zero in the rows of other sources
         return products_of(by_source), d_read
+
+    def _no_gradients(self) -> list[Gradients]:
+        """Room for the gradients of each source, in which there are none yet."""
+        return [{} for _ in range(self.objective.sources)]
 
     def _products_of_block(self, number: int, d_activations: list[Tensor]) -> Tensor:
         """The products at a block; d_activations become the gradients of its inputs."""
-        by_source: list[Gradients] = [{} for _ in range(self.objective.sources)]
+        by_source = self._no_gradients()
         for i, gradients in self._block_gradients(number, d_activations):
             add_to(by_source[self.source_of_batch[i]], gradients, several=True)
         return products_of(by_source)
 
     def _products_of_embeddings(self, d_activations: list[Tensor]) -> Tensor:
-        """The products at the embeddings, of which a step touches only few rows (U, D)."""
+        """The products at the embeddings; d_activations: (N, D) of every micro-batch."""
         if self.trunk.c.embedding_scale != 1:
             d_activations = [d * self.trunk.embedding_scale for d in d_activations]
         streams = [part.stream for part in self.micro_batches]
@@ -108,13 +121,18 @@ class WholeModelStep(StreamedStep):
         return products
 
     def _products_of_table(self, d_rows: list[Tensor], indices: list[Tensor]) -> Tensor:
-        """The products at a table: micro-batch i read its rows indices[i] (N,)."""
-        distinct, places = torch.cat(indices).unique(return_inverse=True)  # (U,)
-        by_source: list[Gradients] = [{} for _ in range(self.objective.sources)]
-        for i, place in enumerate(places.split([len(index) for index in indices])):
-            d = at_least_fp32(d_rows[i])
-            gradient = d.new_zeros(len(distinct), d.shape[1]).index_add_(0, place, d)
-            add_to(by_source[self.source_of_batch[i]], {"table": gradient}, several=True)
+        """The products at a table, of which micro-batch i read the rows indices[i] (N,).
+
+        A step reads few rows of a table. The gradient of any other row is zero, so only the U rows
+        that were read are computed.
+        """
+        rows_read, places = torch.cat(indices).unique(return_inverse=True)  # (U,), (all N,)
+        places_of_batch = places.split([len(index) for index in indices])
+        by_source = self._no_gradients()
+        for k, d_batch, own_places in zip(self.source_of_batch, d_rows, places_of_batch):
+            d = at_least_fp32(d_batch)
+            gradient = d.new_zeros(len(rows_read), d.shape[1]).index_add_(0, own_places, d)
+            add_to(by_source[k], {"table": gradient}, several=True)
         return products_of(by_source)
 
 
@@ -132,31 +150,36 @@ def whole_model_bytes(checkpoint: Checkpoint, sources: int) -> int:
 # ---- from gradients to weights -------------------------------------------------------------------
 
 
-def only(k: int, losses: Tensor, gradients: Tensor, pairs: Tensor) -> Tensor:
-    """All the weight (K,) on source k."""
+# Both are called as an objective calls its `weigh`, with losses (K,), head gradients (K, D), pairs
+# (K,), once their first arguments are fixed. Neither looks at the gradients of the head.
+
+
+def weigh_only(k: int, losses: Tensor, head_gradients: Tensor, pairs: Tensor) -> Tensor:
+    """Weights (K,) that are 1 for source k and 0 for all others."""
     weights = torch.zeros_like(losses.detach())
     weights[k] = 1
     return weights
 
 
-def weighed_by(
-    objective: RewardObjective, rows: Tensor, losses: Tensor, gradients: Tensor, pairs: Tensor
+def weigh_rows(
+    weigh: Weigh, rows: Tensor, losses: Tensor, head_gradients: Tensor, pairs: Tensor
 ) -> Tensor:
-    """The weights (K,) of an objective, with other gradients (K, K) than the head's (K, D)."""
-    return objective.weigh(losses, rows, pairs)
+    """The weights (K,) that `weigh` solves, with rows (K, K) in place of the head's gradients."""
+    return weigh(losses, rows, pairs)
 
 
 def products_of(by_source: Sequence[Gradients]) -> Tensor:
-    """The products (K, K), float64, of the sources' gradients; those of an absent source are 0."""
-    present = [k for k, gradients in enumerate(by_source) if gradients]
-    first = by_source[present[0]]
-    device = next(iter(first.values())).device
-    products = torch.zeros(len(by_source), len(by_source), dtype=torch.float64, device=device)
+    """The products (K, K), float64, of the sources' gradients; those of a source without are 0."""
+    K = len(by_source)
+    present = [k for k in range(K) if by_source[k]]  # the sources that have a gradient
+    names = list(by_source[present[0]])
+    device = by_source[present[0]][names[0]].device
+    products = torch.zeros(K, K, dtype=torch.float64, device=device)
     places = torch.tensor(present, device=device)
-    for name in first:
-        flat = [by_source[k][name].flatten().split(AT_ONCE) for k in present]
-        for parts in zip(*flat):
-            rows = torch.stack(parts).double()
+    for name in names:
+        portions = [by_source[k][name].flatten().split(AT_ONCE) for k in present]
+        for portion_of_each in zip(*portions):
+            rows = torch.stack(portion_of_each).double()  # (sources that are present, numbers)
             products[places[:, None], places] += rows @ rows.T
     return products
 

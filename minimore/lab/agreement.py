@@ -27,7 +27,7 @@ from ..data.pairs import Source, load_source
 from ..data.world import World
 from ..engine.cost import in_time
 from ..engine.objective import RewardObjective
-from ..files import make_directory, write_json, write_text
+from ..files import make_directory
 from ..model.checkpoint import Checkpoint
 from ..model.tokenizer import Tokenizer
 from ..more import WEIGHTINGS
@@ -42,7 +42,7 @@ from .grid import REGIMES, Home, ReproduceOptions, home_of
 from .judge import NO_LETTER, Questions, drawn_answers, letter_probabilities, questions_of
 from .policies import MAX_LENGTH, Fitting, fitted
 from .scheme_tables import cell_text, difference_text
-from .stored import stored_or_made
+from .stored import stored_or_made, write_report
 
 AMOUNTS = {"all pairs": 1.0, "a tenth, by heart": 0.1}  # shares of every annotator's pairs
 SAMPLES = (5, 25)  # answers to a question; odd, so that both letters are never as frequent
@@ -55,15 +55,14 @@ Figures = dict[str, dict[str, float]]  # of every confidence: RATES
 
 
 def check_agreement(options: ReproduceOptions) -> None:
-    """Refuse what this experiment cannot do, or sets itself."""
+    """Refuse options that this experiment has no use for, or decides itself (InputError)."""
     check_ranges(options)
     require(
         not options.model and not options.source,
         "agreement: exists in the world only, where it is known what is right",
     )
-    is_free = options.learning_rate is None and options.batch_size is None
     require(
-        is_free and options.protocol == "clean" and not options.scheme and not options.width,
+        not options.says_how_cells_train() and options.protocol == "clean",
         "agreement: trains one judge and one reward model; expected no --scheme, --width,"
         " --protocol, --learning-rate or --batch-size",
     )
@@ -133,7 +132,7 @@ def judge_rates(
 
 
 def first_of(share: float, items: Sequence[Any]) -> Sequence[Any]:
-    """The first ones, so large a share of all."""
+    """So large a share of the items, the first ones; one at least."""
     return items[: max(1, round(share * len(items)))]
 
 
@@ -221,10 +220,7 @@ def report_agreement(
     ]
     for amount, worlds in results.items():
         parts.append(f"{amount}\n{confidence_table(worlds)}")
-    text = "\n\n".join(parts)
-    write_json(output / "report.json", results)
-    write_text(output / "report.txt", text + "\n")
-    print(f"\n{text}\n\nwritten to {output}/report.txt, every figure to report.json")
+    write_report(output, results, "\n\n".join(parts))
 
 
 def confidence_table(worlds: Sequence[Figures]) -> Table:

@@ -10,6 +10,7 @@ A cell with margins of its own fingerprint is finished, and skipped.
 import hashlib
 import json
 import shutil
+import time
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..checksums import read_checked_json, require_directory_as_written, write_c
 from ..data.labels import MAJORITY
 from ..data.pairs import load_source
 from ..data.world import World, small_gpt_neox
+from ..engine.cost import in_time
 from ..files import directory_written_whole, make_directory
 from ..model.checkpoint import Checkpoint, random_checkpoint
 from ..model.tensors import require_as_written, write_tensors
@@ -130,7 +132,7 @@ def run_cell(output: Path, cell: Cell) -> int:
     if watch and Path(options.output).exists():
         shutil.rmtree(options.output)  # a continued run would lack the first points of its drift
     with open(log, "a", encoding="utf-8") as file, redirect_stdout(file):
-        if cell.sources:
+        if cell.sources:  # the untrained model, `raw`, has none
             exit_code = train(options, watch)
             if exit_code:
                 return exit_code
@@ -139,6 +141,15 @@ def run_cell(output: Path, cell: Cell) -> int:
         write_checked_json(drift_file(output, cell), {"points": watch.points})
     write_tensors(margins_file(output, cell), tensors, {"of": fingerprint(cell)})
     return 0
+
+
+def run_timed(output: Path, cell: Cell, label: str) -> int:
+    """Run a cell, and print a label with the time that it took; returns the exit code of train."""
+    began = time.monotonic()
+    exit_code = run_cell(output, cell)
+    if exit_code == 0:
+        print(f"{label}: {in_time(time.monotonic() - began)}", flush=True)
+    return exit_code
 
 
 def tensors_of(cell: Cell, options: TrainOptions) -> dict[str, Tensor]:

@@ -347,8 +347,8 @@ def scale_text(worlds: Sequence[WorldOfModels]) -> str:
                     rank_correlation(rows, name, outcome, other) for rows in figures_of_worlds
                 ]
                 cells.append(correlation_text(values))
-            given = f" | {other}" if other else ""
-            prediction.add(f"{name}{given}, {label}", *cells)
+            condition = f" | {other}" if other else ""
+            prediction.add(f"{name}{condition}, {label}", *cells)
     return (
         f"threshold: keep samples that beat the prompt's first one with a probability over"
         f" {THRESHOLD:g}; penalty: weigh samples by exp(r / {BETA:g}), the best policy for reward"

@@ -203,6 +203,11 @@ class ReproduceOptions:
         """The seeds of every cell."""
         return range(self.first_seed, self.first_seed + self.seed_count())
 
+    def says_how_cells_train(self) -> bool:
+        """Whether an option is set that only an experiment made of cells looks at."""
+        is_free = self.learning_rate is None and self.batch_size is None
+        return not is_free or bool(self.scheme) or bool(self.width)
+
     def has_policies(self) -> bool:
         """Whether policies are judged in it."""
         return self.experiment in POLICY_EXPERIMENTS

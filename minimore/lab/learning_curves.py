@@ -8,7 +8,7 @@ a perfect trunk, and one Bradley-Terry head for all sources is solved on some of
     close, far      the half of all pairs with the smaller, or the larger, true margin
     short, long     responses of half as many words, or of twice as many
     agreed          pairs on which all annotators want the same response
-    contested       pairs on which no more than all but two of them do
+    contested       pairs on which at least two annotators want the other one than most do
 
 All heads are tested on the same pairs of any kind, of every annotator.
 
@@ -29,7 +29,7 @@ from ..calibration import accuracy, negative_log_likelihood, pair_ece
 from ..data.world import World
 from ..engine.cost import in_time
 from ..figures import plots
-from ..files import make_directory, write_json, write_text
+from ..files import make_directory
 from ..options import check_ranges, require
 from ..tables import Table
 from ..uncertainty import over_seeds
@@ -37,7 +37,7 @@ from .grid import ReproduceOptions, home_of
 from .methods.heads import SharedHead
 from .methods.states import StatePairs
 from .scheme_tables import cell_text, difference_text
-from .stored import stored_or_made
+from .stored import stored_or_made, write_report
 from .word_counts import CountedPairs, counted_pairs
 
 SHARES = (1 / 400, 1 / 100, 1 / 25, 4 / 25)  # of all training pairs: the amounts of a curve
@@ -55,23 +55,23 @@ Figures = dict[str, dict[str, dict[str, float]]]  # kind -> amount, as JSON writ
 
 
 def any_pair(pool: CountedPairs) -> np.ndarray:
-    """All of them."""
+    """All pairs."""
     return np.ones(len(pool.log_odds), bool)
 
 
 def of_first_sources(pool: CountedPairs, sources: int) -> np.ndarray:
-    """Those of the first annotators."""
+    """Pairs of the first annotators; sources: how many these are."""
     return pool.states.source.numpy() < sources
 
 
 def is_far(pool: CountedPairs) -> np.ndarray:
-    """Those whose own annotator sees a larger difference than in the median pair."""
+    """Pairs whose own annotator sees a larger difference than in the median pair."""
     own = np.abs(pool.log_odds[np.arange(len(pool.log_odds)), pool.states.source.numpy()])
     return own > np.median(own)
 
 
 def is_close(pool: CountedPairs) -> np.ndarray:
-    """The others."""
+    """Pairs that are not far."""
     return ~is_far(pool)
 
 
@@ -82,12 +82,12 @@ def in_favour(pool: CountedPairs) -> np.ndarray:
 
 
 def is_agreed(pool: CountedPairs) -> np.ndarray:
-    """Those on which all annotators want the same response."""
+    """Pairs on which all annotators want the same response."""
     return in_favour(pool) == pool.log_odds.shape[1]
 
 
 def is_contested(pool: CountedPairs) -> np.ndarray:
-    """Those on which at least two annotators want the other response."""
+    """Pairs on which at least two annotators want the other response than most do."""
     return in_favour(pool) <= pool.log_odds.shape[1] - 2
 
 
@@ -106,15 +106,14 @@ KINDS: dict[str, tuple[float, Selection]] = {
 
 
 def check_curves(options: ReproduceOptions) -> None:
-    """Refuse what this experiment cannot do, or sets itself."""
+    """Refuse options that this experiment has no use for, or decides itself (InputError)."""
     check_ranges(options)
     require(
         not options.model and not options.source,
         "curves: exists in the world only, where it is known which pairs are close or contested",
     )
-    is_free = options.learning_rate is None and options.batch_size is None
     require(
-        is_free and options.protocol == "clean" and not options.scheme and not options.width,
+        not options.says_how_cells_train() and options.protocol == "clean",
         "curves: solves one head on counts of words; expected no --scheme, --width, --protocol,"
         " --learning-rate or --batch-size",
     )
@@ -129,7 +128,10 @@ def check_curves(options: ReproduceOptions) -> None:
 
 
 def figures_of_world(world: World, pairs: int) -> Figures:
-    """RATES on the test pairs, of every kind and amount. pairs: of each annotator in the pool."""
+    """RATES on the test pairs, of heads that learned every kind and amount of pairs.
+
+    pairs: how many each annotator has in the pool from which a kind is selected.
+    """
     K = len(world.annotators)
     test = counted_pairs(world, [world.test_pairs] * K, 1).states
     pools: dict[float, CountedPairs] = {}
@@ -149,13 +151,13 @@ def figures_of_world(world: World, pairs: int) -> Figures:
 
 
 def by_turns(states: StatePairs, is_of_kind: np.ndarray) -> StatePairs:
-    """Those pairs of a kind, the first of every source first, then the second of each, and so on.
+    """The pairs of a kind in turns: the first pair of every source, then the second, and so on.
 
-    So that the first ones are of all sources in equal parts, if there are as many of each.
+    So the first N of them are of all sources in equal parts, as long as every source has some left.
     """
     places = np.flatnonzero(is_of_kind)
     source = states.source.numpy()[places]
-    turn = np.zeros(len(places), dtype=int)
+    turn = np.zeros(len(places), dtype=int)  # of each pair: how many of its source stand before it
     for k in range(states.sources):
         turn[source == k] = np.arange((source == k).sum())
     return states.at(torch.from_numpy(places[np.lexsort((source, turn))]))
@@ -198,15 +200,12 @@ def report_curves(options: ReproduceOptions, output: Path, worlds: list[Figures]
         " there are not so many pairs of that kind"
     ]
     parts += [f"{TITLES[rate]} by training pairs\n{rate_table(worlds, rate)}" for rate in RATES]
-    text = "\n\n".join(parts)
-    write_json(output / "report.json", worlds)
-    write_text(output / "report.txt", text + "\n")
     drawings = ""
     if plots.available():
         path = output / "figures" / "curves.png"
         plots.draw_curves(curves_of(worlds), "log2 of the training pairs", "accuracy", path)
         drawings = f", drawing to {path}"
-    print(f"\n{text}\n\nwritten to {output}/report.txt, every figure to report.json{drawings}")
+    write_report(output, worlds, "\n\n".join(parts), drawings)
 
 
 def values_at(worlds: Sequence[Figures], kind: str, amount: str, rate: str) -> np.ndarray | None:

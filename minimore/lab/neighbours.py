@@ -7,6 +7,7 @@ S seeds, K sources.
 """
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ import torch
 from torch import Tensor
 
 from ..calibration import accuracy, negative_log_likelihood, pair_ece
-from ..checksums import read_checked_json, write_checked_json
 from ..data.world import World
 from ..engine.cost import in_time
-from ..files import make_directory, write_json, write_text
+from ..files import make_directory
 from ..more import WEIGHTINGS
-from ..options import InputError, check_ranges, require
+from ..options import check_ranges, require
 from ..tables import Table
 from ..uncertainty import noise_floor
 from .grid import REGIMES, ReproduceOptions, home_of
@@ -29,6 +29,7 @@ from .methods.heads import Method
 from .methods.states import of_no_source, of_own_source
 from .probe import ProbeOptions, Weighting
 from .scheme_tables import cell_text, difference_text
+from .stored import stored_or_made, write_report
 from .word_counts import CountedPairs, counted_pairs
 
 BASE = "shared"  # the method from which differences are taken
@@ -53,16 +54,15 @@ def all_methods() -> dict[str, Method]:
 
 
 def check_neighbours(options: ReproduceOptions) -> None:
-    """Refuse what this experiment cannot do, or sets itself."""
+    """Refuse options that this experiment has no use for, or decides itself (InputError)."""
     check_ranges(options)
     require(
         not options.model and not options.source,
         "methods: exists in the world only; on states of real models, `minimore probe --method`",
     )
     is_default = options.regime == "conflict" and options.protocol == "clean"
-    is_free = options.learning_rate is None and options.batch_size is None
     require(
-        is_default and is_free and not options.scheme and not options.width,
+        is_default and not options.says_how_cells_train(),
         "methods: runs every method in every regime; expected no --scheme, --width, --regime,"
         " --protocol, --learning-rate or --batch-size",
     )
@@ -127,16 +127,12 @@ def run_worlds(options: ReproduceOptions, output: Path) -> Worlds:
     worlds: Worlds = {regime: [] for regime in REGIMES}
     for number, seed in enumerate(options.seed_range(), 1):
         began = time.monotonic()
+        pairs, test_pairs = options.training_pairs(), options.test_pair_count()
         for regime in REGIMES:
+            world = home_of(options, regime, pairs, test_pairs, seed).world
             path = world_file(output, regime, seed)
-            try:
-                figures = read_checked_json(path)["methods"]
-            except (InputError, OSError, KeyError):  # not there, or a kill or a disk spoiled it
-                pairs, test_pairs = options.training_pairs(), options.test_pair_count()
-                world = home_of(options, regime, pairs, test_pairs, seed).world
-                figures = figures_of_world(world, seed)
-                write_checked_json(path, {"methods": figures})
-            worlds[regime].append(figures)
+            make = partial(figures_of_world, world, seed)
+            worlds[regime].append(stored_or_made(path, make, key="methods"))
         print(f"[{number}/{options.seed_count()}] {in_time(time.monotonic() - began)}", flush=True)
     return worlds
 
@@ -156,10 +152,7 @@ def report_methods(options: ReproduceOptions, output: Path, worlds: Worlds) -> N
     ]
     for regime, figures in worlds.items():
         parts.append(f"regime {regime}\n{regime_table(figures)}")
-    text = "\n\n".join(parts)
-    write_json(output / "report.json", worlds)
-    write_text(output / "report.txt", text + "\n")
-    print(f"\n{text}\n\nwritten to {output}/report.txt, every figure to report.json")
+    write_report(output, worlds, "\n\n".join(parts))
 
 
 def rows_of(figures: list[dict[str, Figures]]) -> list[tuple[str, str, str]]:

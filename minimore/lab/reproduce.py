@@ -6,8 +6,7 @@ report     margins -> tables (report.txt), every figure (report.json), drawings
 """
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +16,18 @@ from ..data.overlap import print_overlap_of_files
 from ..data.texts import Reading
 from ..engine.cost import in_time
 from ..figures import plots
-from ..files import make_directory, sweep, write_json, write_text
+from ..files import make_directory, sweep
 from ..model.checkpoint import Checkpoint
 from ..options import InputError, parse_sources, require
 from .agreement import check_agreement, report_agreement, run_agreement
-from .cells import is_finished, margins_of, run_cell
+from .cells import is_finished, margins_of, run_timed
 from .estimate import SHARE_OF_SPEED, STEP_SECONDS, estimated_seconds
 from .experiments import REPORTS, every_entry
 from .finished import Grid
 from .grid import PROTOCOLS, Cell, ReproduceOptions, checked_cells
 from .learning_curves import check_curves, report_curves, run_curves
 from .neighbours import check_neighbours, report_methods, run_worlds
+from .stored import write_report
 
 # Options that leave a grid what it is. It may be continued with other values of these.
 FREE = (
@@ -77,7 +77,7 @@ def reproduce(options: ReproduceOptions) -> int:
     print_plan(options, cells, unfinished)
     if options.dry_run:
         return 0
-    open_output(options, output)
+    open_output(output, "grid", identity_of(options))
     exit_code = run_cells(output, cells, unfinished)
     if exit_code == 0:
         report(options, cells, output)
@@ -92,23 +92,29 @@ def reproduce_worlds(options: ReproduceOptions) -> int:
     print(f"{options.experiment}: {options.seed_count()} seeds, {experiment.plan}", flush=True)
     if options.dry_run:
         return 0
-    open_output(options, output)
+    open_output(output, "grid", identity_of(options))
     experiment.report(options, output, experiment.run(options, output))
     return 0
 
 
-def open_output(options: ReproduceOptions, output: Path) -> None:
-    """Make the directory of a grid, or clean up what a kill left in it."""
+def open_output(output: Path, kind: str, identity: dict[str, Any]) -> None:
+    """Make the directory, or clean up what a kill left in it; kind: see `check_stored_identity`."""
     make_directory(output)
     sweep(output)
-    if not (output / "grid.json").exists():
-        write_checked_json(output / "grid.json", identity_of(options))
+    identity_file = output / f"{kind}.json"
+    if not identity_file.exists():
+        write_checked_json(identity_file, identity)
 
 
 def identity_of(options: ReproduceOptions) -> dict[str, Any]:
     """The options that make a grid what it is, as grid.json holds them."""
-    identity = {name: value for name, value in asdict(options).items() if name not in FREE}
-    return json.loads(json.dumps(identity))  # tuples become lists, as in the file
+    return options_but(FREE, options)
+
+
+def options_but(free: Collection[str], options: Any) -> dict[str, Any]:
+    """All options but the free ones, as a JSON file gives them back: a tuple is a list there."""
+    identity = {name: value for name, value in asdict(options).items() if name not in free}
+    return json.loads(json.dumps(identity))
 
 
 def check_same_grid(options: ReproduceOptions, output: Path) -> None:
@@ -164,11 +170,9 @@ def run_cells(output: Path, cells: Sequence[Cell], unfinished: Sequence[Cell]) -
     for i, cell in enumerate(cells, 1):
         if cell not in unfinished:
             continue
-        began = time.monotonic()
-        exit_code = run_cell(output, cell)
+        exit_code = run_timed(output, cell, f"[{i}/{len(cells)}] {cell.name}")
         if exit_code:
             return exit_code
-        print(f"[{i}/{len(cells)}] {cell.name}: {in_time(time.monotonic() - began)}", flush=True)
     return 0
 
 
@@ -177,8 +181,5 @@ def report(options: ReproduceOptions, cells: Sequence[Cell], output: Path) -> No
     results = {cell.name: margins_of(output, cell, options.protocol) for cell in cells}
     grid = Grid(options, cells, results, output)
     text = REPORTS[options.experiment](grid)
-    write_json(output / "report.json", every_entry(grid))
-    write_text(output / "report.txt", text + "\n")
     drawings = f", drawings to {output}/figures" if plots.available() else ""
-    print(f"\n{text}")
-    print(f"\nwritten to {output}/report.txt, every figure to report.json{drawings}")
+    write_report(output, every_entry(grid), text, drawings)

@@ -10,29 +10,25 @@ test. Every training is an ordinary run directory, and whatever is finished is n
 So the same command continues, and more seeds, rates and methods may be asked for later.
 """
 
-import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..calibration import accuracy, negative_log_likelihood
-from ..checksums import write_checked_json
 from ..data.overlap import print_overlap_of_files
 from ..data.texts import Reading
-from ..engine.cost import in_time
-from ..files import make_directory, sweep, write_json, write_text
 from ..model.checkpoint import Checkpoint
 from ..model.recompute import RECOMPUTE
 from ..options import COUNT, Range, check_ranges, option, parse_sources, require, require_tests
 from ..train import check_options
-from .cells import is_finished, margins_of, run_cell
+from .cells import is_finished, margins_of, run_timed
 from .grid import SCHEMES, Cell, train_options
-from .reproduce import check_stored_identity
+from .reproduce import check_stored_identity, open_output, options_but
 from .statistics import ModelMargins, Results, by_seed, every_figure
+from .stored import write_report
 from .verdict import verdict_text
 
 PROTOCOL = "clean"  # of the margins: a quarter of the test prompts is held out
@@ -98,32 +94,26 @@ class TrialOptions:
 
 
 def compare_methods(options: TrialOptions) -> int:
-    """Sweep, train, and print the verdict; returns the exit code."""
+    """Sweep, choose, train, and print the verdict; returns the exit code."""
     sources = checked_sources(options)
     output = Path(options.output)
     check_stored_identity(output, "comparison", identity_of(options))
-    swept = [
+    sweep_cells = [
         cell_of(options, sources, method, rate, 0)
         for rate in options.rates
         for method in options.methods
     ]
-    total = len(swept) + (options.seeds - 1) * len(options.methods)
-    print(f"{total} trainings of {', '.join(options.methods)} on {', '.join(sources)}", flush=True)
+    print_plan(options, output, sweep_cells)
     if options.dry_run:
-        for cell in swept:
-            print(f"  {'finished' if is_finished(output, cell) else 'to do   '}  {cell.name}")
         return 0
     if not options.allow_overlap:
         reading = Reading(Checkpoint(options.model).tokenizer)
         print_overlap_of_files(parse_sources(options.source), reading)
-    make_directory(output)
-    sweep(output)
-    if not (output / "comparison.json").exists():
-        write_checked_json(output / "comparison.json", identity_of(options))
-    exit_code = run_all(output, swept)
+    open_output(output, "comparison", identity_of(options))
+    exit_code = run_all(output, sweep_cells)
     if exit_code:
         return exit_code
-    trials = [trial_of(output, cell, options) for cell in swept]
+    trials = [trial_of(output, cell, options) for cell in sweep_cells]
     best = best_rates(options, trials)
     print_sweep(options, trials, best)
     cells = [
@@ -131,7 +121,7 @@ def compare_methods(options: TrialOptions) -> int:
         for seed in range(options.seeds)
         for method in options.methods
     ]
-    exit_code = run_all(output, cells)
+    exit_code = run_all(output, cells)  # those of the first seed are finished
     if exit_code:
         return exit_code
     results = {cell.name: margins_of(output, cell, PROTOCOL) for cell in cells}
@@ -158,14 +148,25 @@ def checked_sources(options: TrialOptions) -> dict[str, tuple[str, str]]:
 
 def identity_of(options: TrialOptions) -> dict[str, Any]:
     """The options that make a comparison what it is, as comparison.json holds them."""
-    identity = {name: value for name, value in asdict(options).items() if name not in FREE}
-    return json.loads(json.dumps(identity))
+    return options_but(FREE, options)
+
+
+def print_plan(options: TrialOptions, output: Path, sweep_cells: Sequence[Cell]) -> None:
+    """Print how many trainings there are; in a dry run also the names of those of the sweep."""
+    further_seeds = options.seeds - 1  # the sweep has the first one
+    total = len(sweep_cells) + further_seeds * len(options.methods)
+    names = parse_sources(options.source)
+    print(f"{total} trainings of {', '.join(options.methods)} on {', '.join(names)}", flush=True)
+    if options.dry_run:
+        for cell in sweep_cells:
+            state = "finished" if is_finished(output, cell) else "to do   "
+            print(f"  {state}  {cell.name}")
 
 
 def cell_of(
     options: TrialOptions, sources: dict[str, tuple[str, str]], method: str, rate: float, seed: int
 ) -> Cell:
-    """One training of a method."""
+    """One training: a method at a learning rate, with a seed."""
     own_options = {
         "learning_rate": rate,
         "epochs": options.epochs,
@@ -192,11 +193,9 @@ def run_all(output: Path, cells: Sequence[Cell]) -> int:
     for cell in cells:
         if is_finished(output, cell):
             continue
-        began = time.monotonic()
-        exit_code = run_cell(output, cell)
+        exit_code = run_timed(output, cell, cell.name)
         if exit_code:
             return exit_code
-        print(f"{cell.name}: {in_time(time.monotonic() - began)}", flush=True)
     return 0
 
 
@@ -213,10 +212,14 @@ class Trial(NamedTuple):
 
 
 def trial_of(output: Path, cell: Cell, options: TrialOptions) -> Trial:
-    """What a finished cell shows on its held-out prompts."""
+    """What a finished cell shows on its held-out prompts; a source without any does not count.
+
+    If no source has any, there is nothing to see: a coin's accuracy, and no loss. Raises InputError
+    if rates are to be chosen by that.
+    """
     sources: ModelMargins = margins_of(output, cell, PROTOCOL)
-    held_out = [margins[~is_test] for margins, is_test, _ in sources.values()]
-    held_out = [margins for margins in held_out if len(margins)]
+    all_held_out = [margins[~is_test] for margins, is_test, _ in sources.values()]
+    held_out = [margins for margins in all_held_out if len(margins)]
     require(
         held_out or len(options.rates) == 1,
         "several --learning-rate: no TEST file has the four prompts of which one can be held out"
@@ -225,21 +228,25 @@ def trial_of(output: Path, cell: Cell, options: TrialOptions) -> Trial:
     return Trial(
         cell.at["scheme"],
         cell.options["learning_rate"],
-        float(np.mean([accuracy(margins) for margins in held_out])) if held_out else 0.5,
-        float(np.mean([negative_log_likelihood(m) for m in held_out])) if held_out else 0.0,
+        float(np.mean([accuracy(own) for own in held_out])) if held_out else 0.5,
+        float(np.mean([negative_log_likelihood(own) for own in held_out])) if held_out else 0.0,
     )
 
 
 def best_rates(options: TrialOptions, trials: Sequence[Trial]) -> dict[str, float]:
     """The learning rate of every method: that with the lowest NLL on held-out prompts."""
-    return {
-        method: min((t for t in trials if t.method == method), key=lambda trial: trial.nll).rate
-        for method in options.methods
-    }
+    best = {}
+    for method in options.methods:
+        own = [trial for trial in trials if trial.method == method]
+        best[method] = min(own, key=lambda trial: trial.nll).rate
+    return best
 
 
 def print_sweep(options: TrialOptions, trials: Sequence[Trial], best: dict[str, float]) -> None:
-    """A line for every method and rate, and what to look at where the best one is at an end."""
+    """A line for every method and rate, and a hint where the best rate is at an end of the sweep.
+
+    best: method -> the rate that it keeps.
+    """
     if len(options.rates) == 1:
         return
     for trial in trials:
@@ -259,13 +266,14 @@ def print_sweep(options: TrialOptions, trials: Sequence[Trial], best: dict[str, 
 
 
 def report(options: TrialOptions, output: Path, cells: Sequence[Cell], results: Results) -> None:
-    """Print the verdict, and write it and every figure."""
+    """Print the verdict, and write it and every figure.
+
+    The figures hold what follows of a method, too (METHOD + T); the verdict is on methods alone.
+    """
     schemes = {
         method: rows
         for method, rows in by_seed(list(cells), results).items()
         if method in options.methods
     }
     text = verdict_text(schemes, list(cells[0].tests))
-    write_json(output / "report.json", every_figure(cells, results))
-    write_text(output / "report.txt", text + "\n")
-    print(f"\n{text}\n\nwritten to {output}/report.txt, every figure to report.json")
+    write_report(output, every_figure(cells, results), text)

@@ -15,7 +15,7 @@ import numpy as np
 from ..calibration import pair_likelihoods
 from ..tables import Table
 from ..uncertainty import detectable, mean_interval, over_seeds
-from .scheme_tables import cell_text, gaps, half_of_mean, pair_noise
+from .scheme_tables import by_source, cell_text, gaps, half_of_mean, pair_noise
 from .statistics import Schemes, SeedFigures, is_clear
 
 SURE = NormalDist().inv_cdf(0.975)  # standard errors in half a 95% interval
@@ -50,11 +50,11 @@ def method_table(schemes: Schemes, names: list[str]) -> Table:
     table = Table("method", *(f"acc. {name[:12]}" for name in names), "mean", "NLL", "ECE", "floor")
     for method, rows in schemes.items():
         noise = pair_noise(rows, names, real=True)["accuracy"]
-        by_source = np.array([row.rates["accuracy"] for row in rows])  # (S, K)
+        accuracy = by_source(rows, "accuracy")  # (S, K)
         table.add(
             method,
-            *(cell_text(column, half) for column, half in zip(by_source.T, noise)),
-            cell_text(by_source.mean(1), half_of_mean(noise)),
+            *(cell_text(column, half) for column, half in zip(accuracy.T, noise)),
+            cell_text(accuracy.mean(1), half_of_mean(noise)),
             *(f"{mean_of(rows, figure):.3f}" for figure in ("nll", "ece", "floor")),
         )
     return table
@@ -91,11 +91,12 @@ def half_of_pairs(
 
 
 def nll_half(rows: Sequence[SeedFigures], base: Sequence[SeedFigures], name: str) -> float:
-    """Half a 95% interval of the difference in NLL on a source, a mean over seeds."""
-    losses, base_losses = (
-        np.mean([pair_likelihoods(row.margins[name]) for row in method], 0)
-        for method in (rows, base)
-    )
+    """Half a 95% interval of the difference in NLL on a source, from other test prompts.
+
+    All seeds of both methods answer the same pairs, so the loss of a pair is a mean over seeds.
+    """
+    losses = np.mean([pair_likelihoods(row.margins[name]) for row in rows], axis=0)  # (N,)
+    base_losses = np.mean([pair_likelihoods(row.margins[name]) for row in base], axis=0)
     interval = mean_interval(losses - base_losses, rows[0].prompts[name])
     return (interval.high - interval.low) / 2
 

@@ -88,7 +88,7 @@ def size(value: Any) -> float:
 
 
 def longest(values: Iterable[Any]) -> int:
-    """The characters of the longest value; a number has none."""
+    """How many characters the longest value has; 0 for a number, and where there is no value."""
     return max((extent(value) for value in values), default=0)
 
 

@@ -152,9 +152,9 @@ class Checkpoint:
         """Refuse keys that are missing, and keys that are not part of this model."""
         keys = set(self.tensors.files)
         others = keys - set(table) - {HEAD, *LANGUAGE_HEADS}
-        extra = sorted(key for key in others if not IGNORED.fullmatch(key))
+        surplus = sorted(key for key in others if not IGNORED.fullmatch(key))
         missing = sorted(set(table) - keys)
-        for what, names in (("missing", missing), ("not part of this model", extra)):
+        for what, names in (("missing", missing), ("not part of this model", surplus)):
             if names:
                 shown = ", ".join(name[:100] for name in names[:3])
                 rest = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -412,10 +412,10 @@ def replacement_lengths(normalizer: Any) -> list[int]:
 
 def special_names(named: Config) -> tuple[dict[str, str], list[str]]:
     """{"bos_token": text, ...} as far as named, and the additional special tokens."""
-    extra, listed = named.get("extra_special_tokens"), named.get("additional_special_tokens")
+    by_key, listed = named.get("extra_special_tokens"), named.get("additional_special_tokens")
     tokens = [(key, named.get(key)) for key in SPECIAL]
-    if isinstance(extra, dict):
-        tokens += extra.items()
+    if isinstance(by_key, dict):
+        tokens += by_key.items()
     special = {}
     for key, token in tokens:
         text = content_of(token)

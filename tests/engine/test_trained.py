@@ -212,8 +212,8 @@ def test_a_streamed_step_keeps_trained_blocks_only(part, recompute):
     step = StreamedStep(model, batches, more_objective(), recompute)
     step.forward()
     trained = len(model.trunk.blocks) - frozen_blocks(model)
-    kept = step.inputs.stack if recompute == "full" else step.graphs
-    assert len(batches) > 1 and len(kept) == trained * len(batches)
+    stored = step.inputs.stack if recompute == "full" else step.graphs
+    assert len(batches) > 1 and len(stored) == trained * len(batches)
     gradients = list(step.backward())
     assert len(gradients) == len(parts_of(model)) == 1 + trained
 

@@ -50,7 +50,7 @@ def separately(model, pairs, source, sources=3):
     """The gradient of every source's loss in all parameters, (K, P), by K backward passes."""
     rows = []
     for k in range(sources):
-        mine = [pair for pair, of in zip(pairs, source) if of == k]
+        mine = [pair for pair, own in zip(pairs, source) if own == k]
         gradients = plain_gradients(model, mine, [0] * len(mine)) if mine else None
         rows.append(gradients)
     names = sorted(next(row for row in rows if row))

@@ -91,7 +91,7 @@ def test_the_points_of_methods(tmp_path):
 def test_a_point_is_left_out_if_another_is_as_good_and_somewhere_better():
     random = np.random.default_rng(0)
     points = [Point(str(i), random.integers(3, size=4).astype(float)) for i in range(60)]
-    kept = {point.name for point in pareto(points)}
+    front = {point.name for point in pareto(points)}
     for point in points:
         better = [
             other
@@ -99,7 +99,7 @@ def test_a_point_is_left_out_if_another_is_as_good_and_somewhere_better():
             if all(s * a >= s * b for s, a, b in zip((1, 1, -1, -1), other[1], point[1]))
             and tuple(other[1]) != tuple(point[1])
         ]
-        assert (point.name in kept) == (not better)
+        assert (point.name in front) == (not better)
 
 
 def test_standardised_criteria_are_signed_and_equal_ones_count_nothing():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minimore.cli import main
-from minimore.lab import trial
+from minimore.lab import cells, trial
 from minimore.lab.statistics import figures_of
 from minimore.lab.trial import Trial, TrialOptions, best_rates
 from minimore.lab.verdict import nll_half, sentence, verdict_text
@@ -47,7 +47,7 @@ def test_it_goes_on_with_more_seeds_and_computes_nothing_twice(
     output = tmp_path / "trial"
     shutil.copytree(compared, output)
     trained = []
-    monkeypatch.setattr(trial, "run_cell", lambda _, cell: trained.append(cell.name) or 143)
+    monkeypatch.setattr(cells, "run_cell", lambda _, cell: trained.append(cell.name) or 143)
     words = words_of(world, output, "--seeds", "2", "--learning-rate", "1e-2")
     assert main(words) == 143
     assert trained == ["uniform-0.01-1"]

@@ -121,7 +121,7 @@ def apart(texts: Sequence[Any], where: str) -> tuple[Any, list[Any]]:
         strings = [string_of(text, where, "a text, or messages") for text in texts]
         end = prompt_end(strings)
         return strings[0][:end], [text[end:] for text in strings]
-    conversations = [messages_of(text, where, None, "assistant") for text in texts]
+    conversations = [messages_of(text, where, tokenizer=None, role="assistant") for text in texts]
     end = _shared_turns(conversations)
     require(
         end > 0 and all(len(turns) > end for turns in conversations),

@@ -27,10 +27,10 @@ Comparison = tuple[int, int]  # two points, the preferred one first where an ans
 
 
 class Standing(NamedTuple):
-    """What answers have shown so far.
+    """Where the search stands: what the answers so far say, and what could still be asked.
 
-    probabilities: that each point is the best, (P,). unasked: comparisons without an answer.
-    informations: what an answer to each of them is expected to say, (Q,) nats.
+    probabilities: (P,), how probably each point is the best. unasked: the Q comparisons that have
+    no answer. informations: (Q,), what an answer to each of them is expected to say, in nats.
     """
 
     probabilities: np.ndarray
@@ -44,12 +44,12 @@ class Standing(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """Whether that is sure enough."""
+        """Whether it is so probable that nothing is asked any more."""
         return bool(self.probabilities.max() >= CLEAR)
 
     @property
     def is_over(self) -> bool:
-        """Whether it is, or no question is left that says more."""
+        """Whether the best point is clear, or no comparison is left that is worth an answer."""
         return self.is_clear or self.informations.max(initial=0) < WORTH_ASKING
 
 
@@ -58,14 +58,24 @@ Choose = Callable[[Standing], Comparison]
 
 def standing_of(points: np.ndarray, answers: Sequence[Comparison]) -> Standing:
     """What answers say of points (P, C), each answer with the preferred point first."""
-    places = np.array(answers, dtype=int).reshape(-1, 2)
-    draws = learned_taste(points[places[:, 0]] - points[places[:, 1]]).draws()
-    best = best_in_draws(points, draws)
-    probabilities = np.bincount(best, minlength=len(points)) / len(draws)
+    chosen, rejected = columns_of(answers)
+    draws = learned_taste(points[chosen] - points[rejected]).draws()
+    wins = np.bincount(best_in_draws(points, draws), minlength=len(points))  # (P,)
+    probabilities = wins / len(draws)
     asked = {frozenset(answer) for answer in answers}
-    pairs = combinations(range(len(points)), 2)
-    unasked = [pair for pair in pairs if frozenset(pair) not in asked]
+    all_pairs = combinations(range(len(points)), 2)
+    unasked = [pair for pair in all_pairs if frozenset(pair) not in asked]
     return Standing(probabilities, unasked, informations(points, draws, unasked))
+
+
+def columns_of(comparisons: Sequence[Comparison]) -> tuple[np.ndarray, np.ndarray]:
+    """The first points of all comparisons, and the second ones; both are empty if there are none.
+
+    >>> columns_of([(0, 1), (0, 2)])
+    (array([0, 0]), array([1, 2]))
+    """
+    first, second = np.array(comparisons, dtype=int).reshape(-1, 2).T
+    return first, second
 
 
 def most_informative(standing: Standing) -> Comparison:
@@ -74,13 +84,13 @@ def most_informative(standing: Standing) -> Comparison:
 
 
 def informations(points: np.ndarray, draws: np.ndarray, pairs: Sequence[Comparison]) -> np.ndarray:
-    """I(a, b) of every pair: (Q,)."""
-    first, second = np.array(pairs, dtype=int).reshape(-1, 2).T
+    """I(a, b) = H(E p) - Σ_i P(i is best) H(E[p | i is best]) of every pair: (Q,)."""
+    first, second = columns_of(pairs)
     p = probability(draws @ (points[first] - points[second]).T)  # (S, Q)
     best = best_in_draws(points, draws)  # (S,)
-    information = entropy(p.mean(0))
+    information = entropy(p.mean(0))  # H(E p)
     for point in np.unique(best):
-        is_best = best == point
+        is_best = best == point  # (S,), the draws in which it is
         information -= is_best.mean() * entropy(p[is_best].mean(0))
     return information
 
@@ -96,7 +106,11 @@ def asked_until_over(
     prefers_first: Callable[[Comparison], bool],
     choose: Choose = most_informative,
 ) -> tuple[list[Comparison], Standing]:
-    """Ask until one point is clearly the best, or no question is worth an answer."""
+    """Ask until one point is clearly the best, or no question is worth an answer.
+
+    prefers_first: answers a comparison. choose: says which one to ask. Returns all answers, and
+    where they lead.
+    """
     answers: list[Comparison] = []
     while not (standing := standing_of(points, answers)).is_over:
         pair = choose(standing)

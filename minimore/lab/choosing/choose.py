@@ -50,7 +50,7 @@ def choose(options: ChooseOptions) -> int:
     print_front(points, front)
     names = [point.name for point in front]
     read = list(answers_in_file(options.answers, names)) if options.answers else []
-    typed = stored_answers(options.output, names) if options.output else []
+    typed = stored_answers(options.output, names) if options.output else []  # of earlier calls
     criteria = standardised(front)
     while True:
         standing = standing_of(criteria, [*read, *typed])
@@ -70,7 +70,10 @@ def choose(options: ChooseOptions) -> int:
 
 
 def ask(front: Sequence[Point], pair: Comparison, number_asked: int) -> Comparison | None:
-    """Ask which of two points is preferred, until it is A, B or enough; None is enough."""
+    """Ask which of two points is preferred, until A, B or enough is typed.
+
+    Returns the preferred point and the other one; None for enough, or where the input ends.
+    """
     table = Table(f"comparison {number_asked}", *CRITERIA)
     for letter, place in zip("AB", pair):
         table.add(f"{letter}: {front[place].name}", *cells_of(front[place]))
@@ -87,7 +90,7 @@ def ask(front: Sequence[Point], pair: Comparison, number_asked: int) -> Comparis
 
 
 def answers_in_file(path: str, names: Sequence[str]) -> Iterator[Comparison]:
-    """The answers of a file of JSON lines. Raises InputError for a point that is none of these."""
+    """The answers in a file of JSON lines. Raises InputError for points of other names."""
     for where, record in read_records(path):
         yield comparison_of(record.get("chosen"), record.get("rejected"), names, where)
 
@@ -107,7 +110,7 @@ def comparison_of(chosen: object, rejected: object, names: Sequence[str], where:
 def stored_answers(path: str, names: Sequence[str]) -> list[Comparison]:
     """What was typed before, if anything was."""
     if not Path(path).exists():
-        refuse_existing(path)  # also a directory that is not there
+        refuse_existing(path)  # a place where no file can be made is refused before any question
         return []
     stored = read_checked_json(path)
     require(
@@ -132,7 +135,7 @@ def store_answers(path: str, names: Sequence[str], answers: Sequence[Comparison]
 
 
 def cells_of(point: Point) -> list[str]:
-    """The criteria of a point as they are read."""
+    """The criteria of a point as they are printed."""
     return [number(float(value), 3) for value in point.criteria]
 
 

@@ -36,7 +36,7 @@ class Point(NamedTuple):
 
 
 def points_of(grid: Path, regime: str) -> list[Point]:
-    """The points of a finished grid. regime: which of a grid that has all of them.
+    """The points of a finished grid. regime: the one that is meant in a grid of methods.
 
     Raises InputError for a grid that is not finished, or that holds no trade-off.
     """
@@ -87,7 +87,7 @@ def table2_points(grid: Path) -> list[Point]:
 
 
 def rates_of(entries: Iterable[dict[str, Any]]) -> list[float]:
-    """Accuracy, that of the worst source, and ECE, each source and seed counting the same."""
+    """The first three CRITERIA: means over seeds, in which each source counts the same."""
     accuracies = np.array([list(entry["accuracy"].values()) for entry in entries])  # (S, K)
     eces = np.array([list(entry["ece"].values()) for entry in entries])
     return [accuracies.mean(), accuracies.min(1).mean(), eces.mean()]
@@ -115,10 +115,15 @@ def seconds_of_runs(grid: Path, size: Any, scheme: str) -> float:
 
 
 def seconds_in(log: Path) -> float:
-    """Seconds of all steps of a run. Its clock begins anew whenever it is continued."""
+    """Seconds of all steps of a run.
+
+    Every line has the time since the run began or was continued. So where the next line has no
+    more, or there is none, a stretch of the run ended, and its line has the length of the stretch.
+    """
     seconds = [json.loads(line)["seconds"] for line in log.read_text("utf-8").splitlines()]
-    ends = [now for now, after in zip(seconds, [*seconds[1:], 0.0]) if after <= now]
-    return float(sum(ends))
+    following = [*seconds[1:], 0.0]
+    stretches = [now for now, later in zip(seconds, following) if later <= now]
+    return float(sum(stretches))
 
 
 def method_points(grid: Path, regime: str) -> list[Point]:
@@ -141,17 +146,17 @@ def method_points(grid: Path, regime: str) -> list[Point]:
 
 
 def pareto(points: list[Point]) -> list[Point]:
-    """The points than which no other is better in one criterion and nowhere worse."""
-    signed = [SIGNS * point.criteria for point in points]
-    return [
-        point
-        for point, own in zip(points, signed)
-        if not any((other >= own).all() and (other > own).any() for other in signed)
-    ]
+    """The points that no other one beats, by being better in one criterion and worse in none."""
+    signed = [SIGNS * point.criteria for point in points]  # more is better
+
+    def is_beaten(own: np.ndarray) -> bool:
+        return any((other >= own).all() and (other > own).any() for other in signed)
+
+    return [point for point, own in zip(points, signed) if not is_beaten(own)]
 
 
 def standardised(points: list[Point]) -> np.ndarray:
-    """The criteria as a taste weighs them: (P, C). One in which all points are equal is 0."""
+    """The criteria as a taste weighs them: (P, C). A criterion that all points share is 0."""
     criteria = np.array([point.criteria for point in points], dtype=np.float64)
     seconds = CRITERIA.index("seconds")
     criteria[:, seconds] = np.log(np.maximum(criteria[:, seconds], 1e-3))  # a millisecond is free

@@ -44,33 +44,42 @@ class Taste(NamedTuple):
 def learned_taste(differences: np.ndarray) -> Taste:
     """The taste that comparisons show. differences: chosen minus rejected criteria (N, C).
 
-    Newton's method: the loss is convex, and a step that does not lower it is halved.
+    Newton's method finds the lowest loss, which is convex. A step that would raise it is halved.
     """
-    mean = np.full(differences.shape[1], MEAN)
+    taste = np.full(differences.shape[1], MEAN)
     for _ in range(NEWTON_STEPS):
-        p_other = probability(-(differences @ mean))  # of the answer that did not come
-        gradient = (mean - MEAN) / SPREAD**2 - differences.T @ p_other
-        covariance = np.linalg.inv(precision_at(mean, differences))
-        step = -covariance @ gradient
-        while loss_at(mean + step, differences) > loss_at(mean, differences) + ROUNDING:
+        step = newton_step(taste, differences)
+        loss = loss_at(taste, differences)
+        while loss_at(taste + step, differences) > loss + ROUNDING:
             step = step / 2
-        mean = mean + step
+        taste = taste + step
         if np.abs(step).max() < SMALL_STEP:
             break
-    return Taste(mean, np.linalg.inv(precision_at(mean, differences)))
+    return Taste(taste, np.linalg.inv(precision_at(taste, differences)))
+
+
+def newton_step(taste: np.ndarray, differences: np.ndarray) -> np.ndarray:
+    """The step (C,) to the lowest loss, if the loss were the parabola that touches it here."""
+    p_of_other_answer = probability(-(differences @ taste))  # (N,)
+    gradient = (taste - MEAN) / SPREAD**2 - differences.T @ p_of_other_answer
+    return -np.linalg.inv(precision_at(taste, differences)) @ gradient
 
 
 def loss_at(taste: np.ndarray, differences: np.ndarray) -> float:
-    """-log P of the comparisons, which is Bradley-Terry (Eq. 1), and of the taste itself."""
-    answers = np.logaddexp(0, -(differences @ taste)).sum()
-    return float(answers + np.square(taste - MEAN).sum() / (2 * SPREAD**2))
+    """-log P(comparisons | taste) - log P(taste), but for a constant.
+
+    The first is the Bradley-Terry loss (Eq. 1), and the second that of the normal before any.
+    """
+    of_comparisons = np.logaddexp(0, -(differences @ taste)).sum()
+    of_taste = np.square(taste - MEAN).sum() / (2 * SPREAD**2)
+    return float(of_comparisons + of_taste)
 
 
 def precision_at(taste: np.ndarray, differences: np.ndarray) -> np.ndarray:
-    """The second derivative of the loss: (C, C)."""
+    """I / SPREAD² + Σ p (1 - p) d dᵀ, the second derivative of the loss: (C, C)."""
     p = probability(differences @ taste)
-    own = np.eye(len(taste)) / SPREAD**2
-    return own + (differences * (p * (1 - p))[:, None]).T @ differences
+    of_taste = np.eye(len(taste)) / SPREAD**2
+    return of_taste + (differences * (p * (1 - p))[:, None]).T @ differences
 
 
 def best_in_draws(points: np.ndarray, draws: np.ndarray) -> np.ndarray:

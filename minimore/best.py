@@ -6,6 +6,7 @@ when finished      best/ is the model of that step, an ordinary checkpoint like 
                    which is the model of the last step; best.json says which step it was
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,12 +37,14 @@ class Best(NamedTuple):
 def better_of(best: Best | None, candidate: Best) -> Best:
     """The better of two, both by the same figure; the earlier one where they are equal.
 
+    NaN is worse than any number.
+
     >>> better_of(Best(10, "nll", 0.6), Best(20, "nll", 0.5)).step
     20
     >>> better_of(Best(10, "accuracy", 0.6), Best(20, "accuracy", 0.6)).step
     10
     """
-    if best is None:
+    if best is None or math.isnan(best.value):
         return candidate
     larger_is_better = best.by == "accuracy"
     is_better = candidate.value > best.value if larger_is_better else candidate.value < best.value

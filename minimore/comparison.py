@@ -207,7 +207,8 @@ def temperature_table(report: Report) -> str:
             *(or_none(version["nll"]) for version in versions),
         )
     text = f"temperature fitted on held-out pairs; one for all: {or_none(report['pooled'])}\n{rows}"
-    if "none" not in text:
+    own = [row["temperature"] for row in report["sources"].values()]
+    if None not in (report["pooled"], *own):
         return text
     return f"{text}\nnone: no such pairs were given, or they are separable, or not informative"
 

@@ -143,7 +143,7 @@ def home(tmp_path_factory):
         features = DOORS["features"][0].replace("--output out", "--output states").split()
         assert main(features) == 0
         sample = "minimore.alignment.sample"
-        patch.setattr(f"{sample}.written_whole", interrupted)
+        patch.setattr(f"{sample}.records_written_whole", interrupted)
         with pytest.raises(RuntimeError, match="interrupted"):
             main(DOORS["align sample, resumed"][0].split())
     return home

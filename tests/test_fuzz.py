@@ -228,7 +228,8 @@ def test_damaged_inputs_end_in_one_line(part, models, tmp_path, capsys):
             code == 0 or (len(said) == 1 and said[0].startswith(f"minimore {verb[0]}: "))
         ), label
         assert (tmp_path / "out").exists() == (code == 0), label
-        (tmp_path / "out").unlink(missing_ok=True)
+        for path in tmp_path.glob("out*"):
+            path.unlink()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "pairs.jsonl"], label
         codes[code] = codes.get(code, 0) + 1
     assert codes[2] > COUNT // 20, codes  # the damage is real

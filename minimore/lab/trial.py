@@ -180,7 +180,7 @@ def cell_of(
         "log_steps": 100,
     }
     return Cell(
-        at={"scheme": method, "rate": f"{rate:g}", "seed": seed},
+        at={"scheme": method, "rate": repr(rate), "seed": seed},
         model=options.model,
         sources=sources,
         tests={name: test for name, (_, test) in sources.items()},

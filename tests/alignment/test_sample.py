@@ -134,7 +134,8 @@ def test_a_killed_command_goes_on_and_ends_the_same(policy, tmp_path, monkeypatc
     assert main(command(policy, tmp_path / "out", "--resume")) == 0
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
     assert len(calls) == 4  # the first portion was not written again
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    names = ["out", "out.crc32", "whole", "whole.crc32"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 @pytest.mark.slow
@@ -152,7 +153,7 @@ def test_an_edited_file_of_what_is_done_changes_nothing(policy, tmp_path, monkey
     assert main(command(policy, tmp_path / "whole")) == 0
     work = tmp_path / "out.unfinished"
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "written_whole", lambda path: 1 / 0)
+        patch.setattr(sampling, "records_written_whole", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(command(policy, tmp_path / "out"))
     work.write_text("".join(edit(work.read_text().splitlines(keepends=True))))

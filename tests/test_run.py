@@ -282,7 +282,9 @@ def test_a_finished_run_that_cannot_go_on_stays_finished(
     if damage == "the log":
         (run / "metrics.jsonl").write_text("{}\n")
     if damage == "other texts":
-        monkeypatch.setattr("minimore.train.digests_of", lambda *_: {"ana": "of other texts"})
+        monkeypatch.setattr(
+            "minimore.train.digests_of", lambda *_: dict.fromkeys(world[1], "another")
+        )
     before = content_of(run)
     longer = {"gradient_average": 0.5, "save_steps": 2, "keep": 1, "resume": True, "epochs": 2}
     with pytest.raises(InputError, match=damage):

@@ -28,6 +28,7 @@ from ..files import make_directory, sweep, write_json, write_text
 from ..model.checkpoint import Checkpoint
 from ..model.recompute import RECOMPUTE
 from ..options import COUNT, Range, check_ranges, option, parse_sources, require, require_tests
+from ..reward import check_length
 from ..train import check_options
 from .cells import is_finished, margins_of, run_cell
 from .grid import SCHEMES, Cell, train_options
@@ -113,8 +114,11 @@ def compare_methods(options: TrialOptions) -> int:
         for cell in swept:
             print(f"  {'finished' if is_finished(output, cell) else 'to do   '}  {cell.name}")
         return 0
+    checkpoint = Checkpoint(options.model)
+    # Refused now: the first training would refuse it when the comparison is on the disk already.
+    check_length(checkpoint.config, options.max_length, checkpoint.directory, beyond=None)
     if not options.allow_overlap:
-        reading = Reading(Checkpoint(options.model).tokenizer)
+        reading = Reading(checkpoint.tokenizer)
         print_overlap_of_files(parse_sources(options.source), reading)
     make_directory(output)
     sweep(output)

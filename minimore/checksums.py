@@ -6,6 +6,8 @@ the other files of a directory in checksums.json, the log of a run in its saved 
 library only.
 """
 
+import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .files import as_text, read_json, write_json, write_text, written_whole
-from .options import InputError
+from .options import InputError, require
 
 CHECKSUM = "crc32"  # the key of a file's own checksum
 CHECKSUMS = "checksums.json"  # the checksums of other files of a directory
 BESIDE = ".crc32"  # what is added to a file's name for the file that holds its checksum
+LONGEST_NAME = 255  # bytes, in most file systems
+OUR_END = re.compile(rb'"crc32"\s*:\s*"[0-9a-f]{8}"\s*}\s*$')  # of a checksums.json
 
 
 def checksum(data: bytes | memoryview, before: str = "0") -> str:
@@ -96,13 +100,37 @@ def require_directory_as_written(directory: Path) -> None:
 def records_written_whole(path: str | Path) -> Iterator[TextIO]:
     """Give a file of text to write to; at the end it is at `path`, and its checksum beside it.
 
-    If the body raises, neither is there.
+    If the body raises, neither is there. Raises InputError, before anything is written, for a name
+    beside which there is no place for a checksum, and for one that says that the file is zipped.
     """
+    require_name_of_records(Path(path))
     with written_whole(path) as unfinished:
         with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
             yield file
         # First the checksum: a kill between the two then leaves no file that looks finished.
         write_checksum_beside(Path(path), file_checksum(unfinished))
+
+
+def require_name_of_records(path: Path) -> None:
+    """Refuse a name under which a file of records could not be finished, or not be read again."""
+    most = LONGEST_NAME - len(BESIDE)
+    size = len(os.fsencode(path.name))
+    require(
+        size <= most,
+        f"{path}: a name of {size} bytes; expected at most {most}, since a checksum is written"
+        f" beside it to NAME{BESIDE}",
+    )
+    beside = Path(f"{path}{BESIDE}")
+    require(
+        not beside.is_dir(),
+        f"{beside}: is a directory, where the checksum of {path.name} is to be written; choose"
+        " another name",
+    )
+    require(
+        path.suffix != ".gz",
+        f"{path}: is written as plain text, which nobody could read under such a name; leave out"
+        " the .gz",
+    )
 
 
 def write_checksum_beside(path: Path, total: str) -> None:
@@ -123,12 +151,22 @@ def require_records_as_written(path: str | Path) -> None:
     above = path.absolute().parent
     for directory in (above, above.parent):
         listing = directory / CHECKSUMS
-        if listing.is_file() and CHECKSUM in read_json(listing):  # else it is somebody else's
+        if listing.is_file() and is_ours(listing):
             stored = read_checked_json(listing).get(
                 path.absolute().relative_to(directory).as_posix()
             )
             if stored is not None:
                 _require_checksum(path, stored, listing)
+
+
+def is_ours(listing: Path) -> bool:
+    """Whether a checksums.json is one that we wrote: its last key is then a checksum of itself.
+
+    Another program may have written another kind of checksums under that name, even of no JSON.
+    """
+    with open(listing, "rb") as file:
+        file.seek(-min(100, listing.stat().st_size), os.SEEK_END)
+        return OUR_END.search(file.read()) is not None
 
 
 def _require_checksum(path: Path, stored: str, listing: Path) -> None:

@@ -34,7 +34,12 @@ POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins, which stan
 
 def beside(path: Path) -> Path:
     """A name next to `path` that nobody else uses."""
-    return path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.partial")
+    return path.with_name(f"{beginning_of_name(path)}.{secrets.token_hex(4)}.partial")
+
+
+def beginning_of_name(path: Path) -> str:
+    """As much of a file's name as leaves room for what `beside` adds to it: 200 bytes at most."""
+    return os.fsencode(path.name)[:200].decode(errors="ignore")
 
 
 @contextmanager
@@ -85,7 +90,7 @@ def sweep_beside(path: Path) -> None:
 
     That of a living process is locked. Where there are no locks, all stay.
     """
-    ours = re.compile(re.escape(path.name[:200]) + r"\.[0-9a-f]{8}\.partial")
+    ours = re.compile(re.escape(beginning_of_name(path)) + r"\.[0-9a-f]{8}\.partial")
     left = []
     with suppress(OSError):  # a directory that may be written to, but not listed
         left = [file for file in path.parent.iterdir() if ours.fullmatch(file.name)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from .checksums import checksum
 from .engine.cost import in_whole_time
 from .engine.objective import StepResult
-from .files import to_disk, write_bytes
+from .files import to_disk
 from .more import Labels, bradley_terry_losses, head_gradients
 from .options import InputError
 from .tables import number
@@ -256,16 +256,15 @@ class Log:
         return self.total
 
 
-def cut_log(path: Path, step: int, total: str) -> None:
-    """Drop the lines of steps after `step`: those steps will be taken again.
+def remaining_log(path: Path, step: int, total: str) -> bytes:
+    """The lines of a log without those of steps after `step`: these steps will be taken again.
 
     total: the checksum of the lines that remain. A log that was removed begins anew, which is said.
     Raises InputError if other lines remain.
     """
     if step and not path.exists():
         print(f"{path} is missing: the log begins after step {step}", flush=True)
-        write_bytes(path, b"")
-        return
+        return b""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     try:
         whole = [
@@ -278,4 +277,4 @@ def cut_log(path: Path, step: int, total: str) -> None:
             f"{path}: is not the log of this run's first {step} steps: a line was lost, repeated or"
             " changed; restore it, or remove the file to go on without the log so far"
         )
-    write_bytes(path, b"".join(whole))
+    return b"".join(whole)

@@ -43,7 +43,8 @@ from .engine.recipe import Recipe, RecipeOptions
 from .engine.streamed import StreamedEngine
 from .engine.trained import is_trained, trained_blocks
 from .engine.workload import Workload
-from .metrics import Log, RecentSteps, cut_log
+from .files import write_bytes
+from .metrics import Log, RecentSteps, remaining_log
 from .model.checkpoint import Checkpoint, model_tensors, write_config
 from .model.tensors import STORAGE, write_sharded
 from .model.trunk import replace_parameter
@@ -242,17 +243,19 @@ def open_origin(options: LoopOptions, run: Path) -> tuple[Checkpoint, dict[str, 
 def begin(training: Training, recipe: Recipe, facts: dict[str, Any] | None, lock: Lock) -> None:
     """Take the directory, and put a run that is continued back as it was.
 
-    Nothing is written before. facts: those of `open_origin`.
+    Nothing is written before the run's own state has been accepted, too: a finished run that cannot
+    go on stays a finished one. facts: those of `open_origin`.
     """
     lock.take()
-    if is_first():
-        start_run(training.run, training.options, recipe)
     if facts:
         restore(training, facts)
     if not is_first():
         return
+    path = training.run / "metrics.jsonl"
     checksum_of_log = facts["log"] if facts else checksum(b"")
-    cut_log(training.run / "metrics.jsonl", training.first_step - 1, checksum_of_log)
+    log = remaining_log(path, training.first_step - 1, checksum_of_log)
+    start_run(training.run, training.options, recipe)
+    write_bytes(path, log)
 
 
 def restore(training: Training, facts: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 from power_cut import DIRECTORY, Disk
 
-from minimore.checksums import read_checked_json, write_checked_json
+from minimore.checksums import read_checked_json, records_written_whole, write_checked_json
 from minimore.files import (
     beside,
     directory_written_whole,
@@ -78,6 +78,29 @@ def test_two_names_beside_a_file_differ_and_fit(tmp_path):
     first, second = beside(path), beside(path)
     assert first != second and first.parent == second.parent == tmp_path
     first.write_text("a name of 255 bytes at most")
+
+
+@pytest.mark.parametrize("letter", ["é", "語", "😀"])
+def test_a_name_that_fits_is_written_whatever_its_letters_take(tmp_path, letter):
+    path = tmp_path / (letter * (255 // len(letter.encode())))
+    for text in ("first", "second"):
+        write_text(path, text)
+        assert path.read_text() == text and names_in(tmp_path) == [path.name]
+
+
+def test_a_file_of_records_needs_a_name_beside_which_a_checksum_fits(tmp_path):
+    (tmp_path / "taken.crc32").mkdir()
+    for name, message in (
+        ("x" * 250, "a name of 250 bytes; expected at most 249"),
+        ("taken", "taken.crc32: is a directory"),
+        ("zipped.jsonl.gz", "leave out the .gz"),
+    ):
+        with pytest.raises(InputError, match=message), records_written_whole(tmp_path / name):
+            pytest.fail("the work has begun")
+    assert names_in(tmp_path) == ["taken.crc32"]
+    with records_written_whole(tmp_path / ("x" * 249)) as file:
+        file.write("{}")
+    assert len(names_in(tmp_path)) == 3
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path):

@@ -252,5 +252,9 @@ def test_a_checksum_that_is_damaged_or_somebody_elses(world, tmp_path, capsys):
             list(read_records(str(path)))
     beside.unlink()
     assert list(read_records(str(path)))
-    (tmp_path / "checksums.json").write_text('{"scores.jsonl": "md5 of another tool"}')
-    assert list(read_records(str(path)))
+    (tmp_path / "home").mkdir()
+    path = path.rename(tmp_path / "home" / path.name)
+    for anothers in ('{"scores.jsonl": "its md5"}', "[1, 2]", "3", "", "md5 scores.jsonl", "{"):
+        for directory in (tmp_path, path.parent):
+            (directory / "checksums.json").write_text(anothers)
+            assert list(read_records(str(path)))

@@ -270,6 +270,36 @@ def test_a_finished_run_without_a_checkpoint_gets_no_more_epochs(
     assert (run / "config.json").exists()
 
 
+@pytest.mark.parametrize("damage", ["other texts", "the log"])
+def test_a_finished_run_that_cannot_go_on_stays_finished(
+    world, halted, tmp_path, monkeypatch, damage
+):
+    run = with_options(Path(shutil.copytree(halted, tmp_path / "run")), keep=1)
+    for path in training.checkpoints(run)[-1].iterdir():
+        if not path.name.startswith("state"):
+            shutil.copy(path, run)
+    (run / "README.md").write_text("the card of the finished model")
+    if damage == "the log":
+        (run / "metrics.jsonl").write_text("{}\n")
+    if damage == "other texts":
+        monkeypatch.setattr(
+            "minimore.train.digests_of", lambda *_: dict.fromkeys(world[1], "another")
+        )
+    before = content_of(run)
+    longer = {"gradient_average": 0.5, "save_steps": 2, "keep": 1, "resume": True, "epochs": 2}
+    with pytest.raises(InputError, match=damage):
+        train(options(world, run, **longer))
+    assert content_of(run) == before
+
+
+def content_of(directory):
+    return {
+        path.relative_to(directory): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
 def test_what_another_device_and_other_evaluations_change_is_said(world, halted, tmp_path, capsys):
     best = {"keep_best": "nll", "validation": 0.2, "gradient_average": 0.5}
     run = with_options(Path(shutil.copytree(halted, tmp_path / "run")), **best, eval_steps=4)

@@ -164,6 +164,6 @@ class RecipeOptions:
             "micro_tokens": micro_tokens,
             "offload": tuple(sorted(set(self.offload))),
             "max_grad_norm": self.max_grad_norm,
-            "train": self.train or stored.get("train"),
+            "train": stored.get("train") if self.train is None else self.train,
         }
-        return {name: value for name, value in values.items() if value not in (None, "", ())}
+        return {name: value for name, value in values.items() if value not in (None, ())}

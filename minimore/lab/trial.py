@@ -23,6 +23,7 @@ from ..data.texts import Reading
 from ..model.checkpoint import Checkpoint
 from ..model.recompute import RECOMPUTE
 from ..options import COUNT, Range, check_ranges, option, parse_sources, require, require_tests
+from ..reward import check_length
 from ..train import check_options
 from .cells import is_finished, margins_of, run_timed
 from .grid import SCHEMES, Cell, train_options
@@ -106,8 +107,11 @@ def compare_methods(options: TrialOptions) -> int:
     print_plan(options, output, sweep_cells)
     if options.dry_run:
         return 0
+    checkpoint = Checkpoint(options.model)
+    # Refused now: the first training would refuse it when the comparison is on the disk already.
+    check_length(checkpoint.config, options.max_length, checkpoint.directory, beyond=None)
     if not options.allow_overlap:
-        reading = Reading(Checkpoint(options.model).tokenizer)
+        reading = Reading(checkpoint.tokenizer)
         print_overlap_of_files(parse_sources(options.source), reading)
     open_output(output, "comparison", identity_of(options))
     exit_code = run_all(output, sweep_cells)

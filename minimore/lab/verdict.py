@@ -70,6 +70,8 @@ def sentence(
     differences = gaps(rows, base, figure)
     of_pairs = half_of_pairs(rows, base, names, figure)
     mean, of_seeds = over_seeds(differences)
+    if math.isnan(of_pairs):
+        return f"{word} {mean:+.3f}; a source has one test prompt, of which there is no interval"
     if math.isnan(of_seeds):
         return f"{word} {mean:+.3f} ± {of_pairs:.3f} by test prompts alone"
     half = math.hypot(of_seeds, of_pairs)

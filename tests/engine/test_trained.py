@@ -383,6 +383,7 @@ REFUSED = {
     "last-3": "--train last-3: the model has 2 blocks; expected at most that",
     "last-0": "--train last-0: expected all, head or last-N",
     "tail": "--train tail: expected all, head or last-N",
+    "": "--train : expected all, head or last-N",
 }
 
 

@@ -1,8 +1,10 @@
 """`choose`: points of a grid, the taste behind comparisons, which to ask, and the verb."""
 
+import io
 import json
 import math
 from itertools import product
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -309,3 +311,40 @@ def test_what_the_verb_refuses(grid, tmp_path, answer, capsys):
     assert "is not a report of table2" in refusal(grid)
     write_checked_json(grid / "grid.json", {"experiment": "figure7"})
     assert "is a grid of figure7; expected one of table2, methods" in refusal(grid)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"accuracy": {}}, {"accuracy": {"ana": 10**400}}, {"ece": {"ana": 1e308, "ben": 1e308}}],
+)
+def test_a_report_with_impossible_numbers_is_refused_in_one_line(grid, capsys, damage):
+    report = grid / "report.json"
+    entries = json.loads(report.read_text())
+    report.write_text(json.dumps([entry | damage for entry in entries]))
+    assert main(["choose", str(grid)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is not a report of table2" in error
+
+
+def test_nobody_can_answer_where_there_is_no_input_or_none_that_is_text(grid, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["choose", str(grid)]) == 0
+    assert "your choice after 0 comparisons" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+    assert main(["choose", str(grid)]) == 2
+    assert "holds bytes that are no text" in capsys.readouterr().err
+
+
+def test_answers_of_another_process_are_not_overwritten(grid, tmp_path, monkeypatch, capsys):
+    words = ["choose", str(grid), "--output", str(tmp_path / "answers.json")]
+
+    def slow_answer(_):
+        """While this one thinks, another person answers."""
+        monkeypatch.setattr("builtins.input", Mock(side_effect=["a", "b", EOFError]))
+        assert main(words) == 0
+        return "b"
+
+    monkeypatch.setattr("builtins.input", slow_answer)
+    assert main(words) == 2
+    assert "another process has changed it" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "answers.json").read_text())["answers"]) == 2

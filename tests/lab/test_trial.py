@@ -82,6 +82,7 @@ def test_every_method_keeps_the_rate_with_the_lowest_nll(capsys):
         (["--batch-size", "7"], "--batch-size 7"),
         (["--seeds", "0"], "--seeds 0"),
         (["--source", "zoe=a.jsonl"], "has no test file"),
+        (["--max-length", "4096"], "was made for 2048 tokens"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(world, tmp_path, capsys, more, says):
@@ -138,6 +139,17 @@ def test_nll_half_is_that_of_whole_prompts():
     by_prompt = d.reshape(300, 2).mean(1)
     expected = student_t(299) * by_prompt.std(ddof=1) / math.sqrt(300)
     assert nll_half(one, other, "a") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_of_one_test_prompt_there_is_no_interval(seeds):
+    prompts = {"a": np.zeros(1, int)}
+    rows, base = (
+        [figures_of({"a": np.array([margin + seed])}, prompts) for seed in range(seeds)]
+        for margin in (1.0, 0.5)
+    )
+    text = verdict_text({"base": base, "better": rows}, ["a"])
+    assert "NLL" in text and "; a source has one test prompt" in text and "nan" not in text
 
 
 def test_calibrated_methods_are_not_ranked_by_ece_and_chance_is_said():

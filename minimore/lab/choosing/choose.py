@@ -9,6 +9,7 @@ is: a person compares, and what they want is learned. Differs, by its abstract: 
 Pareto fronts, learn a ranking by a support vector machine, and go on to search for parameters.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ def choose(options: ChooseOptions) -> int:
             break
         typed.append(answer)
         if options.output:
+            require_alone(options.output, names, typed[:-1])
             store_answers(options.output, names, typed)
     print_end(front, standing, len(read) + len(typed))
     return 0
@@ -78,15 +80,20 @@ def ask(front: Sequence[Point], pair: Comparison, number_asked: int) -> Comparis
     for letter, place in zip("AB", pair):
         table.add(f"{letter}: {front[place].name}", *cells_of(front[place]))
     print(f"\n{table}")
-    while True:
+    while sys.stdin is not None:  # else it was closed, and nobody can answer
         try:
             typed = input("A or B, or enough? ").strip().lower()
         except EOFError:
             return None
+        except UnicodeDecodeError:
+            raise InputError(
+                "standard input: holds bytes that are no text; expected A, B or enough in a line"
+            ) from None
         if typed in ("a", "b"):
             return pair if typed == "a" else pair[::-1]
         if typed in ("e", "enough", "q"):
             return None
+    return None
 
 
 def answers_in_file(path: str, names: Sequence[str]) -> Iterator[Comparison]:
@@ -123,6 +130,15 @@ def stored_answers(path: str, names: Sequence[str]) -> list[Comparison]:
         raise
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{path}: holds no answers of `choose`; choose another name") from None
+
+
+def require_alone(path: str, names: Sequence[str], typed: Sequence[Comparison]) -> None:
+    """Refuse to store where another process has stored answers meanwhile: it would lose them."""
+    require(
+        stored_answers(path, names) == list(typed),
+        f"{path}: another process has changed it since it was read; the same command goes on from"
+        " what it holds now",
+    )
 
 
 def store_answers(path: str, names: Sequence[str], answers: Sequence[Comparison]) -> None:

@@ -11,6 +11,7 @@ P points, C criteria.
 """
 
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +27,12 @@ from ..statistics import is_single
 
 CRITERIA = ("accuracy", "worst source", "ECE", "seconds")
 SIGNS = np.array([1, 1, -1, -1])  # whether more is better
+
+# What may go wrong in a report whose keys, types or numbers are not those of its experiment.
+NOT_A_REPORT = (
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError),
+    RuntimeWarning,
+)
 
 
 class Point(NamedTuple):
@@ -57,11 +64,13 @@ def points_of(grid: Path, regime: str) -> list[Point]:
         " point answers the same pairs",
     )
     try:
-        points = readers[experiment]()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # of NumPy: a mean of nothing, say
+            points = readers[experiment]()
         is_whole = all(np.isfinite(point.criteria).all() for point in points)
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except NOT_A_REPORT:
         points, is_whole = [], False
     require(
         points and is_whole,

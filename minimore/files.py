@@ -144,12 +144,24 @@ def unfinished_name(path: Path) -> Path:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what a kill left unfinished."""
+    """Remove what a kill left unfinished. A file that a living process writes is locked: it stays."""
     for unfinished in directory.glob("*.partial"):
         if unfinished.is_dir() and not unfinished.is_symlink():
             shutil.rmtree(unfinished)
-        else:
-            unfinished.unlink()
+        elif unfinished.is_symlink() or not is_locked(unfinished):
+            unfinished.unlink(missing_ok=True)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process, or another part of this one, holds the lock of a file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # it is gone, or nobody may read it
+        return False
+    try:
+        return lock(descriptor) is False
+    finally:
+        os.close(descriptor)
 
 
 def make_directory(path: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from minimore.files import (
     one_line,
     read_json,
     refuse_existing,
+    sweep,
     write_json,
     write_text,
     written_whole,
@@ -134,6 +135,16 @@ def test_what_a_living_process_writes_stays(tmp_path):
             second.write_text("second")
         assert path.read_text() == "second" and first.exists()
     assert path.read_text() == "first" and names_in(tmp_path) == ["report.txt"]
+
+
+def test_a_sweep_leaves_what_a_living_process_writes(tmp_path):
+    (tmp_path / "old.partial").write_text("of a killed process")
+    (tmp_path / "dir.partial").mkdir()
+    with written_whole(tmp_path / "report.txt") as unfinished:
+        unfinished.write_text("half")
+        sweep(tmp_path)
+        assert names_in(tmp_path) == [unfinished.name]
+    assert names_in(tmp_path) == ["report.txt"]
 
 
 def test_without_locks_nothing_is_removed(tmp_path, monkeypatch):

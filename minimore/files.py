@@ -144,7 +144,7 @@ def unfinished_name(path: Path) -> Path:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what a kill left unfinished. A file that a living process writes is locked: it stays."""
+    """Remove what a kill left unfinished; what a living process writes is locked, and stays."""
     for unfinished in directory.glob("*.partial"):
         if unfinished.is_dir() and not unfinished.is_symlink():
             shutil.rmtree(unfinished)

@@ -111,6 +111,7 @@ def test_every_figure_of_a_log_is_read(run):
     assert len(history.series) == 15 + 3 + 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logged", [True, False])
 def test_the_last_evaluation_stands_at_the_last_step(logged, tmp_path):
     """It is in evaluation.json, also where no step was evaluated on the way."""
@@ -273,6 +274,7 @@ def test_the_page_of_several_runs_names_each_and_what_one_lacks(tmp_path, capsys
     assert f"{other}: has no source ben, which other runs have" in said
 
 
+@pytest.mark.slow
 def test_what_nobody_logged_has_no_panel(tmp_path):
     policy = write_run(tmp_path / "policy", map(policy_record, range(1, 5)))
     words = words_of([policy], tmp_path / "page")

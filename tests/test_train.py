@@ -284,6 +284,7 @@ def test_a_gradient_of_zero_is_told():
     assert what_is_wrong({"sources": {"a": fine, "b": absent}}) is None
 
 
+@pytest.mark.slow
 def test_a_run_prints_about_25_lines_and_every_evaluation_and_logs_every_step(
     world, tmp_path, capsys
 ):

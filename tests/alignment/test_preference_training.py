@@ -142,6 +142,7 @@ def require_their_report(home, run):
         assert own["ece"] == pytest.approx(pair_ece(margins), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_dpo_learns_its_pairs(home, tmp_path):
     assert main(words_of(home, tmp_path / "run", "dpo", epochs=10)) == 0
     log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

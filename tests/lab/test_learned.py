@@ -64,6 +64,7 @@ def test_every_annotator_has_its_pairs_in_turn(testbed, learner, responses):
         assert item.prompt == other.prompt and item.responses[:2] == other.responses
 
 
+@pytest.mark.slow
 def test_what_learners_are_worth(testbed, monkeypatch):
     """The base has gained and forgotten nothing, and every other has moved, each elsewhere."""
     monkeypatch.setattr(learners, "PAIRS_A_STEP", 9)

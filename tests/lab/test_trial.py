@@ -125,12 +125,13 @@ def test_a_better_method_is_called_better_and_a_worse_one_worse():
     assert ", worse" in worse and "better" not in worse
 
 
+@pytest.mark.slow
 def test_methods_that_do_not_differ_seldom_seem_to():
     random, flagged = np.random.default_rng(1), 0
-    for _ in range(60):
+    for _ in range(30):
         one, other = (rows_of(0.5, 3, random=random) for _ in range(2))
         flagged += "no clear difference" not in sentence(one, other, ["a", "b"], "accuracy")
-    assert flagged <= 9  # 3 are expected
+    assert flagged <= 6  # 1 or 2 are expected
 
 
 def test_nll_half_is_that_of_whole_prompts():

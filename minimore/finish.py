@@ -34,6 +34,9 @@ def write_reports(
     run, options = training.run, training.options
     if report:
         print(table(report))
+        held_out_groups = [name for name in report["sources"] if name not in training.names]
+        if held_out_groups:
+            print(f"never trained on: {', '.join(held_out_groups)}")
         write_json(run / "evaluation.json", report)
     if validation:
         print(f"held out for validation:\n{table(validation)}")

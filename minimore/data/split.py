@@ -70,6 +70,12 @@ def split(options: SplitOptions) -> None:
         f"{options.file}: is one JSON list, which has no lines; expected JSON lines, which"
         " `minimore data convert` makes of it",
     )
+    prompts, wanted = sum(map(len, groups)), [share for share in options.shares() if share]
+    require(
+        prompts >= len(wanted),
+        f"{options.file}: prompts in it: {prompts}; expected one for each of {len(wanted)} parts,"
+        " as parts share none",
+    )
     for part, share in enumerate(options.shares()):
         require(
             bool(groups[part]) == bool(share),

@@ -24,7 +24,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.recompute import RECOMPUTE
 from ..options import COUNT, Range, check_ranges, option, parse_sources, require, require_tests
 from ..reward import check_length
-from ..train import check_options
+from ..train import check_options, print_where_more_is_plain
 from .cells import is_finished, margins_of, run_timed
 from .grid import SCHEMES, Cell, train_options
 from .reproduce import check_stored_identity, open_output, options_but
@@ -161,6 +161,8 @@ def print_plan(options: TrialOptions, output: Path, sweep_cells: Sequence[Cell])
     total = len(sweep_cells) + further_seeds * len(options.methods)
     names = parse_sources(options.source)
     print(f"{total} trainings of {', '.join(options.methods)} on {', '.join(names)}", flush=True)
+    for cell in sweep_cells[: len(options.methods)]:  # one of each method
+        print_where_more_is_plain(train_options(output, cell), len(names))
     if options.dry_run:
         for cell in sweep_cells:
             state = "finished" if is_finished(output, cell) else "to do   "

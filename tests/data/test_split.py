@@ -150,6 +150,9 @@ def test_what_cannot_be_split_is_one_line_and_leaves_nothing(file, tmp_path, cap
     assert "not a file" in refused(capsys, tmp_path / "absent.jsonl", *out)
     assert "nothing to do" in refused(capsys, file, *out, "--test", 0)
     assert "at most 1" in refused(capsys, file, *out, "--test", 0.5, "--validation", 0.6)
+    lone = tmp_path / "lone.jsonl"
+    lone.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    assert "prompts in it: 1; expected one for each of 2" in refused(capsys, lone, *out)
     assert "falls to test" in refused(capsys, file, *out, "--test", 1e-9)
     assert "FILE is missing" in refused(capsys, *out)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))

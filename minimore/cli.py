@@ -265,8 +265,9 @@ def outcome_of(error: BaseException) -> tuple[int, str]:
         )
     if isinstance(error, OSError):
         where = str(error)
-        if error.filename and error.strerror:
-            where = f"{error.filename}: {error.strerror}"
+        name = error.filename2 or error.filename  # of two, that which was to be made by renaming
+        if name and error.strerror:
+            where = f"{name}: {error.strerror}"
         return 2, f"{where}; check the path, its permissions and the space left"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"

@@ -57,7 +57,8 @@ MAY_CHANGE = (
 def open_run(options: Any) -> Path | None:
     """The directory of a new or a continued run; None if the run is finished already.
 
-    Raises InputError for any other directory, and for options that the run does not have.
+    It removes what kills have left in a finished run, so whoever calls it holds the `Lock`. Raises
+    InputError for any other directory, and for options that the run does not have.
     """
     run = Path(options.output)
     require(options.output, "--output: the path is empty")
@@ -131,7 +132,7 @@ def as_json(value: Any) -> dict[str, Any]:
 
 
 class Lock:
-    """Within, no other process trains in a run directory.
+    """Within, no other process trains in a run directory, or opens it to train there.
 
     A directory that is there is locked at once. A new one is made and locked by `take`, so that a
     command that is refused leaves nothing behind. Of several processes that train together the

@@ -57,25 +57,26 @@ def train(options: TrainOptions, watch: Watch | None = None) -> int:
 
     watch: is called after every step with its number, the number of steps and the model.
     """
-    with joined(options):
+    with joined(options), ExitStack() as stack:
         with refused_together():
             paths = parse_sources(options.source, held_out_groups=True)
             check_options(options, [*training_files(paths)])
+            lock = stack.enter_context(Lock(Path(options.output)))
             run = open_run(options) if is_first() else None
         run = from_first(run)
-        return 0 if run is None else train_in(run, options, paths, watch)
+        return 0 if run is None else train_in(run, options, paths, lock, watch)
 
 
-def train_in(run: Path, options: TrainOptions, paths: Paths, watch: Watch | None) -> int:
+def train_in(
+    run: Path, options: TrainOptions, paths: Paths, lock: Lock, watch: Watch | None
+) -> int:
     """Train in a directory that is open for it; return the exit code."""
-    with ExitStack() as stack:
-        with refused_together():
-            lock = stack.enter_context(Lock(run))
-            training = prepare(options, paths, run, lock)
-        with stop_requests() as signals:
-            exit_code = loop(training, signals, watch)
-        if exit_code == 0:
-            finish(training)
+    with refused_together():
+        training = prepare(options, paths, run, lock)
+    with stop_requests() as signals:
+        exit_code = loop(training, signals, watch)
+    if exit_code == 0:
+        finish(training)
     return exit_code
 
 

@@ -26,6 +26,7 @@ from .best import Best, saved_best
 from .checksums import checksum
 from .data.sampling import epoch_steps
 from .engine.choose import choose, parse_memory
+from .engine.cost import in_bytes
 from .engine.distributed import (
     ShardedAdamW,
     give_rows,
@@ -325,11 +326,16 @@ def choose_recipe(
     trained_blocks(chosen.get("train", Recipe.train), checkpoint.config.blocks)  # may be refused
     if options.memory is None:
         return Recipe(**chosen)
+    limit = parse_memory(options.memory) - reserved
+    if reserved:
+        needed = f"--memory {options.memory}: the weights of the sources take {in_bytes(reserved)}"
+        require(limit > 0, f"{needed}; expected more memory, or --lambda-gradients head")
+        print(f"{needed} of it, so {in_bytes(limit)} are left for the recipe", flush=True)
     return choose(
         checkpoint.config,
         work(),
         chosen,
-        parse_memory(options.memory) - reserved,
+        limit,
         device_of(options),
         compute_type(options),
         available_memory() or math.inf,

@@ -139,6 +139,25 @@ def test_two_processes_do_not_train_in_one_directory(world, halted, tmp_path):
     assert train(options(world, run, save_steps=2, gradient_average=0.5, resume=True)) == 0
 
 
+def looks_finished(halted, run):
+    """A copy of a run that has a last checkpoint, and that checkpoint's model as its own."""
+    with_options(Path(shutil.copytree(halted, run)), keep=1)
+    for path in training.checkpoints(run)[-1].iterdir():
+        if not path.name.startswith("state"):
+            shutil.copy(path, run)
+    return run
+
+
+def test_what_another_process_writes_in_a_finished_run_stays(world, halted, tmp_path):
+    """The other one has been given more epochs, and begins."""
+    run = looks_finished(halted, tmp_path / "run")
+    its_own = run / "metrics.jsonl.0123abcd.partial"
+    its_own.write_text("{}")
+    with Lock(run), pytest.raises(InputError, match="another process is training there"):
+        train(options(world, run, save_steps=2, gradient_average=0.5, keep=1, resume=True))
+    assert its_own.exists()
+
+
 def test_an_existing_output_is_refused_and_left_alone(world, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
@@ -274,10 +293,7 @@ def test_a_finished_run_without_a_checkpoint_gets_no_more_epochs(
 def test_a_finished_run_that_cannot_go_on_stays_finished(
     world, halted, tmp_path, monkeypatch, damage
 ):
-    run = with_options(Path(shutil.copytree(halted, tmp_path / "run")), keep=1)
-    for path in training.checkpoints(run)[-1].iterdir():
-        if not path.name.startswith("state"):
-            shutil.copy(path, run)
+    run = looks_finished(halted, tmp_path / "run")
     (run / "README.md").write_text("the card of the finished model")
     if damage == "the log":
         (run / "metrics.jsonl").write_text("{}\n")

@@ -52,10 +52,10 @@ from .tuning import (
 def finetune(options: FinetuneOptions) -> int:
     """Fine-tune a policy; return the exit code: 0 finished, 128 + signal when asked to stop."""
     check_options(options)
-    run = open_run(options)
-    if run is None:
-        return 0
-    with Lock(run) as lock:
+    with Lock(Path(options.output)) as lock:
+        run = open_run(options)
+        if run is None:
+            return 0
         training: Training
         if options.loss == LIKELIHOOD:
             training = prepare(options, run, lock)

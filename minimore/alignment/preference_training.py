@@ -137,7 +137,8 @@ def prepare(options: FinetuneOptions, run: Path, lock: Lock) -> PreferenceTraini
     recipe = choose_recipe(options, origin, lambda: workload_of(schedule, sources, origin))
     check_recipe(run, recipe)
     lock.take()
-    start_run(run, options, recipe)
+    if facts is None:  # else `begin` does it, when the run's own state has been accepted
+        start_run(run, options, recipe)
     items = {f"train {source.name}": source.items for source in sources}
     items |= {f"test {source.name}": source.items for source in test_sources}
     stored = stored_log_probabilities(run / REFERENCE, references, items, options)

@@ -19,6 +19,9 @@ from ..reward import ModelOptions, load_reward_model
 from .features import PROBE
 from .solved import Runs
 
+READ_BY = ("max_length", "truncate", "chat")  # what features.json says of how texts were read
+NEEDED = ("model", *READ_BY)  # of features.json, besides what the states themselves need
+
 
 class BestHead(NamedTuple):
     """Which head of a probe has the lowest mean NLL over the sources' test pairs, and its rates."""
@@ -48,6 +51,12 @@ def open_origin(model: str | None, description: Mapping[str, Any]) -> Checkpoint
     description: what features.json says. Raises InputError for any other model, and for one that
     cannot be saved.
     """
+    missing = [name for name in NEEDED if name not in description]
+    require(
+        not missing,
+        f"--save: features.json does not say {', '.join(missing)} of the stored states; store the"
+        " features again",
+    )
     checkpoint = Checkpoint(model or description["model"])
     parts = [part for parts in description["sources"].values() for part in parts.values()]
     require(
@@ -78,7 +87,7 @@ def save_head(
     model.head = torch.nn.Parameter(head)
     top = model.saved_top(checkpoint.family)
     tensors = model_tensors(checkpoint, model.trunk, top)
-    read = {name: description[name] for name in ("max_length", "truncate", "chat")}
+    read = {name: description[name] for name in READ_BY}
     read["append_eos"] = "yes" if description.get("append_eos") else "no"
     with directory_written_whole(Path(output)) as directory:
         made = {"model": description["model"], "method": best.method, "seed": best.seed}

@@ -196,6 +196,7 @@ def test_a_run_has_other_weights_than_by_the_head_and_resumes_bitwise(world, tmp
         ({"gradient_average": 0.5}, "--gradient-average 1"),
         ({"lambda_scope": "group"}, "--lambda-scope step"),
         ({"train": "last-1"}, "leave out --train"),
+        ({"memory": "0.5MB"}, "--memory 0.5MB: the weights of the sources take .* expected more"),
     ],
 )
 def test_what_does_not_go_together_is_refused(world, tmp_path, changes, says):

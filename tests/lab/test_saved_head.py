@@ -10,6 +10,7 @@ from conftest import edit_json
 from safetensors.torch import load_file
 
 import minimore
+from minimore.checksums import read_checked_json, write_checked_json
 from minimore.cli import main
 from minimore.data.pairs import pack_pairs
 from minimore.lab.features import load_features
@@ -90,3 +91,14 @@ def test_what_cannot_be_saved_is_refused(probed, world, tmp_path, capsys):
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and error in said, said
         assert not (tmp_path / "out").exists()
+
+
+def test_states_that_do_not_say_how_texts_were_read_make_no_model(probed, tmp_path, capsys):
+    states, output = tmp_path / "states", tmp_path / "out"
+    shutil.copytree(probed[0] / "states", states)
+    description = read_checked_json(states / "features.json")
+    del description["model"], description["chat"]
+    write_checked_json(states / "features.json", description)
+    words = ["probe", "--features", str(states), "--seeds", "1", "--save", str(output)]
+    assert main(words) == 2 and not output.exists()
+    assert "features.json does not say model, chat of the stored" in capsys.readouterr().err

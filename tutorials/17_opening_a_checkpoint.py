@@ -122,7 +122,9 @@ print("last hidden state by hand:    ", by_hand[:4])
 
 # %% The same from the library
 # `load` builds the model without memory and fills it tensor by tensor. The stream is read at its
-# last token. Compare the two lines.
+# last token, which is the text's own: by default no EOS token is put behind it. So whoever gives
+# the same text to transformers reads the same state. `--append-eos yes` puts one there. Compare the
+# two lines.
 
 trunk, head = opened.load()
 with torch.no_grad():

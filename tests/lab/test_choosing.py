@@ -9,13 +9,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from people import SimulatedPerson, asked_until_over, at_random, random_front
 
-from minimore.calibration import probability
 from minimore.checksums import write_checked_json
 from minimore.cli import main
 from minimore.lab.choosing import taste
 from minimore.lab.choosing.asking import (
-    asked_until_over,
     informations,
     most_informative,
     standing_of,
@@ -186,26 +185,6 @@ def test_a_criterion_on_which_no_choice_hangs_is_not_asked_about():
     assert standing.best == 0 and standing.is_clear and standing.is_over
 
 
-def random_front(random, points=12):
-    """Points on a sphere, none of which is better than another in everything, standardised."""
-    directions = np.abs(random.standard_normal((points, 4)))
-    front = directions / np.linalg.norm(directions, axis=1, keepdims=True)
-    return (front - front.mean(0)) / front.std(0)
-
-
-class SimulatedPerson:
-    """Somebody with a known taste, who is as unsure as Bradley-Terry says."""
-
-    def __init__(self, points, random):
-        weights = np.abs(random.standard_normal(4))
-        self.values = points @ (10 * weights / np.linalg.norm(weights))
-        self.shares = random.random((len(points), len(points)))
-
-    def prefers_first(self, pair):
-        a, b = pair
-        return self.shares[a, b] < probability(self.values[a] - self.values[b])
-
-
 @pytest.mark.slow
 def test_a_known_taste_is_served_with_fewer_comparisons_than_at_random(monkeypatch):
     """Over many tastes: by more than three standard errors, and no worse a point in the end."""
@@ -215,13 +194,9 @@ def test_a_known_taste_is_served_with_fewer_comparisons_than_at_random(monkeypat
         random = np.random.default_rng(seed)
         points = random_front(random)
         person = SimulatedPerson(points, random)
-
-        def at_random(standing, random=random):
-            return standing.unasked[int(random.integers(len(standing.unasked)))]
-
         counts, regrets = [], []
-        for choose in (most_informative, at_random):
-            answers, standing = asked_until_over(points, person.prefers_first, choose)
+        for choose in (most_informative, at_random(random)):
+            answers, standing = asked_until_over(points, person, choose)
             assert len({frozenset(pair) for pair in answers}) == len(answers)
             counts.append(len(answers))
             regrets.append(person.values.max() - person.values[standing.best])

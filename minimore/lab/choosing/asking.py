@@ -11,7 +11,7 @@ compare Houlsby et al. 2011, arXiv 1112.5745.
 P points, C criteria, S drawn tastes, Q comparisons that may be asked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -51,9 +51,6 @@ class Standing(NamedTuple):
     def is_over(self) -> bool:
         """Whether the best point is clear, or no comparison is left that is worth an answer."""
         return self.is_clear or self.informations.max(initial=0) < WORTH_ASKING
-
-
-Choose = Callable[[Standing], Comparison]
 
 
 def standing_of(points: np.ndarray, answers: Sequence[Comparison]) -> Standing:
@@ -99,20 +96,3 @@ def entropy(p: np.ndarray) -> np.ndarray:
     """H of an answer with two outcomes, in nats."""
     inside = np.clip(p, 1e-12, 1 - 1e-12)
     return -inside * np.log(inside) - (1 - inside) * np.log(1 - inside)
-
-
-def asked_until_over(
-    points: np.ndarray,
-    prefers_first: Callable[[Comparison], bool],
-    choose: Choose = most_informative,
-) -> tuple[list[Comparison], Standing]:
-    """Ask until one point is clearly the best, or no question is worth an answer.
-
-    prefers_first: answers a comparison. choose: says which one to ask. Returns all answers, and
-    where they lead.
-    """
-    answers: list[Comparison] = []
-    while not (standing := standing_of(points, answers)).is_over:
-        pair = choose(standing)
-        answers.append(pair if prefers_first(pair) else pair[::-1])
-    return answers, standing

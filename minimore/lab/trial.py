@@ -25,7 +25,7 @@ from ..model.recompute import RECOMPUTE
 from ..options import COUNT, Range, check_ranges, option, parse_sources, require, require_tests
 from ..reward import check_length
 from ..train import check_options, print_where_more_is_plain
-from .cells import is_finished, margins_of, run_timed
+from .cells import HELD_OUT, is_finished, margins_of, run_timed
 from .grid import SCHEMES, Cell, train_options
 from .reproduce import check_stored_identity, open_output, options_but
 from .statistics import ModelMargins, Results, by_seed, every_figure
@@ -110,14 +110,15 @@ def compare_methods(options: TrialOptions) -> int:
     checkpoint = Checkpoint(options.model)
     # Refused now: the first training would refuse it when the comparison is on the disk already.
     check_length(checkpoint.config, options.max_length, checkpoint.directory, beyond=None)
+    reading = Reading(checkpoint.tokenizer)
+    require_held_out(options, sources, reading)
     if not options.allow_overlap:
-        reading = Reading(checkpoint.tokenizer)
         print_overlap_of_files(parse_sources(options.source), reading)
     open_output(output, "comparison", identity_of(options))
     exit_code = run_all(output, sweep_cells)
     if exit_code:
         return exit_code
-    trials = [trial_of(output, cell, options) for cell in sweep_cells]
+    trials = [trial_of(output, cell) for cell in sweep_cells]
     best = best_rates(options, trials)
     print_sweep(options, trials, best)
     cells = [
@@ -148,6 +149,30 @@ def checked_sources(options: TrialOptions) -> dict[str, tuple[str, str]]:
             cell = cell_of(options, sources, method, rate, 0)
             check_options(train_options(Path(options.output), cell), list(sources))
     return sources
+
+
+def require_held_out(
+    options: TrialOptions, sources: dict[str, tuple[str, str]], reading: Reading
+) -> None:
+    """Refuse several learning rates where no TEST file has prompts by which to choose (InputError).
+
+    reading: how the files become texts.
+    """
+    if len(options.rates) == 1:
+        return
+    prompts_by_file = (prompts_in(reading, test) for _, test in sources.values())
+    require(
+        any(prompts >= HELD_OUT for prompts in prompts_by_file),
+        f"several --learning-rate: no TEST file has {HELD_OUT} prompts, of which one can be held"
+        " out to choose between them; give one rate, or larger TEST files",
+    )
+
+
+def prompts_in(reading: Reading, path: str) -> int:
+    """How many prompts a file has; a pair without one counts on its own."""
+    pairs = [pair for read in reading.records(path) for pair in read.pairs]
+    named = {pair.prompt for pair in pairs if pair.prompt}
+    return len(named) + sum(not pair.prompt for pair in pairs)
 
 
 def identity_of(options: TrialOptions) -> dict[str, Any]:
@@ -217,20 +242,14 @@ class Trial(NamedTuple):
     nll: float
 
 
-def trial_of(output: Path, cell: Cell, options: TrialOptions) -> Trial:
+def trial_of(output: Path, cell: Cell) -> Trial:
     """What a finished cell shows on its held-out prompts; a source without any does not count.
 
-    If no source has any, there is nothing to see: a coin's accuracy, and no loss. Raises InputError
-    if rates are to be chosen by that.
+    If no source has any, there is nothing to see: a coin's accuracy, and no loss.
     """
     sources: ModelMargins = margins_of(output, cell, PROTOCOL)
     all_held_out = [margins[~is_test] for margins, is_test, _ in sources.values()]
     held_out = [margins for margins in all_held_out if len(margins)]
-    require(
-        held_out or len(options.rates) == 1,
-        "several --learning-rate: no TEST file has the four prompts of which one can be held out"
-        " to choose between them; give one rate",
-    )
     return Trial(
         cell.at["scheme"],
         cell.options["learning_rate"],

@@ -30,7 +30,9 @@ def after_comparisons(points, person, choose):
     """Whether the best point is taken for it after AFTER comparisons."""
     answers, right = [], []
     for count in range(1, max(AFTER) + 1):
-        answers.append(person.answer(choose(standing_of(points, answers))))
+        standing = standing_of(points, answers)
+        if standing.unasked:
+            answers.append(person.answer(choose(standing)))
         if count in AFTER:
             right.append(is_right(person, standing_of(points, answers).best))
     return right

@@ -91,6 +91,17 @@ def test_what_cannot_be_compared_is_one_line(world, tmp_path, capsys, more, says
     assert says in line and line.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+def test_rates_are_not_tried_where_nothing_can_choose_between_them(world, tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(world[1]["ana"][1].read_text().splitlines(keepends=True)[:3]))
+    words = ["compare-methods", "--model", str(world[0] / "model"), "--output"]
+    words += [str(tmp_path / "out"), "--source", f"ana={world[1]['ana'][0]},{few}"]
+    assert main([*words, "--learning-rate", "1e-3", "--learning-rate", "1e-2"]) == 2
+    line = capsys.readouterr().err
+    assert "no TEST file has 4 prompts" in line and line.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_that_is_no_comparison_is_left_alone(world, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")

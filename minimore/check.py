@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .alignment.policy import LanguageModel, token_losses
 from .engine.choose import is_exact, recipes
-from .engine.cost import in_bytes, memory_of
+from .engine.memory import memory_of
 from .engine.recipe import Recipe
 from .engine.workload import PairShape, Workload
 from .files import one_line, refuse_existing, write_json
@@ -39,6 +39,7 @@ from .reward import (
     text_rewards,
     was_trained_with_eos,
 )
+from .units import in_bytes
 
 PARAGRAPH = (
     "When the ferry stopped running, the people of the island had to decide what to do with the "
@@ -227,7 +228,7 @@ def check_template(checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def check_memory(trunk: Trunk, micro_tokens: int) -> tuple[Figures, str]:
-    """Bytes by arithmetic (cost.py) of a step of 80 pairs of 342 tokens; `plan` says more."""
+    """Bytes by arithmetic (memory.py) of a step of 80 pairs of 342 tokens; `plan` says more."""
     config, itemsize = trunk.c, trunk.compute_dtype.itemsize
     parameters = sum(p.numel() for p in trunk.parameters())
     is_flash = trunk.embedding.weight.is_cuda and itemsize == 2

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from .checksums import checksum
-from .engine.cost import in_whole_time
 from .engine.objective import StepResult
 from .files import to_disk
 from .more import Labels, bradley_terry_losses, head_gradients
 from .options import InputError
 from .tables import number
+from .units import in_whole_time
 
 
 @torch.no_grad()

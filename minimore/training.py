@@ -26,7 +26,6 @@ from .best import Best, saved_best
 from .checksums import checksum
 from .data.sampling import epoch_steps
 from .engine.choose import choose, parse_memory
-from .engine.cost import in_bytes
 from .engine.distributed import (
     ShardedAdamW,
     give_rows,
@@ -53,6 +52,7 @@ from .options import COUNT, Range, flag_of, option, require
 from .resume import Saver, check_whole, checkpoints, load_state, remove_superseded
 from .reward import ModelOptions, compute_type, device_of
 from .run import Lock, start_run, stored_recipe
+from .units import in_bytes
 
 LINES_A_RUN = 25  # that are printed of its steps, unless --log-steps says it
 

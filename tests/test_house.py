@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 PAGE = """
-options files checksums tables votes more calibration
+options files checksums tables units votes more calibration
 uncertainty disagreement figures.plots figures.sketch figures.history figures.curves figures.plot
 model.attention model.fused model.recompute model.model_config model.rotation model.trunk
 model.config_json model.family_configs model.families model.bounds model.sandbox model.template
@@ -25,8 +25,8 @@ data.public.sources data.public.download data.public.changes data.public.manifes
 data.public.get
 reward temperature score opened report comparison evaluate
 engine.trained engine.recipe engine.objective engine.storage engine.optim engine.plain
-engine.distributed engine.host engine.streamed engine.workload engine.cost engine.choose engine.plan
-engine.whole
+engine.distributed engine.host engine.streamed engine.workload engine.sizes engine.activations
+engine.memory engine.flops engine.choose engine.plan engine.whole
 metrics resume run best training reward_training finish train
 alignment.preference_losses
 alignment.portions alignment.policy alignment.generate alignment.sample alignment.selection

@@ -18,10 +18,12 @@ import torch
 from minimore import bradley_terry_losses
 from minimore.data.pairs import TokenPair, pack_pairs
 from minimore.data.world import small_gpt_neox
-from minimore.engine.cost import block_activations, in_bytes, memory_of, parameter_shapes
+from minimore.engine.activations import block_activations
+from minimore.engine.memory import memory_of
 from minimore.engine.objective import RewardObjective, micro_batches
 from minimore.engine.optim import AdamW
 from minimore.engine.plan import RECIPES
+from minimore.engine.sizes import parameter_shapes
 from minimore.engine.streamed import StreamedStep, parts_of
 from minimore.engine.workload import PairShape, Workload
 from minimore.figures.sketch import show_curves
@@ -30,6 +32,7 @@ from minimore.model.families import FAMILIES
 from minimore.model.trunk import Trunk
 from minimore.more import more_weights, weighted_loss
 from minimore.reward import RewardModel, fresh_head
+from minimore.units import in_bytes
 
 # %% A small model, and 20 pairs of five sources
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine.cost import in_whole_time
 from ..engine.streamed import open_engine
 from ..files import write_text
 from ..metrics import finite, position_and_loss
@@ -35,6 +34,7 @@ from ..training import (
     write_finished,
     write_weights,
 )
+from ..units import in_whole_time
 from . import preference_training
 from .language import LanguageObjective, LanguageResult, Responses, perplexity_of
 from .policy import open_policy

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine.cost import LOGITS_AT_ONCE
+from ..engine.memory import LOGITS_AT_ONCE
 from ..model.attention import pack
 from ..model.checkpoint import Checkpoint, Hold, Top
 from ..model.families import Family

@@ -13,18 +13,12 @@ import torch
 from ..model.model_config import ModelConfig
 from ..model.recompute import RECOMPUTE
 from ..options import InputError
-from .cost import (
-    GPUS,
-    Gpu,
-    Memory,
-    in_bytes,
-    memory_of,
-    parameter_bytes,
-    parameter_shapes,
-    step_seconds,
-)
+from ..units import in_bytes
 from .distributed import GROUP_RECIPE, shares
+from .flops import GPUS, Gpu, step_seconds
+from .memory import Memory, memory_of
 from .recipe import ENGINES, MOMENTS, OFFLOADS, PARAMETERS, Recipe
+from .sizes import parameter_bytes, parameter_shapes
 from .workload import Workload, tokens_of
 
 SMALLER_MICRO_TOKENS = (4096, 2048, 1024)  # tried beside the given number

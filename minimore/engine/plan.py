@@ -26,6 +26,7 @@ from ..options import (
 )
 from ..reward import check_length
 from ..tables import Table
+from ..units import in_bytes, in_flops, in_time
 from .choose import (
     Candidate,
     Job,
@@ -36,22 +37,12 @@ from .choose import (
     reason,
     what_would_fit,
 )
-from .cost import (
-    EFFICIENCY,
-    GPUS,
-    Memory,
-    bytes_held,
-    checkpoint_bytes,
-    in_bytes,
-    in_flops,
-    in_time,
-    parameter_shapes,
-    step_flops,
-    trained_parameters,
-)
 from .distributed import check_group
+from .flops import EFFICIENCY, GPUS, step_flops
 from .host import available_memory
+from .memory import Memory
 from .recipe import OFFLOADS, Recipe
+from .sizes import bytes_held, checkpoint_bytes, parameter_shapes, trained_parameters
 from .trained import HEAD, trained_blocks
 from .workload import RunOptions, Workload, assumed_workload, workload_of
 

@@ -33,8 +33,8 @@ from torch import Tensor
 from ..data.pairs import PairBatch
 from ..model.checkpoint import Checkpoint
 from ..model.rotation import at_least_fp32
-from .cost import count, parameter_shapes
 from .objective import RewardObjective, Weigh
+from .sizes import count, parameter_shapes
 from .streamed import Gradients, StreamedEngine, StreamedStep, add_to
 
 AT_ONCE = 1 << 22  # numbers of a gradient that are multiplied at once, in float64

@@ -44,6 +44,11 @@ def tokens_of(items: Iterable[ItemShape]) -> int:
     return sum(sum(item) for item in items)
 
 
+def texts_of(items: Items) -> int:
+    """How many texts the items hold."""
+    return sum(len(rests) for _, *rests in items)
+
+
 @dataclass(frozen=True)
 class Workload:
     """The items of the largest step, and how many steps and unique tokens there are in all.

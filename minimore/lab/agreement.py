@@ -25,7 +25,6 @@ from ..calibration import expected_calibration_error, probability
 from ..data.forms import Pair
 from ..data.pairs import Source, load_source
 from ..data.world import World
-from ..engine.cost import in_time
 from ..engine.objective import RewardObjective
 from ..files import make_directory
 from ..model.checkpoint import Checkpoint
@@ -35,6 +34,7 @@ from ..options import check_ranges, require
 from ..report import source_margins
 from ..reward import ModelOptions, open_reward_model
 from ..tables import Table
+from ..units import in_time
 from .cells import prepare_world
 from .consistency import MEASURES, counts_of, most_frequent
 from .drift import true_pairs

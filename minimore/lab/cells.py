@@ -25,7 +25,6 @@ from ..checksums import read_checked_json, require_directory_as_written, write_c
 from ..data.labels import MAJORITY
 from ..data.pairs import load_source
 from ..data.world import World, small_gpt_neox
-from ..engine.cost import in_time
 from ..files import directory_written_whole, make_directory
 from ..model.checkpoint import Checkpoint, random_checkpoint
 from ..model.tensors import require_as_written, write_tensors
@@ -34,6 +33,7 @@ from ..report import source_margins
 from ..reward import ModelOptions, RewardModel, open_reward_model
 from ..reward_training import TrainOptions
 from ..train import train
+from ..units import in_time
 from .drift import DriftWatch
 from .grid import Cell, train_options
 from .learners import LEARNINGS, chooser_worth, learner_worth

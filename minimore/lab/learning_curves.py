@@ -27,12 +27,12 @@ import torch
 
 from ..calibration import accuracy, negative_log_likelihood, pair_ece
 from ..data.world import World
-from ..engine.cost import in_time
 from ..figures import plots
 from ..files import make_directory
 from ..options import check_ranges, require
 from ..tables import Table
 from ..uncertainty import over_seeds
+from ..units import in_time
 from .grid import ReproduceOptions, home_of
 from .methods.heads import SharedHead
 from .methods.states import StatePairs

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..calibration import accuracy, negative_log_likelihood, pair_ece
 from ..data.world import World
-from ..engine.cost import in_time
 from ..files import make_directory
 from ..more import WEIGHTINGS
 from ..options import check_ranges, require
 from ..tables import Table
 from ..uncertainty import noise_floor
+from ..units import in_time
 from .grid import REGIMES, ReproduceOptions, home_of
 from .methods.by_name import METHODS, USES_SOURCE
 from .methods.heads import Method

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from ..checksums import read_checked_json, write_checked_json
 from ..data.overlap import print_overlap_of_files
 from ..data.texts import Reading
-from ..engine.cost import in_time
 from ..figures import plots
 from ..files import make_directory, sweep
 from ..model.checkpoint import Checkpoint
 from ..options import InputError, parse_sources, require
+from ..units import in_time
 from .agreement import check_agreement, report_agreement, run_agreement
 from .cells import is_finished, margins_of, run_timed
 from .estimate import SHARE_OF_SPEED, STEP_SECONDS, estimated_seconds

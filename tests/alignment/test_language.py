@@ -13,7 +13,7 @@ from runs import slow_but
 from minimore.alignment import language
 from minimore.alignment.language import LanguageObjective, Responses
 from minimore.alignment.policy import LanguageModel
-from minimore.engine.cost import memory_of
+from minimore.engine.memory import memory_of
 from minimore.engine.optim import AdamW
 from minimore.engine.recipe import MOMENTS, PARAMETERS, Recipe
 from minimore.engine.streamed import open_engine

@@ -28,7 +28,7 @@ from cpu_memory import Peak, anonymous
 from tokenizers import Tokenizer as TokenizerFile
 
 from minimore.data.pairs import load_source
-from minimore.engine.cost import step_flops
+from minimore.engine.flops import step_flops
 from minimore.engine.objective import RewardObjective
 from minimore.engine.optim import AdamW
 from minimore.engine.recipe import Recipe

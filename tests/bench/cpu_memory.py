@@ -19,10 +19,11 @@ import torch
 from models import NEOX, random_model
 
 from minimore.data.pairs import TokenPair
-from minimore.engine.cost import memory_of, parameter_bytes, parameter_shapes, state_bytes
+from minimore.engine.memory import memory_of
 from minimore.engine.objective import RewardObjective
 from minimore.engine.optim import AdamW
 from minimore.engine.recipe import Recipe
+from minimore.engine.sizes import parameter_bytes, parameter_shapes, state_bytes
 from minimore.engine.streamed import open_engine
 from minimore.engine.workload import Workload, shape_of, tokens_of
 from minimore.more import more_weights

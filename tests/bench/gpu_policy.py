@@ -32,7 +32,8 @@ from minimore.alignment.generate import Sampling, generate
 from minimore.alignment.language import LanguageObjective, Responses
 from minimore.alignment.policy import LanguageModel
 from minimore.data.world import World
-from minimore.engine.cost import memory_of, step_flops
+from minimore.engine.flops import step_flops
+from minimore.engine.memory import memory_of
 from minimore.engine.optim import AdamW, replace_parameter
 from minimore.engine.recipe import Recipe
 from minimore.engine.streamed import open_engine

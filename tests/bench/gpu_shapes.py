@@ -8,7 +8,7 @@ import torch
 from models import NEOX
 
 from minimore.data.pairs import TokenPair
-from minimore.engine.cost import GPUS
+from minimore.engine.flops import GPUS
 from minimore.engine.host import pinned
 from minimore.engine.objective import RewardObjective
 from minimore.engine.optim import where_it_is
@@ -18,7 +18,7 @@ from minimore.more import more_weights
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 NAME = torch.cuda.get_device_name() if CUDA else "CPU, tiny shapes"
-# The peak of a GPU that cost.py does not know is taken to be an H200's.
+# The peak of a GPU that flops.py does not know is taken to be an H200's.
 PEAK = next((gpu.flops for name, gpu in GPUS.items() if name in NAME), GPUS["H200"].flops)
 SOURCES = 5
 

@@ -31,8 +31,9 @@ from gpu_shapes import (
 from models import random_model
 from safetensors.torch import load_file
 
-from minimore.engine.cost import memory_of, step_flops
+from minimore.engine.flops import step_flops
 from minimore.engine.host import pinned
+from minimore.engine.memory import memory_of
 from minimore.engine.optim import AdamW
 from minimore.engine.recipe import Recipe
 from minimore.engine.streamed import open_engine

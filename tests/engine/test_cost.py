@@ -13,23 +13,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minimore.data.pairs import Source, pack_pairs
 from minimore.data.sampling import epoch_steps
+from minimore.engine.activations import block_activations, segments_of
 from minimore.engine.choose import is_exact
-from minimore.engine.cost import (
-    block_activations,
-    bytes_held,
-    checkpoint_bytes,
-    forward_flops,
-    memory_of,
-    parameter_bytes,
-    parameter_shapes,
-    segments_of,
-    state_bytes,
-    step_flops,
-)
+from minimore.engine.flops import forward_flops, step_flops
+from minimore.engine.memory import memory_of
 from minimore.engine.objective import RewardObjective
 from minimore.engine.optim import AdamW
 from minimore.engine.plan import RECIPES
 from minimore.engine.recipe import MOMENTS, PARAMETERS, Recipe
+from minimore.engine.sizes import (
+    bytes_held,
+    checkpoint_bytes,
+    parameter_bytes,
+    parameter_shapes,
+    state_bytes,
+)
 from minimore.engine.streamed import open_engine
 from minimore.engine.workload import PairShape, Workload, tokens_of, workload
 from minimore.model import recompute as recomputation

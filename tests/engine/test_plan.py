@@ -24,9 +24,11 @@ from minimore.engine.choose import (
     recipes,
     what_would_fit,
 )
-from minimore.engine.cost import GPUS, checkpoint_bytes, memory_of, parameter_shapes
+from minimore.engine.flops import GPUS
+from minimore.engine.memory import memory_of
 from minimore.engine.plan import RECIPES
 from minimore.engine.recipe import OFFLOADS, Recipe, RecipeOptions
+from minimore.engine.sizes import checkpoint_bytes, parameter_shapes
 from minimore.model.checkpoint import read_config
 from minimore.options import InputError, add_options
 

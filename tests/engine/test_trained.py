@@ -20,19 +20,18 @@ from minimore.alignment.preference import Comparison, PreferenceObjective
 from minimore.alignment.preference_losses import PreferenceLoss
 from minimore.cli import main
 from minimore.data.pairs import pack_pairs
-from minimore.engine.cost import (
-    block_activations,
-    forward_flops,
-    memory_of,
-    parameter_bytes,
-    parameter_shapes,
-    states_of_parts,
-    step_flops,
-    trained_parameters,
-)
+from minimore.engine.activations import block_activations
+from minimore.engine.flops import forward_flops, step_flops
+from minimore.engine.memory import memory_of
 from minimore.engine.objective import RewardObjective, micro_batches
 from minimore.engine.optim import AdamW
 from minimore.engine.recipe import Recipe
+from minimore.engine.sizes import (
+    parameter_bytes,
+    parameter_shapes,
+    states_of_parts,
+    trained_parameters,
+)
 from minimore.engine.streamed import StreamedStep, open_engine, parts_of
 from minimore.engine.trained import freeze, frozen_blocks, is_trained
 from minimore.engine.workload import Workload, tokens_of

@@ -16,6 +16,7 @@ from runs import command, run_command
 from runs import options as all_options
 
 import minimore.training as training
+from minimore.best import Best, better_of
 from minimore.checksums import write_checked_json
 from minimore.cli import main
 from minimore.data.pairs import load_source
@@ -381,3 +382,10 @@ def test_without_validation_nothing_changes(world, tmp_path):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert not names & {"best", "best.json", "validation.json"}
     assert all("validation" not in r and "best" not in r for r in log_of(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("by", ["nll", "accuracy"])
+def test_any_number_is_better_than_none(by):
+    nan, number_of_steps = Best(1, by, float("nan")), Best(2, by, 0.5)
+    assert better_of(nan, number_of_steps) == number_of_steps
+    assert better_of(number_of_steps, nan) == number_of_steps

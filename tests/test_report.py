@@ -1,8 +1,9 @@
 """The report's verdicts, and that two models are compared on the same pairs."""
 
 import numpy as np
+import pytest
 
-from minimore.comparison import places_of_common_pairs
+from minimore.comparison import mean_difference, places_of_common_pairs, temperature_table
 from minimore.data.pairs import Source, TokenPair
 from minimore.report import is_at_chance, source_report, verdict
 
@@ -51,3 +52,31 @@ def test_margins_that_are_rounding_are_called_so():
         row = source_report(np.full(40, scale), source_of(range(40)))
         assert row["calibration"] == "no margins" and "tells nothing apart" in verdict(row)
     assert source_report(np.full(40, 1e-3), source_of(range(40)))["calibration"] != "no margins"
+
+
+def difference(accuracy, half, ece_interval=(-0.1, 0.3)):
+    """A row of `compare` with these numbers."""
+    interval = [accuracy - half, accuracy + half]
+    ece = None if ece_interval is None else list(ece_interval)
+    return {
+        **{"pairs": 10, "exceeds_noise": [], "accuracy": accuracy, "accuracy_interval": interval},
+        **{"nll": 0.1, "nll_interval": [0.1, 0.1], "ece_debiased": 0.1, "ece_interval": ece},
+    }
+
+
+def test_sources_are_independent_parts_of_a_mean_difference():
+    """The half of a mean of two: √(.03² + .04²) / 2 = .025."""
+    mean = mean_difference({"a": difference(0.02, 0.03), "b": difference(0.04, 0.04)})
+    assert mean["accuracy"] == pytest.approx(0.03) and mean["pairs"] == 20
+    assert mean["accuracy_interval"] == pytest.approx([0.005, 0.055])
+    assert mean["exceeds_noise"] == ["accuracy", "nll"]
+    unranked = mean_difference({"a": difference(0.02, 0.03), "b": difference(0.04, 0.04, None)})
+    assert unranked["ece_interval"] is None
+
+
+@pytest.mark.parametrize("temperature", [1.5, None])
+def test_a_missing_temperature_is_explained_whatever_a_source_is_called(temperature):
+    figures = {"ece": 0.1, "nll": 0.6}
+    row = {"temperature": temperature, **figures, "by_pooled": figures, "by_own": figures}
+    text = temperature_table({"pooled": 1.2, "sources": {"nonesuch": row}})
+    assert ("none: no such pairs" in text) == (temperature is None)

@@ -154,6 +154,7 @@ def test_a_held_out_group_is_tested_and_changes_nothing_else(world, tmp_path, ca
     assert (
         "test only, never trained on: ana: 20 pairs" in said and "test after step 2: ana " in said
     )
+    assert "\nnever trained on: ana\n" in said.partition("worst ")[2]
     (with_group, *_), (without, *_) = content(tmp_path / "run"), content(tmp_path / "without")
     assert with_group == without
     _, report, steps, _ = content(tmp_path / "run")

@@ -91,6 +91,14 @@ def test_what_cannot_be_compared_is_one_line(world, tmp_path, capsys, more, says
     assert says in line and line.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+def test_where_more_is_uniform_is_said_before_anything_is_trained(world, tmp_path, capsys):
+    words = words_of(world, tmp_path / "out", "--dry-run")
+    assert main(words) == 0 and "so MORE is uniform here" not in capsys.readouterr().out
+    last = len(words) - 1 - words[::-1].index("--source")
+    assert main(words[:last] + words[last + 2 :]) == 0
+    assert capsys.readouterr().out.count("so MORE is uniform here") == 1
+
+
 def test_rates_are_not_tried_where_nothing_can_choose_between_them(world, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(world[1]["ana"][1].read_text().splitlines(keepends=True)[:3]))

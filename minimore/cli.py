@@ -46,9 +46,9 @@ from .options import (
 )
 from .reward import device_of
 from .reward_training import TrainOptions
+from .schedule import LoopOptions
 from .score import ScoreOptions, score
 from .train import train
-from .training import LoopOptions
 
 
 class Verb(NamedTuple):

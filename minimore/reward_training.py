@@ -20,7 +20,8 @@ from .metrics import lines_of_test_files, progress_line, step_metrics, what_is_w
 from .more import NORMALIZATIONS, WEIGHTINGS, Labels
 from .options import COUNT, Range, option
 from .report import evaluate_sources
-from .training import LoopOptions, Training
+from .schedule import LoopOptions
+from .training import Training
 
 # Name of a source -> its training file, which a held-out group has not, and its test file.
 Paths = dict[str, tuple[str | None, str | None]]

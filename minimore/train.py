@@ -39,8 +39,8 @@ from .options import check_ranges, parse_sources, require, training_files
 from .reward import check_length, load_reward_model
 from .reward_training import Paths, RewardTraining, TrainOptions
 from .run import Lock, check_recipe, open_run
+from .schedule import Schedule
 from .training import (
-    Schedule,
     Watch,
     begin,
     check_recipe_options,

@@ -27,7 +27,7 @@ reward temperature score opened report comparison evaluate
 engine.trained engine.recipe engine.objective engine.storage engine.optim engine.plain
 engine.distributed engine.host engine.streamed engine.workload engine.sizes engine.activations
 engine.memory engine.flops engine.choose engine.plan engine.whole
-metrics resume run best training reward_training finish train
+metrics resume run best schedule training reward_training finish train
 alignment.preference_losses
 alignment.portions alignment.policy alignment.generate alignment.sample alignment.selection
 alignment.language alignment.responses alignment.preference alignment.references

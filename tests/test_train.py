@@ -20,9 +20,9 @@ from minimore.model.checkpoint import Checkpoint
 from minimore.report import evaluate_sources
 from minimore.reward import ModelOptions, fresh_head, open_reward_model
 from minimore.reward_training import TrainOptions
+from minimore.schedule import Schedule, learning_rate_at
 from minimore.tables import number
 from minimore.train import train
-from minimore.training import Schedule, learning_rate_at
 
 
 def test_learning_rate():

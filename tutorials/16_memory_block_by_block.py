@@ -166,7 +166,6 @@ for name, recipe in RECIPES.items():
 assert optimizer.bytes(model) == 3 * 4 * P
 assert activations == sorted(activations, reverse=True)
 assert max(errors) < 1e-4
-assert alive_after[1] > alive_after[-2]
 assert all(a > b for a, b in zip(alive_after[1:-2], alive_after[2:-1]))
 assert max(alive_after) < 0.75 * 4 * P / 1e6  # never near a whole gradient
 assert peaks["fp32 AdamW, plain"] > 100e9
@@ -177,7 +176,6 @@ assert peaks["split master, states and inputs on the host"] < 24e9
 # Exercise 1. Change a block before its gradient is taken: in the loop above, after the part of
 #             block 5, multiply `model.trunk.blocks[4].mlp.up.weight` by 1.5 in place (under
 #             torch.no_grad()). Which gradients are wrong?
-# Exercise 2. Clipping by the global norm needs the norm of the whole gradient before the first
-#             update. What would the streamed step have to keep for it, or to do twice? Work out
-#             bytes and FLOPs for 6.9B, and compare with what
-#             `minimore train --engine streamed --max-grad-norm 1` says.
+# Exercise 2. Clipping needs the norm of the whole gradient before the first update. What would the
+#             streamed step have to keep for it, or to do twice, in bytes and FLOPs of 6.9B? Compare
+#             with what `minimore train --engine streamed --max-grad-norm 1` says.

@@ -23,8 +23,8 @@ from ..files import write_text
 from ..metrics import finite, position_and_loss
 from ..model.checkpoint import Checkpoint, files_to_save
 from ..run import Lock, check_recipe, open_run
+from ..schedule import Schedule
 from ..training import (
-    Schedule,
     Training,
     begin,
     choose_recipe,

@@ -27,8 +27,8 @@ from ..options import parse_sources, require
 from ..report import Margins, report_of, table
 from ..reward import check_length
 from ..run import Lock, check_recipe, start_run
+from ..schedule import Schedule
 from ..training import (
-    Schedule,
     Training,
     begin,
     choose_recipe,

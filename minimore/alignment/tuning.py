@@ -16,13 +16,8 @@ from ..model.checkpoint import Checkpoint
 from ..more import MOST_SOURCES, NORMALIZATIONS, WEIGHTINGS
 from ..options import COUNT, Range, check_ranges, flag_of, option, parse_sources, require
 from ..reward import PositionOptions, check_length
-from ..training import (
-    LoopOptions,
-    Schedule,
-    check_recipe_options,
-    open_origin,
-    table_of_options,
-)
+from ..schedule import LoopOptions, Schedule
+from ..training import check_recipe_options, open_origin, table_of_options
 from .policy import require_language_model
 from .preference_losses import LOSSES
 from .responses import WHICH

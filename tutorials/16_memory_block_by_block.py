@@ -130,11 +130,9 @@ for names, gradients in zip(parts_of(model), step.backward()):
     )
     base += size
     del gradients
-heights = {"streamed": alive_after, "a whole gradient": [4 * P / 1e6] * len(alive_after)}
-curves = {name: (range(len(values)), values) for name, values in heights.items()}
-show_curves(
-    "16_alive", "Alive beside the parameters and moments", "part, from the head", "MB", curves
-)
+part = range(len(alive_after))
+curves = {"streamed": (part, alive_after), "a whole gradient": (part, [4 * P / 1e6] * len(part))}
+show_curves("16_alive", "Alive beside parameters and moments", "part, from the head", "MB", curves)
 
 # %% The plain gradient
 # Forward through everything with a graph, backward through everything: all gradients at once. They
